@@ -1,0 +1,287 @@
+//! Text to token shards, in parallel.
+
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::shard::ShardWriter;
+use crate::source::{Document, Sources};
+use crate::tokenizer::{EncodeCache, Tokenizer, TrainOptions};
+use crate::{DataError, Progress};
+
+/// Text that is tokenized at a time.
+const CHUNK_BYTES: usize = 16 << 20;
+/// A document longer than this gives its end to validation; a shorter one goes there whole or not at all.
+const LONG_DOCUMENT: usize = 64 << 10;
+
+/// How shards are made.
+#[derive(Clone, Debug)]
+pub struct PrepareOptions {
+    /// Share of the text held out for validation.
+    pub valid_fraction: f64,
+    /// Whether a document ends with EOS. It always begins with BOS.
+    pub eos: bool,
+    /// A shard is closed at the first document that brings it to this many tokens.
+    pub shard_tokens: u64,
+}
+
+impl Default for PrepareOptions {
+    fn default() -> Self {
+        Self { valid_fraction: 0.005, eos: true, shard_tokens: 1 << 28 }
+    }
+}
+
+/// What was done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PrepareReport {
+    /// Documents read.
+    pub documents: u64,
+    /// Bytes of their text.
+    pub bytes: u64,
+    /// Training tokens.
+    pub train_tokens: u64,
+    /// Validation tokens.
+    pub valid_tokens: u64,
+    /// Bytes of text held out for validation; with it a loss per token becomes bits per byte.
+    pub valid_bytes: u64,
+    /// Files in folders that were passed over because they are not UTF-8 text.
+    pub skipped: Vec<PathBuf>,
+}
+
+/// Trains a tokenizer on up to `max_bytes` of the sources' text, taken evenly from all files.
+///
+/// # Errors
+/// Those of reading, and of [`Tokenizer::train`].
+pub fn train_tokenizer(
+    sources: &Sources,
+    options: &TrainOptions,
+    max_bytes: u64,
+    progress: &dyn Progress,
+) -> Result<Tokenizer, DataError> {
+    let files = sources.files()?;
+    let total: u64 = files.iter().map(|file| file.bytes).sum();
+    // Every n-th file, where the text is more than is asked for.
+    let every = total.div_ceil(max_bytes.max(1)).max(1) as usize;
+    let mut texts = Vec::new();
+    let mut left = max_bytes as usize;
+    'files: for file in files.iter().step_by(every) {
+        for document in file.documents()? {
+            let mut text = match document {
+                Ok(document) => document.text,
+                Err(DataError::Format { .. }) if file.found => continue 'files,
+                Err(error) => return Err(error),
+            };
+            text.truncate(text.floor_char_boundary(left));
+            left -= text.len();
+            texts.push(text);
+            if left == 0 {
+                break 'files;
+            }
+        }
+    }
+    Tokenizer::train(texts.iter().map(String::as_str), options, progress)
+}
+
+/// Reads all documents of the sources and writes `train-*.bin` and `valid-*.bin` into a folder.
+///
+/// Which text is held out depends on the text alone. Broken lines of JSONL are errors; files found in folders that are
+/// not UTF-8 are passed over and reported.
+///
+/// # Errors
+/// Those of reading and writing, and [`DataError::Empty`] if the sources hold no text.
+pub fn prepare(
+    sources: &Sources,
+    tokenizer: &Tokenizer,
+    folder: &Path,
+    options: &PrepareOptions,
+    progress: &dyn Progress,
+) -> Result<PrepareReport, DataError> {
+    let files = sources.files()?;
+    std::fs::create_dir_all(folder).map_err(|error| DataError::io(folder, error))?;
+    let mut train = Split::new(folder, "train", tokenizer, options);
+    let mut valid = Split::new(folder, "valid", tokenizer, options);
+    let mut report = PrepareReport::default();
+    let mut chunk: Vec<Document> = Vec::new();
+    let mut chunk_bytes = 0;
+
+    progress.start("tokenizing", Some(files.iter().map(|file| file.bytes).sum()));
+    for file in &files {
+        for document in file.documents()? {
+            match document {
+                Ok(document) if document.text.is_empty() => {}
+                Ok(document) => {
+                    report.documents += 1;
+                    report.bytes += document.text.len() as u64;
+                    chunk_bytes += document.text.len();
+                    chunk.push(document);
+                }
+                Err(DataError::Format { path, .. }) if file.found && !is_json_lines(&path) => report.skipped.push(path),
+                Err(error) => return Err(error),
+            }
+            if chunk_bytes >= CHUNK_BYTES {
+                report.valid_bytes += write_chunk(&mut chunk, tokenizer, options, &mut train, &mut valid)?;
+                chunk_bytes = 0;
+            }
+        }
+        progress.advance(file.bytes);
+    }
+    report.valid_bytes += write_chunk(&mut chunk, tokenizer, options, &mut train, &mut valid)?;
+    report.train_tokens = train.finish()?;
+    report.valid_tokens = valid.finish()?;
+    progress.finish();
+    if report.bytes == 0 {
+        let path = sources.paths.first().cloned().unwrap_or_default();
+        return Err(DataError::Empty { path, hint: "all files are empty".into() });
+    }
+    Ok(report)
+}
+
+fn is_json_lines(path: &Path) -> bool {
+    path.to_string_lossy().contains(".jsonl")
+}
+
+/// Tokenizes and writes documents in their order; returns the bytes held out.
+fn write_chunk(
+    chunk: &mut Vec<Document>,
+    tokenizer: &Tokenizer,
+    options: &PrepareOptions,
+    train: &mut Split,
+    valid: &mut Split,
+) -> Result<u64, DataError> {
+    let encoded: Vec<_> = chunk
+        .par_iter()
+        .map_init(EncodeCache::default, |cache, document| {
+            let (kept, held_out) = document.text.split_at(split_point(&document.text, options.valid_fraction));
+            let mut encode = |text: &str| match text {
+                "" => Vec::new(),
+                text => tokenizer.encode_document(text, options.eos, cache),
+            };
+            (encode(kept), encode(held_out), held_out.len() as u64)
+        })
+        .collect();
+    chunk.clear();
+    let mut bytes = 0;
+    for (kept, held_out, len) in encoded {
+        train.push(&kept)?;
+        valid.push(&held_out)?;
+        bytes += len;
+    }
+    Ok(bytes)
+}
+
+/// Where a text's held-out end begins: near the end of a long text at the start of a line, else all or nothing.
+fn split_point(text: &str, fraction: f64) -> usize {
+    if text.len() > LONG_DOCUMENT {
+        let at = text.floor_char_boundary(((1.0 - fraction) * text.len() as f64) as usize);
+        return text[at..].find('\n').map_or(text.len(), |line| at + line + 1);
+    }
+    let held_out = (xxh3_64(text.as_bytes()) as f64 / u64::MAX as f64) < fraction;
+    if held_out { 0 } else { text.len() }
+}
+
+/// The shards of one split.
+struct Split<'a> {
+    folder: &'a Path,
+    name: &'static str,
+    vocab_size: usize,
+    tokenizer: u64,
+    shard_tokens: u64,
+    writer: Option<ShardWriter>,
+    shards: usize,
+    tokens: u64,
+}
+
+impl<'a> Split<'a> {
+    fn new(folder: &'a Path, name: &'static str, tokenizer: &Tokenizer, options: &PrepareOptions) -> Self {
+        Self {
+            folder,
+            name,
+            vocab_size: tokenizer.vocab_size(),
+            tokenizer: tokenizer.fingerprint(),
+            shard_tokens: options.shard_tokens,
+            writer: None,
+            shards: 0,
+            tokens: 0,
+        }
+    }
+
+    fn push(&mut self, tokens: &[u32]) -> Result<(), DataError> {
+        if tokens.is_empty() {
+            return Ok(());
+        }
+        let writer = match &mut self.writer {
+            Some(writer) => writer,
+            None => {
+                let path = self.folder.join(format!("{}-{:05}.bin", self.name, self.shards));
+                self.writer.insert(ShardWriter::create(&path, self.vocab_size, self.tokenizer)?)
+            }
+        };
+        writer.push(tokens)?;
+        self.tokens += tokens.len() as u64;
+        if writer.tokens() >= self.shard_tokens {
+            self.close()?;
+        }
+        Ok(())
+    }
+
+    fn close(&mut self) -> Result<(), DataError> {
+        self.shards += 1;
+        self.writer.take().map_or(Ok(()), ShardWriter::finish)
+    }
+
+    /// Number of tokens written.
+    fn finish(mut self) -> Result<u64, DataError> {
+        self.close()?;
+        Ok(self.tokens)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{NoProgress, TokenDataset};
+
+    #[test]
+    fn text_becomes_shards_that_hold_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let (text, out) = (folder.path().join("text"), folder.path().join("out"));
+        std::fs::create_dir(&text).unwrap();
+        for file in 0..200 {
+            std::fs::write(text.join(format!("{file:03}.txt")), format!("document {file}\n")).unwrap();
+        }
+        std::fs::write(text.join("latin1.txt"), b"caf\xe9").unwrap();
+        let tokenizer = Tokenizer::bytes();
+        let options = PrepareOptions { valid_fraction: 0.1, shard_tokens: 1000, ..Default::default() };
+        let report = prepare(&Sources::new([&text]), &tokenizer, &out, &options, &NoProgress).unwrap();
+        assert_eq!(report.documents, 200);
+        assert_eq!(report.skipped, [text.join("latin1.txt")]);
+        // BOS and EOS for each document.
+        assert_eq!(report.train_tokens + report.valid_tokens, report.bytes + 400);
+        assert!((100..900).contains(&report.valid_tokens), "{report:?}");
+        let data = TokenDataset::open(&out, "train", tokenizer.fingerprint(), 16).unwrap();
+        assert_eq!(data.tokens(), report.train_tokens);
+        let (mut inputs, mut targets) = (Vec::new(), Vec::new());
+        data.read(0, &mut inputs, &mut targets);
+        assert_eq!(inputs[0], 1);
+        assert_eq!(inputs[1..], targets[..15]);
+    }
+
+    #[test]
+    fn a_long_document_gives_its_end_to_validation() {
+        let text = "a line of text\n".repeat(20_000);
+        let at = split_point(&text, 0.1);
+        assert!(text[..at].ends_with('\n'));
+        assert!((0.89..0.91).contains(&(at as f64 / text.len() as f64)));
+    }
+
+    #[test]
+    fn empty_text_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.txt");
+        std::fs::write(&path, "").unwrap();
+        let out = folder.path().join("out");
+        let error = prepare(&Sources::new([path]), &Tokenizer::bytes(), &out, &PrepareOptions::default(), &NoProgress);
+        assert!(matches!(error, Err(DataError::Empty { .. })));
+    }
+}

@@ -1,0 +1,218 @@
+//! [`LlamaBackend`]: the operations that make or break LLaMA's speed and memory, as a trait over Burn's `Backend`.
+//!
+//! Each operation is a forward and an explicit backward on backend primitives (section 2.4 of the paper: what is
+//! expensive is saved, what is cheap is computed again).
+//!
+//! * The trait's default bodies are [`reference`]: plain Burn operations, the specification of every faster body. A
+//!   backend without kernels of its own is one empty `impl`.
+//! * Faster bodies override them: `flex` (SIMD and threads).
+//! * [`Autodiff`](burn::backend::Autodiff) wires each backward once, for all backends (`autodiff`).
+//!
+//! The [`ops`] module has the same operations on [`Tensor`](burn::tensor::Tensor)s, for use in modules.
+
+mod autodiff;
+#[cfg(feature = "cube")]
+mod cube;
+#[cfg(feature = "flex")]
+mod flex;
+pub mod ops;
+pub mod reference;
+#[cfg(test)]
+mod tests;
+
+use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::ops::{FloatTensor, IntTensor};
+
+/// A backend that can train: its tensors track gradients, and both it and its inner backend have LLaMA's operations.
+pub trait TrainBackend: AutodiffBackend<InnerBackend: LlamaBackend> + LlamaBackend {}
+
+impl<B: AutodiffBackend<InnerBackend: LlamaBackend> + LlamaBackend> TrainBackend for B {}
+
+/// Hyper-parameters of one AdamW update (Loshchilov and Hutter; values in section 2.3 of the paper).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWStep {
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta_1: f64,
+    /// Decay of the second moment.
+    pub beta_2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled weight decay: the parameter is first multiplied by `1 - lr · weight_decay`.
+    pub weight_decay: f64,
+    /// Number of this step, from 1, for the bias corrections.
+    pub step: u64,
+    /// Multiplies the gradient first: the global clip, and the loss normalisation.
+    pub grad_scale: f64,
+}
+
+impl AdamWStep {
+    /// `(1 - beta_1^step, 1 - beta_2^step)`.
+    pub fn bias_corrections(&self) -> (f64, f64) {
+        (1.0 - self.beta_1.powf(self.step as f64), 1.0 - self.beta_2.powf(self.step as f64))
+    }
+}
+
+/// Target of a position that takes no part in the loss.
+pub const IGNORE_TARGET: i64 = -100;
+
+/// LLaMA's fused operations. Shapes and ranks are part of the contract; `ops` reshapes where a module has more
+/// dimensions. All float tensors of a call have one dtype.
+pub trait LlamaBackend: Backend {
+    /// `x · weightᵀ`, with the weight stored as in the released checkpoints.
+    ///
+    /// # Shapes
+    /// `x [tokens, d_in]`, `weight [d_out, d_in]`, result `[tokens, d_out]`.
+    fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        reference::project::<Self>(x, weight)
+    }
+
+    /// Gradient of [`project`](Self::project) for its input: `grad · weight`.
+    fn project_backward_input(grad: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        reference::project_backward_input::<Self>(grad, weight)
+    }
+
+    /// Gradient of [`project`](Self::project) for its weight: `gradᵀ · x`.
+    fn project_backward_weight(grad: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
+        reference::project_backward_weight::<Self>(grad, x)
+    }
+
+    /// `x / rms(x) · weight` with `rms(x) = sqrt(mean(x²) + eps)`; statistics in f32 or wider.
+    ///
+    /// Returns the result and `1 / rms` of each row, which the backward needs.
+    ///
+    /// # Shapes
+    /// `x [tokens, d_model]`, `weight [d_model]`; `[tokens, d_model]` and `[tokens, 1]`.
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        reference::rms_norm::<Self>(x, weight, eps)
+    }
+
+    /// Gradients of [`rms_norm`](Self::rms_norm) for `x` and `weight`.
+    fn rms_norm_backward(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        inv_rms: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        reference::rms_norm_backward::<Self>(x, weight, inv_rms, grad)
+    }
+
+    /// Turns the pairs `(x[i], x[i + head_dim / 2])` of every head by the angles of its position. With
+    /// `inverse`, by the negative angles: the backward.
+    ///
+    /// # Shapes
+    /// `x [batch, seq_len, heads, head_dim]`, `cos` and `sin` `[seq_len, head_dim / 2]`, result as `x`.
+    fn rotary(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        inverse: bool,
+    ) -> FloatTensor<Self> {
+        reference::rotary::<Self>(x, cos, sin, inverse)
+    }
+
+    /// `softmax(scale · q kᵀ + causal mask) v`, grouped-query, masked bottom-right: query `i` of `q_len` sees the keys
+    /// `0 ..= kv_len - q_len + i`, so that training, prefill and decoding are the same operation.
+    ///
+    /// Returns the result and the log-sum-exp of each query's scores, which the backward needs.
+    ///
+    /// # Shapes
+    /// `q [batch, q_len, n_heads, head_dim]`, `k` and `v` `[batch, kv_len, n_kv_heads, head_dim]` with
+    /// `kv_len >= q_len` and `n_heads` a multiple of `n_kv_heads`; `[batch, q_len, n_heads, head_dim]` and
+    /// `[batch, n_heads, q_len]`.
+    fn causal_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        scale: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        reference::causal_attention::<Self>(q, k, v, scale)
+    }
+
+    /// Gradients of [`causal_attention`](Self::causal_attention) for `q`, `k` and `v`.
+    fn causal_attention_backward(saved: AttentionSaved<Self>, grad: FloatTensor<Self>) -> [FloatTensor<Self>; 3] {
+        reference::causal_attention_backward::<Self>(saved, grad)
+    }
+
+    /// `silu(gate) · up`.
+    ///
+    /// # Shapes
+    /// All `[tokens, d_ff]`.
+    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        reference::swiglu::<Self>(gate, up)
+    }
+
+    /// Gradients of [`swiglu`](Self::swiglu) for `gate` and `up`.
+    fn swiglu_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        reference::swiglu_backward::<Self>(gate, up, grad)
+    }
+
+    /// Cross entropy of `softmax(hidden · headᵀ)` against `targets`, for each token, in chunks of rows: the
+    /// `[tokens, vocab_size]` logits never exist whole. A target of [`IGNORE_TARGET`] gives 0.
+    ///
+    /// # Shapes
+    /// `hidden [tokens, d_model]`, `head [vocab_size, d_model]`, `targets [tokens]`; result `[tokens]`.
+    fn token_losses(hidden: FloatTensor<Self>, head: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        reference::token_losses::<Self>(hidden, head, targets)
+    }
+
+    /// The sum of [`token_losses`](Self::token_losses) as a tensor `[1]`. This is the one that can be differentiated.
+    fn linear_cross_entropy(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        Self::float_sum(Self::token_losses(hidden, head, targets))
+    }
+
+    /// [`linear_cross_entropy`](Self::linear_cross_entropy) together with its gradients for `hidden` and `head`,
+    /// made while each chunk of logits is at hand.
+    fn linear_cross_entropy_with_grads(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> [FloatTensor<Self>; 3] {
+        reference::linear_cross_entropy_with_grads::<Self>(hidden, head, targets)
+    }
+
+    /// One AdamW update of a parameter and its moments `m` and `v`, in one pass where the backend can.
+    ///
+    /// # Shapes
+    /// Four tensors of one shape; returns the new `[param, m, v]`.
+    fn adamw(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        m: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        step: &AdamWStep,
+    ) -> [FloatTensor<Self>; 3] {
+        reference::adamw::<Self>(param, grad, m, v, step)
+    }
+
+    /// Sum of the squares of all elements, as a tensor `[1]`: a gradient's share of the global norm.
+    fn sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::float_sum(Self::float_mul(x.clone(), x))
+    }
+}
+
+/// What the forward of attention keeps for its backward: O(seq_len · d_model), no quadratic term.
+#[derive(Clone, Debug)]
+pub struct AttentionSaved<B: Backend> {
+    /// Queries.
+    pub q: FloatTensor<B>,
+    /// Keys.
+    pub k: FloatTensor<B>,
+    /// Values.
+    pub v: FloatTensor<B>,
+    /// The forward's result.
+    pub out: FloatTensor<B>,
+    /// The forward's log-sum-exp per query.
+    pub lse: FloatTensor<B>,
+    /// Factor of the scores.
+    pub scale: f64,
+}

@@ -1,0 +1,147 @@
+//! The operations of [`LlamaBackend`] on tensors of any rank, as the modules use them.
+
+use burn::tensor::backend::Backend;
+use burn::tensor::ops::FloatTensor;
+use burn::tensor::{Int, Tensor, TensorPrimitive};
+
+use super::LlamaBackend;
+
+/// A primitive as a tensor.
+pub fn tensor<B: Backend, const D: usize>(primitive: FloatTensor<B>) -> Tensor<B, D> {
+    Tensor::from_primitive(TensorPrimitive::Float(primitive))
+}
+
+/// A tensor as its primitive.
+pub fn primitive<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> FloatTensor<B> {
+    tensor.into_primitive().tensor()
+}
+
+/// All leading dimensions folded into one: `[tokens, features]`. A product on three dimensions would make a weight
+/// gradient per batch element.
+fn fold<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, 2> {
+    let dims = x.dims();
+    let features = dims[D - 1];
+    x.reshape([dims[..D - 1].iter().product(), features])
+}
+
+/// `x · weightᵀ`.
+///
+/// # Shapes
+/// `x [.., d_in]`, `weight [d_out, d_in]`, result `[.., d_out]`.
+///
+/// # Panics
+/// If the widths or dtypes differ.
+pub fn linear<B: LlamaBackend, const D: usize>(x: Tensor<B, D>, weight: Tensor<B, 2>) -> Tensor<B, D> {
+    let mut dims = x.dims();
+    let [d_out, d_in] = weight.dims();
+    assert_eq!(dims[D - 1], d_in, "linear: the input has width {}, the weight takes {d_in}", dims[D - 1]);
+    assert_eq!(x.dtype(), weight.dtype(), "linear: input and weight have different dtypes");
+    dims[D - 1] = d_out;
+    tensor::<B, 2>(B::project(primitive(fold(x)), primitive(weight))).reshape(dims)
+}
+
+/// Root-mean-square normalisation (Zhang and Sennrich): `x / rms(x) · weight`.
+///
+/// # Shapes
+/// `x [.., d_model]`, `weight [d_model]`, result as `x`.
+///
+/// # Panics
+/// If the widths differ.
+pub fn rms_norm<B: LlamaBackend, const D: usize>(x: Tensor<B, D>, weight: Tensor<B, 1>, eps: f64) -> Tensor<B, D> {
+    let dims = x.dims();
+    assert_eq!(dims[D - 1], weight.dims()[0], "rms_norm: input and weight have different widths");
+    let (out, _) = B::rms_norm(primitive(fold(x)), primitive(weight), eps);
+    tensor::<B, 2>(out).reshape(dims)
+}
+
+/// Rotary position embedding (Su et al.) of queries or keys.
+///
+/// # Shapes
+/// `x [batch, seq_len, heads, head_dim]`, `cos` and `sin` `[seq_len, head_dim / 2]`, result as `x`.
+///
+/// # Panics
+/// If the tables do not fit.
+pub fn rotary<B: LlamaBackend>(x: Tensor<B, 4>, cos: Tensor<B, 2>, sin: Tensor<B, 2>) -> Tensor<B, 4> {
+    let [_, seq_len, _, head_dim] = x.dims();
+    assert_eq!(cos.dims(), [seq_len, head_dim / 2], "rotary: the table does not fit the input");
+    assert_eq!(sin.dims(), cos.dims(), "rotary: cosine and sine tables differ");
+    tensor(B::rotary(primitive(x), primitive(cos), primitive(sin), false))
+}
+
+/// Causal grouped-query attention with scores scaled by `1 / sqrt(head_dim)`.
+///
+/// # Shapes
+/// `q [batch, q_len, n_heads, head_dim]`, `k` and `v` `[batch, kv_len, n_kv_heads, head_dim]`, result as `q`.
+///
+/// # Panics
+/// If the shapes do not fit or there are more queries than keys.
+pub fn causal_attention<B: LlamaBackend>(q: Tensor<B, 4>, k: Tensor<B, 4>, v: Tensor<B, 4>) -> Tensor<B, 4> {
+    let [batch, q_len, n_heads, head_dim] = q.dims();
+    let [k_batch, kv_len, n_kv_heads, k_dim] = k.dims();
+    assert_eq!(k.dims(), v.dims(), "attention: keys and values have different shapes");
+    assert_eq!((batch, head_dim), (k_batch, k_dim), "attention: queries and keys do not fit");
+    assert!(n_heads % n_kv_heads == 0, "attention: {n_heads} query heads cannot share {n_kv_heads} key heads");
+    assert!(q_len <= kv_len, "attention: {q_len} queries but only {kv_len} keys");
+    let scale = 1.0 / (head_dim as f64).sqrt();
+    tensor(B::causal_attention(primitive(q), primitive(k), primitive(v), scale).0)
+}
+
+/// `silu(gate) · up` (Shazeer, SwiGLU).
+///
+/// # Shapes
+/// All alike, `[.., d_ff]`.
+///
+/// # Panics
+/// If the shapes differ.
+pub fn swiglu<B: LlamaBackend, const D: usize>(gate: Tensor<B, D>, up: Tensor<B, D>) -> Tensor<B, D> {
+    let dims = gate.dims();
+    assert_eq!(dims, up.dims(), "swiglu: gate and up have different shapes");
+    tensor::<B, 2>(B::swiglu(primitive(fold(gate)), primitive(fold(up)))).reshape(dims)
+}
+
+/// Summed cross entropy of the next-token distribution `softmax(hidden · headᵀ)`; see
+/// [`LlamaBackend::linear_cross_entropy`].
+///
+/// # Shapes
+/// `hidden [.., d_model]`, `head [vocab_size, d_model]`, `targets` with one entry for each row of `hidden`; result `[1]`.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn linear_cross_entropy<B: LlamaBackend, const D: usize, const T: usize>(
+    hidden: Tensor<B, D>,
+    head: Tensor<B, 2>,
+    targets: Tensor<B, T, Int>,
+) -> Tensor<B, 1> {
+    let (hidden, targets) = loss_inputs(hidden, &head, targets);
+    tensor(B::linear_cross_entropy(primitive(hidden), primitive(head), targets.into_primitive()))
+}
+
+/// Cross entropy of each token; see [`LlamaBackend::token_losses`]. Not differentiable.
+///
+/// # Shapes
+/// `hidden [.., d_model]`, `head [vocab_size, d_model]`, `targets` with one entry for each row of `hidden`; result
+/// `[rows]`.
+///
+/// # Panics
+/// If the shapes do not fit, or a tensor tracks gradients: use a model without autodiff (`model.valid()`).
+pub fn token_losses<B: LlamaBackend, const D: usize, const T: usize>(
+    hidden: Tensor<B, D>,
+    head: Tensor<B, 2>,
+    targets: Tensor<B, T, Int>,
+) -> Tensor<B, 1> {
+    let (hidden, targets) = loss_inputs(hidden, &head, targets);
+    tensor(B::token_losses(primitive(hidden), primitive(head), targets.into_primitive()))
+}
+
+fn loss_inputs<B: Backend, const D: usize, const T: usize>(
+    hidden: Tensor<B, D>,
+    head: &Tensor<B, 2>,
+    targets: Tensor<B, T, Int>,
+) -> (Tensor<B, 2>, Tensor<B, 1, Int>) {
+    let hidden = fold(hidden);
+    let [rows, d_model] = hidden.dims();
+    assert_eq!(d_model, head.dims()[1], "cross entropy: hidden states and head have different widths");
+    let targets: Tensor<B, 1, Int> = targets.flatten(0, T - 1);
+    assert_eq!(rows, targets.dims()[0], "cross entropy: one target is needed for each hidden state");
+    (hidden, targets)
+}

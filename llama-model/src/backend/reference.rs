@@ -1,0 +1,290 @@
+//! The specification: every operation of [`LlamaBackend`](super::LlamaBackend) in plain Burn operations, forward and
+//! backward. Faster bodies are tested against these; their backwards against finite differences in f64.
+
+use burn::tensor::backend::Backend;
+use burn::tensor::ops::{FloatTensor, IntTensor};
+use burn::tensor::{DType, Int, Tensor, TensorMetadata, activation};
+
+use super::ops::{primitive, tensor};
+use super::{AdamWStep, AttentionSaved, IGNORE_TARGET};
+
+/// Rows of logits that exist at once in the chunked cross entropy.
+pub const CROSS_ENTROPY_CHUNK: usize = 512;
+
+/// Score of a masked pair: small enough to vanish, finite because not every shader language has infinities.
+const MASKED: f64 = -1e30;
+
+/// [`LlamaBackend::project`](super::LlamaBackend::project).
+pub fn project<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_matmul(x, B::float_transpose(weight))
+}
+
+/// [`LlamaBackend::project_backward_input`](super::LlamaBackend::project_backward_input).
+pub fn project_backward_input<B: Backend>(grad: FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_matmul(grad, weight)
+}
+
+/// [`LlamaBackend::project_backward_weight`](super::LlamaBackend::project_backward_weight).
+pub fn project_backward_weight<B: Backend>(grad: FloatTensor<B>, x: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_matmul(B::float_transpose(grad), x)
+}
+
+/// The dtype statistics are computed in: f64 stays, everything else is f32.
+fn wide(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+/// [`LlamaBackend::rms_norm`](super::LlamaBackend::rms_norm).
+pub fn rms_norm<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>, eps: f64) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (x, weight) = (tensor::<B, 2>(x), tensor::<B, 1>(weight));
+    let dtype = x.dtype();
+    let x = x.cast(wide(dtype));
+    let inv_rms = x.clone().square().mean_dim(1).add_scalar(eps).sqrt().recip();
+    let normed = (x * inv_rms.clone()).cast(dtype);
+    (primitive(normed * weight.unsqueeze()), primitive(inv_rms))
+}
+
+/// [`LlamaBackend::rms_norm_backward`](super::LlamaBackend::rms_norm_backward).
+///
+/// With `x̂ = x / rms` and `g = grad · weight`: `dx = (g - x̂ · mean(g · x̂)) / rms`, `dweight = Σ grad · x̂`.
+pub fn rms_norm_backward<B: Backend>(
+    x: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    inv_rms: FloatTensor<B>,
+    grad: FloatTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (x, weight) = (tensor::<B, 2>(x), tensor::<B, 1>(weight));
+    let (inv_rms, grad) = (tensor::<B, 2>(inv_rms), tensor::<B, 2>(grad));
+    let dtype = x.dtype();
+    let normed = x.cast(wide(dtype)) * inv_rms.clone();
+    let grad = grad.cast(wide(dtype));
+    let d_weight = (grad.clone() * normed.clone()).sum_dim(0).squeeze_dim::<1>(0);
+    let g = grad * weight.cast(wide(dtype)).unsqueeze();
+    let mean = (g.clone() * normed.clone()).mean_dim(1);
+    let d_x = (g - normed * mean) * inv_rms;
+    (primitive(d_x.cast(dtype)), primitive(d_weight.cast(dtype)))
+}
+
+/// [`LlamaBackend::rotary`](super::LlamaBackend::rotary).
+pub fn rotary<B: Backend>(
+    x: FloatTensor<B>,
+    cos: FloatTensor<B>,
+    sin: FloatTensor<B>,
+    inverse: bool,
+) -> FloatTensor<B> {
+    let x = tensor::<B, 4>(x);
+    let [_, seq_len, _, head_dim] = x.dims();
+    let dtype = x.dtype();
+    let table = |t| tensor::<B, 2>(t).cast(dtype).reshape([1, seq_len, 1, head_dim / 2]);
+    let (cos, sin) = (table(cos), table(sin));
+    let sin = if inverse { sin.neg() } else { sin };
+    let first = x.clone().narrow(3, 0, head_dim / 2);
+    let second = x.narrow(3, head_dim / 2, head_dim / 2);
+    primitive(Tensor::cat(
+        vec![first.clone() * cos.clone() - second.clone() * sin.clone(), second * cos + first * sin],
+        3,
+    ))
+}
+
+/// Queries, keys or values as `[batch, n_heads, len, head_dim]`, each key and value head repeated for its group.
+fn heads_first<B: Backend>(x: Tensor<B, 4>, n_heads: usize) -> Tensor<B, 4> {
+    let [batch, len, n_kv_heads, head_dim] = x.dims();
+    let x = x.swap_dims(1, 2);
+    if n_kv_heads == n_heads {
+        return x;
+    }
+    let group = n_heads / n_kv_heads;
+    x.reshape([batch, n_kv_heads, 1, len, head_dim])
+        .expand([batch, n_kv_heads, group, len, head_dim])
+        .reshape([batch, n_heads, len, head_dim])
+}
+
+/// Scores with the bottom-right causal mask, `[batch, n_heads, q_len, kv_len]`.
+fn masked_scores<B: Backend>(q: Tensor<B, 4>, k: Tensor<B, 4>, scale: f64) -> Tensor<B, 4> {
+    let [_, _, q_len, _] = q.dims();
+    let [_, _, kv_len, _] = k.dims();
+    let device = q.device();
+    let scores = q.matmul(k.swap_dims(2, 3)).mul_scalar(scale);
+    let rows = Tensor::<B, 1, Int>::arange(0..q_len as i64, &device).add_scalar((kv_len - q_len) as i64);
+    let columns = Tensor::<B, 1, Int>::arange(0..kv_len as i64, &device);
+    let future = columns
+        .unsqueeze_dim::<2>(0)
+        .expand([q_len, kv_len])
+        .greater(rows.unsqueeze_dim::<2>(1).expand([q_len, kv_len]));
+    scores.mask_fill(future.unsqueeze::<4>(), MASKED)
+}
+
+/// [`LlamaBackend::causal_attention`](super::LlamaBackend::causal_attention).
+pub fn causal_attention<B: Backend>(
+    q: FloatTensor<B>,
+    k: FloatTensor<B>,
+    v: FloatTensor<B>,
+    scale: f64,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (q, k, v) = (tensor::<B, 4>(q), tensor::<B, 4>(k), tensor::<B, 4>(v));
+    let [batch, q_len, n_heads, _] = q.dims();
+    let scores = masked_scores(q.swap_dims(1, 2), heads_first(k, n_heads), scale);
+    let dtype = scores.dtype();
+    let scores = scores.cast(wide(dtype));
+    let max = scores.clone().max_dim(3);
+    let exp = (scores - max.clone()).exp();
+    let sum = exp.clone().sum_dim(3);
+    let weights = (exp / sum.clone()).cast(dtype);
+    let out = weights.matmul(heads_first(v, n_heads)).swap_dims(1, 2);
+    let lse = (sum.log() + max).reshape([batch, n_heads, q_len]);
+    (primitive(out), primitive(lse))
+}
+
+/// [`LlamaBackend::causal_attention_backward`](super::LlamaBackend::causal_attention_backward).
+///
+/// With `P = exp(S - lse)`: `dV = Pᵀ dO`, `dP = dO Vᵀ`, `dS = P · (dP - rowsum(dO · O))`, `dQ = scale dS K`,
+/// `dK = scale dSᵀ Q` (Dao et al., FlashAttention, appendix B).
+pub fn causal_attention_backward<B: Backend>(saved: AttentionSaved<B>, grad: FloatTensor<B>) -> [FloatTensor<B>; 3] {
+    let AttentionSaved { q, k, v, out, lse, scale } = saved;
+    let (q, k, v) = (tensor::<B, 4>(q), tensor::<B, 4>(k), tensor::<B, 4>(v));
+    let (out, grad, lse) = (tensor::<B, 4>(out), tensor::<B, 4>(grad), tensor::<B, 3>(lse));
+    let [batch, kv_len, n_kv_heads, head_dim] = k.dims();
+    let n_heads = q.dims()[2];
+    let dtype = q.dtype();
+
+    let delta = (out * grad.clone()).cast(wide(dtype)).sum_dim(3).swap_dims(1, 2);
+    let (q, grad) = (q.swap_dims(1, 2), grad.swap_dims(1, 2));
+    let (k, v) = (heads_first(k, n_heads), heads_first(v, n_heads));
+    let scores = masked_scores(q.clone(), k.clone(), scale).cast(wide(dtype));
+    let weights = (scores - lse.unsqueeze_dim::<4>(3)).exp();
+    let d_v = weights.clone().cast(dtype).swap_dims(2, 3).matmul(grad.clone());
+    let d_weights = grad.matmul(v.swap_dims(2, 3)).cast(wide(dtype));
+    let d_scores = (weights * (d_weights - delta)).mul_scalar(scale).cast(dtype);
+    let d_q = d_scores.clone().matmul(k);
+    let d_k = d_scores.swap_dims(2, 3).matmul(q);
+
+    let group_sum = |x: Tensor<B, 4>| {
+        x.reshape([batch, n_kv_heads, n_heads / n_kv_heads, kv_len, head_dim])
+            .sum_dim(2)
+            .squeeze_dim::<4>(2)
+            .swap_dims(1, 2)
+    };
+    [primitive(d_q.swap_dims(1, 2)), primitive(group_sum(d_k)), primitive(group_sum(d_v))]
+}
+
+/// [`LlamaBackend::swiglu`](super::LlamaBackend::swiglu).
+pub fn swiglu<B: Backend>(gate: FloatTensor<B>, up: FloatTensor<B>) -> FloatTensor<B> {
+    let (gate, up) = (tensor::<B, 2>(gate), tensor::<B, 2>(up));
+    primitive(activation::silu(gate) * up)
+}
+
+/// [`LlamaBackend::swiglu_backward`](super::LlamaBackend::swiglu_backward).
+///
+/// With `σ = sigmoid(gate)`: `dgate = grad · up · σ · (1 + gate · (1 - σ))`, `dup = grad · gate · σ`.
+pub fn swiglu_backward<B: Backend>(
+    gate: FloatTensor<B>,
+    up: FloatTensor<B>,
+    grad: FloatTensor<B>,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let (gate, up, grad) = (tensor::<B, 2>(gate), tensor::<B, 2>(up), tensor::<B, 2>(grad));
+    let sigmoid = activation::sigmoid(gate.clone());
+    let silu = gate.clone() * sigmoid.clone();
+    let d_up = grad.clone() * silu.clone();
+    let d_gate = grad * up * (sigmoid.clone() + silu * (sigmoid.neg().add_scalar(1.0)));
+    (primitive(d_gate), primitive(d_up))
+}
+
+/// One chunk of rows of the cross entropy.
+struct Chunk<B: Backend> {
+    /// `[rows, vocab_size]`
+    log_probs: Tensor<B, 2>,
+    /// Column of the target, 0 where it is ignored, `[rows, 1]`
+    columns: Tensor<B, 2, Int>,
+    /// 1 where the target counts, 0 where it is ignored, `[rows, 1]`
+    counts: Tensor<B, 2>,
+}
+
+impl<B: Backend> Chunk<B> {
+    fn new(hidden: Tensor<B, 2>, head: Tensor<B, 2>, targets: Tensor<B, 1, Int>) -> Self {
+        let logits = hidden.matmul(head.transpose());
+        let logits = logits.clone().cast(wide(logits.dtype()));
+        let ignored = targets.clone().equal_elem(IGNORE_TARGET);
+        let counts = ignored.clone().bool_not().float().cast(logits.dtype()).unsqueeze_dim::<2>(1);
+        Self {
+            log_probs: activation::log_softmax(logits, 1),
+            columns: targets.mask_fill(ignored, 0).unsqueeze_dim::<2>(1),
+            counts,
+        }
+    }
+
+    /// `[rows, 1]`
+    fn losses(&self) -> Tensor<B, 2> {
+        self.log_probs.clone().gather(1, self.columns.clone()).neg() * self.counts.clone()
+    }
+
+    /// Gradient of the summed losses for the logits: `softmax - onehot(target)`.
+    fn d_logits(self) -> Tensor<B, 2> {
+        let ones = Tensor::ones_like(&self.counts);
+        let d_logits = self.log_probs.exp().scatter(1, self.columns, ones.neg(), burn::tensor::IndexingUpdateOp::Add);
+        d_logits * self.counts
+    }
+}
+
+fn chunks<B: Backend>(
+    hidden: Tensor<B, 2>,
+    targets: Tensor<B, 1, Int>,
+) -> impl Iterator<Item = (Tensor<B, 2>, Tensor<B, 1, Int>)> {
+    let rows = hidden.dims()[0];
+    (0..rows).step_by(CROSS_ENTROPY_CHUNK).map(move |start| {
+        let len = CROSS_ENTROPY_CHUNK.min(rows - start);
+        (hidden.clone().narrow(0, start, len), targets.clone().narrow(0, start, len))
+    })
+}
+
+/// [`LlamaBackend::token_losses`](super::LlamaBackend::token_losses).
+pub fn token_losses<B: Backend>(hidden: FloatTensor<B>, head: FloatTensor<B>, targets: IntTensor<B>) -> FloatTensor<B> {
+    let head = tensor::<B, 2>(head);
+    let losses = chunks::<B>(tensor(hidden), Tensor::from_primitive(targets))
+        .map(|(hidden, targets)| Chunk::new(hidden, head.clone(), targets).losses().squeeze_dim::<1>(1))
+        .collect();
+    primitive(Tensor::cat(losses, 0))
+}
+
+/// [`LlamaBackend::linear_cross_entropy_with_grads`](super::LlamaBackend::linear_cross_entropy_with_grads).
+pub fn linear_cross_entropy_with_grads<B: Backend>(
+    hidden: FloatTensor<B>,
+    head: FloatTensor<B>,
+    targets: IntTensor<B>,
+) -> [FloatTensor<B>; 3] {
+    let head = tensor::<B, 2>(head);
+    let mut loss = Tensor::<B, 1>::zeros([1], (&head.device(), wide(head.dtype())));
+    let mut d_head = Tensor::zeros_like(&head);
+    let mut d_hidden = Vec::new();
+    for (hidden, targets) in chunks::<B>(tensor(hidden), Tensor::from_primitive(targets)) {
+        let chunk = Chunk::new(hidden.clone(), head.clone(), targets);
+        loss = loss + chunk.losses().sum();
+        let d_logits = chunk.d_logits().cast(head.dtype());
+        d_hidden.push(d_logits.clone().matmul(head.clone()));
+        d_head = d_head + d_logits.transpose().matmul(hidden);
+    }
+    [primitive(loss), primitive(Tensor::cat(d_hidden, 0)), primitive(d_head)]
+}
+
+/// [`LlamaBackend::adamw`](super::LlamaBackend::adamw).
+pub fn adamw<B: Backend>(
+    param: FloatTensor<B>,
+    grad: FloatTensor<B>,
+    m: FloatTensor<B>,
+    v: FloatTensor<B>,
+    step: &AdamWStep,
+) -> [FloatTensor<B>; 3] {
+    let shape = param.shape();
+    let flat = |x: FloatTensor<B>| {
+        let len = x.shape().num_elements();
+        tensor::<B, 1>(B::float_reshape(x, [len].into()))
+    };
+    let (param, m, v) = (flat(param), flat(m), flat(v));
+    let grad = flat(grad).mul_scalar(step.grad_scale);
+    let (correction_1, correction_2) = step.bias_corrections();
+    let m = m.mul_scalar(step.beta_1) + grad.clone().mul_scalar(1.0 - step.beta_1);
+    let v = v.mul_scalar(step.beta_2) + grad.square().mul_scalar(1.0 - step.beta_2);
+    let root = v.clone().div_scalar(correction_2).sqrt().add_scalar(step.epsilon);
+    let param =
+        param.mul_scalar(1.0 - step.lr * step.weight_decay) - m.clone().div(root).mul_scalar(step.lr / correction_1);
+    [param, m, v].map(|x| B::float_reshape(primitive(x), shape.clone()))
+}

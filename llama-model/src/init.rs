@@ -1,0 +1,67 @@
+//! Seeded initial weights, equal on every backend: made on the host, one random stream per parameter.
+
+use burn::module::{Param, ParamId};
+use burn::tensor::{Tensor, TensorData};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::backend::LlamaBackend;
+
+/// Standard deviation of the weights.
+const STD: f64 = 0.02;
+
+/// Makes parameters below a path such as `layers.0.attention`.
+pub(crate) struct Init<'a, B: LlamaBackend> {
+    seed: u64,
+    n_layers: usize,
+    path: String,
+    device: &'a B::Device,
+}
+
+impl<'a, B: LlamaBackend> Init<'a, B> {
+    pub(crate) fn new(seed: u64, n_layers: usize, device: &'a B::Device) -> Self {
+        Self { seed, n_layers, path: String::new(), device }
+    }
+
+    /// The same below `name`.
+    pub(crate) fn at(&self, name: &str) -> Self {
+        let path = if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) };
+        Self { path, ..*self }
+    }
+
+    pub(crate) fn std(&self) -> f64 {
+        STD
+    }
+
+    /// For matrices that write into the residual stream: its variance does not grow with the 2L terms it sums.
+    pub(crate) fn residual_std(&self) -> f64 {
+        STD / (2.0 * self.n_layers as f64).sqrt()
+    }
+
+    pub(crate) fn normal(&self, dims: [usize; 2], std: f64) -> Param<Tensor<B, 2>> {
+        let mut rng = ChaCha8Rng::seed_from_u64(self.hash(self.seed));
+        let values: Vec<f32> = (0..dims[0] * dims[1])
+            .map(|_| {
+                let z: f32 = StandardNormal.sample(&mut rng);
+                z * std as f32
+            })
+            .collect();
+        self.param(Tensor::from_data(TensorData::new(values, dims), self.device))
+    }
+
+    pub(crate) fn ones(&self, dims: [usize; 1]) -> Param<Tensor<B, 1>> {
+        self.param(Tensor::ones(dims, self.device))
+    }
+
+    /// Burn's parameter ids are random in each process; these follow from the path, so that optimizer states can be
+    /// matched after a restart.
+    fn param<const D: usize>(&self, tensor: Tensor<B, D>) -> Param<Tensor<B, D>> {
+        Param::initialized(ParamId::from(self.hash(0)), tensor.require_grad())
+    }
+
+    fn hash(&self, seed: u64) -> u64 {
+        xxh3_64_with_seed(format!("{}.weight", self.path).as_bytes(), seed)
+    }
+}

@@ -1,0 +1,66 @@
+//! Multi-head causal self-attention with rotary positions (paper, section 2.2), grouped-query where `n_kv_heads` is
+//! below `n_heads` (LLaMA 2 and 3).
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+
+use super::{LayerCache, Linear, RotaryEmbedding};
+use crate::LlamaConfig;
+use crate::backend::{LlamaBackend, ops};
+use crate::init::Init;
+
+/// Attention of one block.
+#[derive(Module, Debug)]
+pub struct Attention<B: LlamaBackend> {
+    /// `d_model` to `n_heads · head_dim`.
+    pub wq: Linear<B>,
+    /// `d_model` to `n_kv_heads · head_dim`.
+    pub wk: Linear<B>,
+    /// `d_model` to `n_kv_heads · head_dim`.
+    pub wv: Linear<B>,
+    /// `n_heads · head_dim` to `d_model`.
+    pub wo: Linear<B>,
+    /// Width of one head.
+    pub head_dim: usize,
+}
+
+impl<B: LlamaBackend> Attention<B> {
+    pub(crate) fn new(config: &LlamaConfig, init: &Init<B>) -> Self {
+        let std = init.std();
+        Self {
+            wq: Linear::new(config.d_model, config.d_q(), std, &init.at("wq")),
+            wk: Linear::new(config.d_model, config.d_kv(), std, &init.at("wk")),
+            wv: Linear::new(config.d_model, config.d_kv(), std, &init.at("wv")),
+            wo: Linear::new(config.d_q(), config.d_model, init.residual_std(), &init.at("wo")),
+            head_dim: config.head_dim,
+        }
+    }
+
+    /// With a cache, `x` continues the sequences in it.
+    ///
+    /// # Shapes
+    /// `x [batch, seq_len, d_model]`, result as `x`.
+    pub fn forward(
+        &self,
+        x: Tensor<B, 3>,
+        rope: &RotaryEmbedding<B>,
+        cache: Option<&mut LayerCache<B>>,
+    ) -> Tensor<B, 3> {
+        let [batch, seq_len, _] = x.dims();
+        let start = cache.as_ref().map_or(0, |cache| cache.len());
+        let heads = |x: Tensor<B, 3>| {
+            let width = x.dims()[2];
+            x.reshape([batch, seq_len, width / self.head_dim, self.head_dim])
+        };
+
+        let q = rope.forward(heads(self.wq.forward(x.clone())), start);
+        let k = rope.forward(heads(self.wk.forward(x.clone())), start);
+        let v = heads(self.wv.forward(x));
+        let (k, v) = match cache {
+            Some(cache) => cache.append(k, v),
+            None => (k, v),
+        };
+        let out = ops::causal_attention(q, k, v);
+        self.wo.forward(out.flatten::<3>(2, 3))
+    }
+}

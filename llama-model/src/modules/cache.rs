@@ -1,0 +1,102 @@
+//! Keys and values of past positions. The caller owns the cache and hands it to `forward`.
+
+use burn::tensor::Tensor;
+
+use crate::backend::LlamaBackend;
+use crate::{LlamaConfig, ModelError};
+
+/// Room for the keys and values of every layer. Full is an error, never a silent slide.
+#[derive(Debug)]
+pub struct KvCache<B: LlamaBackend> {
+    layers: Vec<LayerCache<B>>,
+    batch: usize,
+    capacity: usize,
+}
+
+/// One layer's keys and values, `[batch, capacity, n_kv_heads, head_dim]` each.
+#[derive(Debug)]
+pub struct LayerCache<B: LlamaBackend> {
+    keys: Option<Tensor<B, 4>>,
+    values: Option<Tensor<B, 4>>,
+    len: usize,
+}
+
+impl<B: LlamaBackend> KvCache<B> {
+    /// An empty cache for `batch` sequences of up to `capacity` positions.
+    ///
+    /// # Errors
+    /// [`ModelError::SequenceTooLong`] if the model's rotary tables end before `capacity`.
+    pub fn new(config: &LlamaConfig, batch: usize, capacity: usize, device: &B::Device) -> Result<Self, ModelError> {
+        if capacity > config.max_seq_len {
+            return Err(ModelError::SequenceTooLong { len: capacity, max: config.max_seq_len });
+        }
+        let zeros = || Some(Tensor::zeros([batch, capacity, config.n_kv_heads, config.head_dim], device));
+        let layers = (0..config.n_layers).map(|_| LayerCache { keys: zeros(), values: zeros(), len: 0 }).collect();
+        Ok(Self { layers, batch, capacity })
+    }
+
+    /// Positions in use.
+    pub fn len(&self) -> usize {
+        self.layers.first().map_or(0, |layer| layer.len)
+    }
+
+    /// Whether no position is in use.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Positions there are.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Forgets all positions.
+    pub fn clear(&mut self) {
+        self.layers.iter_mut().for_each(|layer| layer.len = 0);
+    }
+
+    /// Whether `[batch, seq_len]` new tokens fit.
+    pub(crate) fn check(&self, batch: usize, seq_len: usize, n_layers: usize) -> Result<(), ModelError> {
+        if (batch, n_layers) != (self.batch, self.layers.len()) {
+            return Err(ModelError::CacheMismatch {
+                expected: format!("batch {} and {} layers", self.batch, self.layers.len()),
+                found: format!("batch {batch} and {n_layers} layers"),
+            });
+        }
+        if self.len() + seq_len > self.capacity {
+            return Err(ModelError::CacheFull { len: self.len(), new: seq_len, capacity: self.capacity });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn layer(&mut self, layer: usize) -> &mut LayerCache<B> {
+        &mut self.layers[layer]
+    }
+}
+
+impl<B: LlamaBackend> LayerCache<B> {
+    /// Positions in use.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no position is in use.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Appends keys and values and returns all there are, `[batch, len, n_kv_heads, head_dim]`.
+    pub(crate) fn append(&mut self, k: Tensor<B, 4>, v: Tensor<B, 4>) -> (Tensor<B, 4>, Tensor<B, 4>) {
+        let start = self.len;
+        self.len += k.dims()[1];
+        let end = self.len;
+        // Taken out for the write, so that the buffer has one owner and is changed in place.
+        let write = |slot: &mut Option<Tensor<B, 4>>, new: Tensor<B, 4>| {
+            let buffer = slot.take().expect("the slot is only empty inside this function");
+            let [batch, _, heads, dim] = new.dims();
+            let buffer = buffer.slice_assign([0..batch, start..end, 0..heads, 0..dim], new);
+            slot.insert(buffer).clone().narrow(1, 0, end)
+        };
+        (write(&mut self.keys, k), write(&mut self.values, v))
+    }
+}

@@ -1,0 +1,26 @@
+//! Token embedding: a row of the matrix for each token.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Int, Tensor};
+
+use crate::backend::LlamaBackend;
+use crate::init::Init;
+
+/// Token embedding.
+#[derive(Module, Debug)]
+pub struct Embedding<B: LlamaBackend> {
+    /// `[vocab_size, d_model]`
+    pub weight: Param<Tensor<B, 2>>,
+}
+
+impl<B: LlamaBackend> Embedding<B> {
+    pub(crate) fn new(vocab_size: usize, d_model: usize, std: f64, init: &Init<B>) -> Self {
+        Self { weight: init.normal([vocab_size, d_model], std) }
+    }
+
+    /// # Shapes
+    /// `tokens [batch, seq_len]`, result `[batch, seq_len, d_model]`.
+    pub fn forward(&self, tokens: Tensor<B, 2, Int>) -> Tensor<B, 3> {
+        burn::tensor::module::embedding(self.weight.val(), tokens)
+    }
+}

@@ -1,0 +1,144 @@
+//! The whole model: embedding, blocks, final norm, output head.
+
+use burn::module::Module;
+use burn::tensor::{Int, Tensor};
+
+use super::{Block, Embedding, KvCache, Linear, RmsNorm, RotaryEmbedding};
+use crate::backend::{LlamaBackend, ops};
+use crate::init::Init;
+use crate::{LlamaConfig, ModelError};
+
+/// A LLaMA language model. Parameters carry the names of the released checkpoints.
+#[derive(Module, Debug)]
+pub struct Llama<B: LlamaBackend> {
+    /// Token embeddings.
+    pub tok_embeddings: Embedding<B>,
+    /// The blocks.
+    pub layers: Vec<Block<B>>,
+    /// Final norm.
+    pub norm: RmsNorm<B>,
+    /// Output head; the embedding matrix serves as head where there is none.
+    pub output: Option<Linear<B>>,
+    /// Rotary tables, shared by all blocks.
+    pub rope: RotaryEmbedding<B>,
+}
+
+impl LlamaConfig {
+    /// A new model. Matrices are drawn from N(0, 0.02²), those that write into the residual stream (`wo`, `w2`) from
+    /// N(0, 0.02² / 2L) with L layers (GPT-2's rule; the paper states none); norm gains are 1. Each parameter has a
+    /// random stream of its own, made on the host from `seed` and its name, so a seed gives the same weights on every
+    /// backend.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] if the fields describe no model.
+    pub fn init<B: LlamaBackend>(&self, seed: u64, device: &B::Device) -> Result<Llama<B>, ModelError> {
+        self.validate()?;
+        let init = Init::new(seed, self.n_layers, device);
+        Ok(Llama {
+            tok_embeddings: Embedding::new(self.vocab_size, self.d_model, init.std(), &init.at("tok_embeddings")),
+            layers: (0..self.n_layers).map(|layer| Block::new(self, &init.at(&format!("layers.{layer}")))).collect(),
+            norm: RmsNorm::new(self.d_model, self.norm_eps, &init.at("norm")),
+            output: (!self.tied_head)
+                .then(|| Linear::new(self.d_model, self.vocab_size, init.std(), &init.at("output"))),
+            rope: RotaryEmbedding::new(self, device),
+        })
+    }
+}
+
+impl<B: LlamaBackend> Llama<B> {
+    /// Logits of the token after each position. With a cache, `tokens` continue the sequences in it.
+    ///
+    /// # Shapes
+    /// `tokens [batch, seq_len]`, result `[batch, seq_len, vocab_size]`.
+    ///
+    /// # Errors
+    /// If the sequence is longer than `max_seq_len` or the cache is full or made for another shape.
+    pub fn forward(
+        &self,
+        tokens: Tensor<B, 2, Int>,
+        cache: Option<&mut KvCache<B>>,
+    ) -> Result<Tensor<B, 3>, ModelError> {
+        Ok(self.head(self.hidden(tokens, cache)?))
+    }
+
+    /// Hidden states after the final norm: what the head reads.
+    ///
+    /// # Shapes
+    /// `tokens [batch, seq_len]`, result `[batch, seq_len, d_model]`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn hidden(
+        &self,
+        tokens: Tensor<B, 2, Int>,
+        mut cache: Option<&mut KvCache<B>>,
+    ) -> Result<Tensor<B, 3>, ModelError> {
+        let [batch, seq_len] = tokens.dims();
+        let past = cache.as_ref().map_or(0, |cache| cache.len());
+        if let Some(cache) = &cache {
+            cache.check(batch, seq_len, self.layers.len())?;
+        }
+        if past + seq_len > self.max_seq_len() {
+            return Err(ModelError::SequenceTooLong { len: past + seq_len, max: self.max_seq_len() });
+        }
+
+        let mut x = self.tok_embeddings.forward(tokens);
+        for (layer, block) in self.layers.iter().enumerate() {
+            x = block.forward(x, &self.rope, cache.as_deref_mut().map(|cache| cache.layer(layer)));
+        }
+        Ok(self.norm.forward(x))
+    }
+
+    /// Logits of hidden states.
+    ///
+    /// # Shapes
+    /// `hidden [.., d_model]`, result `[.., vocab_size]`.
+    pub fn head<const D: usize>(&self, hidden: Tensor<B, D>) -> Tensor<B, D> {
+        ops::linear(hidden, self.head_weight())
+    }
+
+    /// Summed cross entropy of `targets` after `tokens`; a target of -100 is left out. The logits never exist whole.
+    ///
+    /// # Shapes
+    /// `tokens` and `targets` `[batch, seq_len]`, result `[1]`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn loss(&self, tokens: Tensor<B, 2, Int>, targets: Tensor<B, 2, Int>) -> Result<Tensor<B, 1>, ModelError> {
+        Ok(ops::linear_cross_entropy(self.hidden(tokens, None)?, self.head_weight(), targets))
+    }
+
+    /// Cross entropy of each target after `tokens`, 0 where the target is -100. The negative of a token's
+    /// log-likelihood; not differentiable.
+    ///
+    /// # Shapes
+    /// `tokens` and `targets` `[batch, seq_len]`, result `[batch, seq_len]`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    ///
+    /// # Panics
+    /// On a model that tracks gradients: call `model.valid()` first.
+    pub fn token_losses(
+        &self,
+        tokens: Tensor<B, 2, Int>,
+        targets: Tensor<B, 2, Int>,
+    ) -> Result<Tensor<B, 2>, ModelError> {
+        let dims = tokens.dims();
+        Ok(ops::token_losses(self.hidden(tokens, None)?, self.head_weight(), targets).reshape(dims))
+    }
+
+    /// Longest sequence the rotary tables cover.
+    pub fn max_seq_len(&self) -> usize {
+        self.rope.cos.dims()[0]
+    }
+
+    /// Number of tokens the model knows.
+    pub fn vocab_size(&self) -> usize {
+        self.tok_embeddings.weight.dims()[0]
+    }
+
+    fn head_weight(&self) -> Tensor<B, 2> {
+        self.output.as_ref().map_or_else(|| self.tok_embeddings.weight.val(), |output| output.weight.val())
+    }
+}

@@ -1,0 +1,321 @@
+//! Parameters by name, and safetensors files of them.
+//!
+//! A module's parameters are visited in a fixed order under the names of the released checkpoints
+//! (`layers.0.attention.wq.weight`). Files use the Hugging Face names (`model.layers.0.self_attn.q_proj.weight`), so
+//! that a checkpoint's `model.safetensors` is one that other programs read. One table, `NAMES`, maps both ways.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Tensor, TensorData};
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::tensor::{Dtype, SafeTensors, View};
+
+use crate::{LlamaBackend, ModelError};
+
+/// Our name and the Hugging Face name of each part; a layer's parts follow `layers.N.` and `model.layers.N.`.
+const NAMES: [(&str, &str); 3] =
+    [("tok_embeddings", "model.embed_tokens"), ("norm", "model.norm"), ("output", "lm_head")];
+const LAYER_NAMES: [(&str, &str); 9] = [
+    ("attention_norm", "input_layernorm"),
+    ("attention.wq", "self_attn.q_proj"),
+    ("attention.wk", "self_attn.k_proj"),
+    ("attention.wv", "self_attn.v_proj"),
+    ("attention.wo", "self_attn.o_proj"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("feed_forward.w1", "mlp.gate_proj"),
+    ("feed_forward.w2", "mlp.down_proj"),
+    ("feed_forward.w3", "mlp.up_proj"),
+];
+
+/// The name in a file of the parameter with `path` in the model.
+pub fn file_name(path: &str) -> Option<String> {
+    rename(path, "layers.", "model.layers.", |(ours, theirs)| (ours, theirs))
+}
+
+/// The path in the model of the parameter called `name` in a file.
+pub fn model_path(name: &str) -> Option<String> {
+    rename(name, "model.layers.", "layers.", |(ours, theirs)| (theirs, ours))
+}
+
+fn rename(
+    name: &str,
+    from_layers: &str,
+    to_layers: &str,
+    direction: impl Fn((&'static str, &'static str)) -> (&'static str, &'static str),
+) -> Option<String> {
+    let stem = name.strip_suffix(".weight")?;
+    let find = |table: &[(&'static str, &'static str)], stem: &str| {
+        table.iter().map(|pair| direction(*pair)).find(|(from, _)| *from == stem).map(|(_, to)| to)
+    };
+    if let Some(rest) = stem.strip_prefix(from_layers) {
+        let (layer, part) = rest.split_once('.')?;
+        layer.parse::<usize>().ok()?;
+        return Some(format!("{to_layers}{layer}.{}.weight", find(&LAYER_NAMES, part)?));
+    }
+    Some(format!("{}.weight", find(&NAMES, stem)?))
+}
+
+/// Keeps the path of the parameter being visited.
+#[derive(Default)]
+struct PathStack(Vec<String>);
+
+impl PathStack {
+    fn path(&self) -> String {
+        self.0.join(".")
+    }
+}
+
+/// Calls a function for every float parameter, in the module's fixed order.
+///
+/// The function gets the path, the parameter and its value as a flat tensor with the value's shape beside it.
+pub fn visit_params<B: Backend, M: Module<B>>(module: &M, visit: impl FnMut(&str, Tensor<B, 1>, &[usize])) {
+    struct Visitor<F> {
+        stack: PathStack,
+        visit: F,
+    }
+    impl<B: Backend, F: FnMut(&str, Tensor<B, 1>, &[usize])> ModuleVisitor<B> for Visitor<F> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            let value = param.val();
+            let dims = value.dims();
+            let len: usize = dims.iter().product();
+            (self.visit)(&self.stack.path(), value.reshape([len]), &dims);
+        }
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.stack.0.push(name.to_string());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.stack.0.pop();
+        }
+    }
+    module.visit(&mut Visitor { stack: PathStack::default(), visit });
+}
+
+/// A change of one parameter, whatever its rank.
+pub trait ParamMap<B: Backend> {
+    /// The new value of the parameter at `path`. The tensor is the only handle of its buffer if the module's was.
+    fn map<const D: usize>(&mut self, path: &str, value: Tensor<B, D>) -> Tensor<B, D>;
+}
+
+/// Replaces every float parameter, in the module's fixed order. Ids and gradient requirements stay.
+pub fn map_params<B: Backend, M: Module<B>>(module: M, map: &mut impl ParamMap<B>) -> M {
+    struct Mapper<'a, F> {
+        stack: PathStack,
+        map: &'a mut F,
+    }
+    impl<B: Backend, F: ParamMap<B>> ModuleMapper<B> for Mapper<'_, F> {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+            let (id, value, mapper) = param.consume();
+            let require_grad = value.is_require_grad();
+            let value = self.map.map(&self.stack.path(), value).set_require_grad(require_grad);
+            Param::from_mapped_value(id, value, mapper)
+        }
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.stack.0.push(name.to_string());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.stack.0.pop();
+        }
+    }
+    module.map(&mut Mapper { stack: PathStack::default(), map })
+}
+
+/// A tensor on its way to a file.
+struct HostTensor(TensorData);
+
+impl View for &HostTensor {
+    fn dtype(&self) -> Dtype {
+        match self.0.dtype {
+            DType::F64 => Dtype::F64,
+            DType::F16 => Dtype::F16,
+            DType::BF16 => Dtype::BF16,
+            _ => Dtype::F32,
+        }
+    }
+    fn shape(&self) -> &[usize] {
+        self.0.shape.as_slice()
+    }
+    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+        self.0.as_bytes().into()
+    }
+    fn data_len(&self) -> usize {
+        self.0.bytes.len()
+    }
+}
+
+/// Writes named tensors as a safetensors file, beside its place and then renamed into it: a reader never sees half a
+/// file, and a failed write leaves the old one.
+///
+/// # Errors
+/// [`ModelError::Io`] if the file cannot be written, for example on a full disk.
+pub fn save_tensors(path: &Path, tensors: BTreeMap<String, TensorData>) -> Result<(), ModelError> {
+    let tensors: BTreeMap<String, HostTensor> = tensors.into_iter().map(|(n, t)| (n, HostTensor(t))).collect();
+    let bytes = safetensors::serialize(tensors.iter().map(|(n, t)| (n, t)), None)
+        .map_err(|error| ModelError::format(path, error))?;
+    write_atomic(path, &bytes)
+}
+
+/// Writes a file beside its place, flushes it to the disk and renames it into place.
+///
+/// # Errors
+/// [`ModelError::Io`]; the old file, if any, is then untouched.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+    let io = |error| ModelError::io(path, error);
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder).map_err(io)?;
+    file.write_all(bytes).map_err(io)?;
+    file.as_file().sync_all().map_err(io)?;
+    file.persist(path).map_err(|error| io(error.error))?;
+    Ok(())
+}
+
+/// A safetensors file mapped into memory. Tensors are read when asked for.
+pub struct TensorFile {
+    path: std::path::PathBuf,
+    map: Mmap,
+}
+
+impl TensorFile {
+    /// Opens and checks a file: the header must be sound and agree with the file's length.
+    ///
+    /// # Errors
+    /// [`ModelError::Io`] or [`ModelError::Format`].
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let file = File::open(path).map_err(|error| ModelError::io(path, error))?;
+        // SAFETY: the map is read only. As with every memory-mapped reader, another process that truncates the file
+        // while it is read can end this one; our own writers replace files instead of changing them.
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| ModelError::io(path, error))?;
+        let file = Self { path: path.into(), map };
+        file.parse()?;
+        Ok(file)
+    }
+
+    fn parse(&self) -> Result<SafeTensors<'_>, ModelError> {
+        SafeTensors::deserialize(&self.map)
+            .map_err(|error| ModelError::format(&self.path, format!("not a whole safetensors file: {error}")))
+    }
+
+    /// All tensors' names, sorted.
+    ///
+    /// # Errors
+    /// [`ModelError::Format`].
+    pub fn names(&self) -> Result<BTreeSet<String>, ModelError> {
+        Ok(self.parse()?.names().into_iter().map(str::to_string).collect())
+    }
+
+    /// A tensor with exactly this shape.
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensor`], [`ModelError::TensorShape`], or [`ModelError::Format`] for a dtype that is not a
+    /// float.
+    pub fn tensor(&self, name: &str, dims: &[usize]) -> Result<TensorData, ModelError> {
+        let tensors = self.parse()?;
+        let missing = || ModelError::MissingTensor { path: self.path.clone(), name: name.into() };
+        let view = tensors.tensor(name).map_err(|_| missing())?;
+        if view.shape() != dims {
+            return Err(ModelError::TensorShape {
+                path: self.path.clone(),
+                name: name.into(),
+                expected: dims.into(),
+                found: view.shape().into(),
+            });
+        }
+        let shape = dims.to_vec();
+        let bytes = view.data();
+        Ok(match view.dtype() {
+            Dtype::F32 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, f32>(bytes), shape),
+            Dtype::F64 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, f64>(bytes), shape),
+            Dtype::F16 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, f16>(bytes), shape),
+            Dtype::BF16 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, bf16>(bytes), shape),
+            other => {
+                let reason = format!("tensor `{name}` has dtype {other:?}; F32, F64, F16 and BF16 are read");
+                return Err(ModelError::format(&self.path, reason));
+            }
+        })
+    }
+}
+
+/// Writes a module's parameters under their file names, in the dtype they have.
+///
+/// # Errors
+/// [`ModelError::Io`].
+pub fn save_model<B: LlamaBackend, M: Module<B>>(module: &M, path: &Path) -> Result<(), ModelError> {
+    let mut tensors = BTreeMap::new();
+    visit_params(module, |name, value, dims| {
+        let mut data = value.into_data();
+        data.shape = dims.to_vec().into();
+        tensors.insert(file_name(name).unwrap_or_else(|| name.to_string()), data);
+    });
+    save_tensors(path, tensors)
+}
+
+/// Reads a module's parameters, all of them and no others, converted to the backend's default float.
+///
+/// # Errors
+/// [`ModelError::MissingTensor`], [`ModelError::UnexpectedTensor`], [`ModelError::TensorShape`], and those of
+/// [`TensorFile::open`].
+pub fn load_model<B: LlamaBackend, M: Module<B>>(module: M, path: &Path) -> Result<M, ModelError> {
+    struct Load {
+        file: TensorFile,
+        unused: BTreeSet<String>,
+        error: Option<ModelError>,
+    }
+    impl<B: Backend> ParamMap<B> for Load {
+        fn map<const D: usize>(&mut self, path: &str, value: Tensor<B, D>) -> Tensor<B, D> {
+            let name = file_name(path).unwrap_or_else(|| path.to_string());
+            self.unused.remove(&name);
+            match self.file.tensor(&name, &value.dims()) {
+                Ok(data) => Tensor::from_data(data, &value.device()),
+                Err(error) => {
+                    self.error.get_or_insert(error);
+                    value
+                }
+            }
+        }
+    }
+    let file = TensorFile::open(path)?;
+    // Some exporters write the rotary frequencies, which follow from the configuration.
+    let unused = file.names()?.into_iter().filter(|name| !name.ends_with("rotary_emb.inv_freq")).collect();
+    let mut load = Load { file, unused, error: None };
+    let module = map_params(module, &mut load);
+    match (load.error, load.unused.pop_first()) {
+        (Some(error), _) => Err(error),
+        (None, Some(name)) => Err(ModelError::UnexpectedTensor { path: path.into(), name }),
+        (None, None) => Ok(module),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_map_both_ways() {
+        let stored = [
+            ("tok_embeddings.weight", "model.embed_tokens.weight"),
+            ("norm.weight", "model.norm.weight"),
+            ("output.weight", "lm_head.weight"),
+            ("layers.0.attention_norm.weight", "model.layers.0.input_layernorm.weight"),
+            ("layers.1.attention.wq.weight", "model.layers.1.self_attn.q_proj.weight"),
+            ("layers.12.attention.wk.weight", "model.layers.12.self_attn.k_proj.weight"),
+            ("layers.0.attention.wv.weight", "model.layers.0.self_attn.v_proj.weight"),
+            ("layers.0.attention.wo.weight", "model.layers.0.self_attn.o_proj.weight"),
+            ("layers.0.ffn_norm.weight", "model.layers.0.post_attention_layernorm.weight"),
+            ("layers.0.feed_forward.w1.weight", "model.layers.0.mlp.gate_proj.weight"),
+            ("layers.0.feed_forward.w2.weight", "model.layers.0.mlp.down_proj.weight"),
+            ("layers.0.feed_forward.w3.weight", "model.layers.0.mlp.up_proj.weight"),
+        ];
+        for (ours, theirs) in stored {
+            assert_eq!(file_name(ours).as_deref(), Some(theirs));
+            assert_eq!(model_path(theirs).as_deref(), Some(ours));
+        }
+        for unknown in ["layers.x.attention.wq.weight", "layers.0.attention.wz.weight", "norm.bias", "weight"] {
+            assert_eq!(file_name(unknown), None);
+        }
+    }
+}
