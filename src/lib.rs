@@ -1,1 +1,33 @@
+//! LLaMA ([arXiv 2302.13971](https://arxiv.org/abs/2302.13971)) in pure Rust on [Burn](https://burn.dev).
+//!
+//! This crate re-exports the three it is made of:
+//!
+//! * [`model`]: the architecture over a backend trait with fused operations, generation, weights in and out;
+//! * [`data`]: text, tokenizers, token shards, training order;
+//! * [`train`]: configuration, learner, optimizer, schedule, metrics, checkpoints.
+//!
+//! ```
+//! # #[cfg(feature = "flex")] {
+//! use burn::backend::Flex;
+//! use llama::data::tokenizer::Tokenizer;
+//! use llama::model::LlamaConfig;
+//! use llama::model::generate::{GenerateOptions, Generation, Sampling};
+//!
+//! let tokenizer = Tokenizer::bytes();
+//! let config = LlamaConfig::tiny(tokenizer.vocab_size());
+//! let device = Default::default();
+//! let model = config.init::<Flex>(0, &device)?;
+//!
+//! let prompt = tokenizer.encode_document("Hello", false, &mut Default::default());
+//! let options = GenerateOptions { max_new_tokens: 4, sampling: Sampling::greedy(), ..Default::default() };
+//! let tokens = Generation::new(&model, &config, &[prompt], options, &device)?.finish()?;
+//! println!("{}", tokenizer.decode(&tokens[0]));
+//! # }
+//! # Ok::<(), llama::model::ModelError>(())
+//! ```
+#![recursion_limit = "256"]
+#![warn(missing_docs)]
 
+pub use llama_data as data;
+pub use llama_model as model;
+pub use llama_train as train;

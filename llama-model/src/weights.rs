@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
 use half::{bf16, f16};
@@ -85,6 +85,26 @@ pub fn visit_params<B: Backend, M: Module<B>>(module: &M, visit: impl FnMut(&str
             let dims = value.dims();
             let len: usize = dims.iter().product();
             (self.visit)(&self.stack.path(), value.reshape([len]), &dims);
+        }
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.stack.0.push(name.to_string());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.stack.0.pop();
+        }
+    }
+    module.visit(&mut Visitor { stack: PathStack::default(), visit });
+}
+
+/// Calls a function with path, id and shape of every float parameter, in the module's fixed order.
+pub fn visit_param_ids<B: Backend, M: Module<B>>(module: &M, visit: impl FnMut(&str, ParamId, &[usize])) {
+    struct Visitor<F> {
+        stack: PathStack,
+        visit: F,
+    }
+    impl<B: Backend, F: FnMut(&str, ParamId, &[usize])> ModuleVisitor<B> for Visitor<F> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+            (self.visit)(&self.stack.path(), param.id, &param.dims());
         }
         fn enter_module(&mut self, name: &str, _: &str) {
             self.stack.0.push(name.to_string());

@@ -1,1 +1,46 @@
+//! Pretraining LLaMA as the paper does (section 2.3), on burn-train.
+//!
+//! [`pretrain`] runs a [`PretrainConfig`]. Below it, a burn-train `Learner` is driven by [`PretrainStrategy`], which
+//! counts **optimizer steps** and owns what burn-train does per epoch or per tensor: accumulation normalised by tokens,
+//! one global clip, the schedule, checkpoints from which training goes on bit for bit, and evaluation. Metrics, events,
+//! renderers and the interrupter are burn-train's.
+//!
+//! | the paper | here |
+//! | --- | --- |
+//! | AdamW, betas 0.9 and 0.95, weight decay 0.1 | [`AdamW`] |
+//! | gradient clipping 1.0 | [`PretrainStrategy`] |
+//! | cosine schedule to 10%, 2,000 warmup steps | [`WarmupCosine`] |
+//! | table 2, learning rates and batch size | [`PretrainConfig::preset`] |
+#![recursion_limit = "256"]
+#![warn(missing_docs)]
 
+pub mod checkpoint;
+pub mod curve;
+pub mod log;
+pub mod metrics;
+
+mod config;
+mod error;
+mod gradients;
+mod loader;
+mod optimizer;
+mod peak;
+mod pretrain;
+mod renderer;
+mod schedule;
+mod strategy;
+mod trainer;
+
+pub use config::{BatchConfig, DataConfig, OptimizerConfig, PretrainConfig, RunConfig, ScheduleConfig};
+pub use error::TrainError;
+pub use gradients::GradientList;
+pub use loader::TokenLoader;
+pub use optimizer::AdamW;
+pub use peak::measure_peak_flops;
+pub use pretrain::{Display, PretrainReport, pretrain};
+pub use renderer::LineRenderer;
+pub use schedule::WarmupCosine;
+pub use strategy::{PretrainStrategy, Stop};
+pub use trainer::{Pretrainer, StepOutput};
+
+pub use burn::train::Interrupter;

@@ -1,0 +1,180 @@
+//! Checkpoints: folders `checkpoints/step-00001000` in a run's folder.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `config.json`, `model.safetensors` | the model as a Hugging Face folder |
+//! | `tokenizer.model` | the tokenizer, so that the folder is enough to generate text |
+//! | `optimizer.safetensors` | both moments of every parameter, by path |
+//! | `state.json` | step, optimizer updates, tokens, and the run's whole configuration |
+//!
+//! That is the whole state: weights and data order come from the seed in the configuration, the data position and the
+//! learning rate from the step. A checkpoint is written beside its place, flushed and renamed into it, and older ones
+//! are removed only after that; a full disk or a kill leaves those before it whole.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use llama_data::tokenizer::Tokenizer;
+use llama_model::weights::{self, TensorFile};
+use llama_model::{ModelError, TrainBackend, hf};
+use serde::{Deserialize, Serialize};
+
+use crate::{AdamW, PretrainConfig, Pretrainer, TrainError};
+
+/// Name of the tokenizer in checkpoints and data folders.
+pub const TOKENIZER_FILE: &str = "tokenizer.model";
+const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+const STATE_FILE: &str = "state.json";
+const FOLDER: &str = "checkpoints";
+
+/// Where a run is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunState {
+    /// Version of this file, 1.
+    pub version: u32,
+    /// Optimizer steps done, skipped ones included. The data position is `step · sequences per step`.
+    pub step: u64,
+    /// Updates the optimizer made: steps without the skipped ones.
+    pub updates: u64,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// Backend that computed, for the record.
+    pub backend: String,
+    /// The run's configuration.
+    pub config: PretrainConfig,
+}
+
+/// A run read back.
+pub struct Restored<B: TrainBackend> {
+    /// The model.
+    pub model: Pretrainer<B>,
+    /// The optimizer.
+    pub optimizer: AdamW<B>,
+    /// Where the run was.
+    pub state: RunState,
+}
+
+/// All whole checkpoints of a run, oldest first.
+///
+/// # Errors
+/// [`TrainError::Io`] if the folder exists and cannot be read.
+pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>, TrainError> {
+    let folder = run.join(FOLDER);
+    let entries = match std::fs::read_dir(&folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(TrainError::io(&folder, error)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|error| TrainError::io(&folder, error))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if let Some(step) = name.strip_prefix("step-").and_then(|step| step.parse().ok()) {
+            found.push((step, path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The newest checkpoint of a run.
+///
+/// # Errors
+/// [`TrainError::NoCheckpoint`] if there is none.
+pub fn latest(run: &Path) -> Result<PathBuf, TrainError> {
+    list(run)?.pop().map(|(_, path)| path).ok_or_else(|| TrainError::NoCheckpoint { path: run.into() })
+}
+
+/// Writes the checkpoint of `state` and removes all but the newest `keep`. Returns its folder.
+///
+/// # Errors
+/// [`TrainError::Io`], for example on a full disk; checkpoints that were there stay.
+pub fn save<B: TrainBackend>(
+    model: &Pretrainer<B>,
+    optimizer: &AdamW<B>,
+    state: &RunState,
+    tokenizer: &Tokenizer,
+) -> Result<PathBuf, TrainError> {
+    let folder = state.config.run.folder.join(FOLDER);
+    std::fs::create_dir_all(&folder).map_err(|error| TrainError::io(&folder, error))?;
+    let place = folder.join(format!("step-{:08}", state.step));
+    // Removed again when dropped, so that a failed write leaves no debris.
+    let temporary = tempfile::Builder::new()
+        .prefix(".tmp-step-")
+        .tempdir_in(&folder)
+        .map_err(|error| TrainError::io(&folder, error))?;
+    let at = |name: &str| temporary.path().join(name);
+    hf::save(&model.llama, &state.config.model, temporary.path())?;
+    weights::save_tensors(&at(OPTIMIZER_FILE), optimizer.to_tensors())?;
+    tokenizer.save(&at(TOKENIZER_FILE))?;
+    let json = serde_json::to_string_pretty(state).expect("every field has a JSON form") + "\n";
+    weights::write_atomic(&at(STATE_FILE), json.as_bytes())?;
+    sync_folder(temporary.path())?;
+
+    // The same step twice is a run that was resumed and interrupted before its next one: the same content.
+    if place.exists() {
+        std::fs::remove_dir_all(&place).map_err(|error| TrainError::io(&place, error))?;
+    }
+    std::fs::rename(temporary.path(), &place).map_err(|error| TrainError::io(&place, error))?;
+    let _ = temporary.keep();
+    sync_folder(&folder)?;
+
+    let mut old = list(&state.config.run.folder)?;
+    old.truncate(old.len().saturating_sub(state.config.run.keep_checkpoints));
+    for (_, path) in old {
+        std::fs::remove_dir_all(&path).map_err(|error| TrainError::io(&path, error))?;
+    }
+    Ok(place)
+}
+
+/// A rename is on the disk when its folder is.
+fn sync_folder(folder: &Path) -> Result<(), TrainError> {
+    // Only Unix can open a folder as a file.
+    if cfg!(unix) {
+        File::open(folder).and_then(|file| file.sync_all()).map_err(|error| TrainError::io(folder, error))?;
+    }
+    Ok(())
+}
+
+/// Reads where the run of a checkpoint is, with its configuration.
+///
+/// # Errors
+/// [`TrainError::Io`], or [`TrainError::Format`] for a damaged file or another version.
+pub fn load_state(folder: &Path) -> Result<RunState, TrainError> {
+    let path = folder.join(STATE_FILE);
+    let text = std::fs::read_to_string(&path).map_err(|error| TrainError::io(&path, error))?;
+    let state: RunState = serde_json::from_str(&text).map_err(|error| TrainError::format(&path, error))?;
+    if state.version != 1 {
+        return Err(TrainError::format(&path, format!("version {}; this program reads version 1", state.version)));
+    }
+    state.config.validate()?;
+    Ok(state)
+}
+
+/// Reads a whole checkpoint.
+///
+/// # Errors
+/// As [`load_state`], and those of reading weights: a file that is truncated, or not of this model.
+pub fn load<B: TrainBackend>(folder: &Path, device: &B::Device) -> Result<Restored<B>, TrainError> {
+    let state = load_state(folder)?;
+    let llama = state.config.model.init::<B>(state.config.seed, device)?;
+    let llama = weights::load_model(llama, &folder.join(hf::WEIGHTS_FILE))?;
+    let path = folder.join(OPTIMIZER_FILE);
+    let file = TensorFile::open(&path)?;
+    let mut params = Vec::new();
+    weights::visit_param_ids(&llama, |path, _, dims| params.push((path.to_string(), dims.iter().product())));
+    if state.updates == 0 {
+        params.clear();
+    }
+    let optimizer = state.config.optimizer.clone();
+    let optimizer = AdamW::from_tensors(optimizer, state.updates, &params, device, |name, len| {
+        file.tensor(name, &[len]).map_err(|error| match error {
+            ModelError::MissingTensor { path, name } => {
+                ModelError::format(path, format!("the moment `{name}` is missing"))
+            }
+            error => error,
+        })
+    })?;
+    Ok(Restored { model: Pretrainer { llama }, optimizer, state })
+}

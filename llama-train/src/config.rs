@@ -1,0 +1,285 @@
+//! Everything a run depends on, in one typed file that is saved with every checkpoint.
+
+use std::path::{Path, PathBuf};
+
+use llama_model::LlamaConfig;
+use serde::{Deserialize, Serialize};
+
+use crate::TrainError;
+
+/// Version of the configuration's meaning. A field never changes its meaning without a new version.
+pub const CONFIG_VERSION: u32 = 1;
+
+/// A pretraining run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PretrainConfig {
+    /// Always 1, for now.
+    pub version: u32,
+    /// Seed of weights and data order.
+    pub seed: u64,
+    /// The architecture.
+    pub model: LlamaConfig,
+    /// The text.
+    pub data: DataConfig,
+    /// How many tokens a step has.
+    pub batch: BatchConfig,
+    /// AdamW.
+    pub optimizer: OptimizerConfig,
+    /// Learning rate over time.
+    pub schedule: ScheduleConfig,
+    /// What is written when.
+    pub run: RunConfig,
+}
+
+/// The text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// Folder with the token shards `train-*.bin` and `valid-*.bin` and the `tokenizer.model` that made them.
+    pub folder: PathBuf,
+}
+
+/// How many tokens a step has: `accumulation · sequences · seq_len`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BatchConfig {
+    /// Tokens of a sequence.
+    pub seq_len: usize,
+    /// Sequences of a micro-batch: what is in memory at a time.
+    pub sequences: usize,
+    /// Micro-batches of a step.
+    pub accumulation: usize,
+}
+
+/// AdamW (paper, section 2.3).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerConfig {
+    /// Decay of the first moment; 0.9 in the paper.
+    pub beta_1: f64,
+    /// Decay of the second moment; 0.95 in the paper.
+    pub beta_2: f64,
+    /// Added to the root of the second moment. The paper states none; 1e-8 is customary.
+    pub epsilon: f64,
+    /// Decoupled weight decay; 0.1 in the paper.
+    pub weight_decay: f64,
+    /// Whether norm gains decay too. The paper is silent; customarily only matrices do.
+    pub decay_norms: bool,
+    /// Largest global L2 norm of the gradient; 1.0 in the paper, `inf` is off.
+    pub clip: f64,
+}
+
+/// Linear warmup, then cosine (paper, section 2.3).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScheduleConfig {
+    /// Learning rate after warmup.
+    pub peak_lr: f64,
+    /// Learning rate of the last step as a share of the peak; 0.1 in the paper.
+    pub final_fraction: f64,
+    /// Warmup in optimizer steps; 2,000 in the paper.
+    pub warmup_steps: u64,
+    /// Optimizer steps in all.
+    pub steps: u64,
+}
+
+/// What is written when.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunConfig {
+    /// The run's folder.
+    pub folder: PathBuf,
+    /// Steps between evaluations; 0 is never.
+    pub eval_every: u64,
+    /// Validation micro-batches of an evaluation, at most.
+    pub eval_batches: u64,
+    /// Steps between checkpoints; 0 is only the last.
+    pub checkpoint_every: u64,
+    /// Checkpoints kept, the newest.
+    pub keep_checkpoints: usize,
+    /// Peak of the device in floating-point operations per second, for the model FLOPs utilisation; measured with a
+    /// matrix product if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_flops: Option<f64>,
+}
+
+impl PretrainConfig {
+    /// The paper's run for its models (table 2: learning rate, 4M tokens a batch, 1.0T or 1.4T tokens), a run of
+    /// minutes to hours for the small ones.
+    ///
+    /// # Errors
+    /// If there is no such preset.
+    pub fn preset(name: &str) -> Result<Self, TrainError> {
+        let model = LlamaConfig::preset(name)?;
+        let seq_len = model.max_seq_len;
+        // (peak learning rate, sequences, accumulation, warmup, steps)
+        let (peak_lr, sequences, accumulation, warmup_steps, steps) = match name {
+            // 4 · 512 · 2,048 = 4,194,304 tokens a step.
+            "7b" | "13b" => (3.0e-4, 4, 512, 2_000, 238_419),
+            "33b" | "65b" => (1.5e-4, 4, 512, 2_000, 333_786),
+            "tiny" => (3.0e-3, 16, 1, 50, 1_000),
+            "15m" => (1.0e-3, 16, 4, 500, 20_000),
+            "60m" => (8.0e-4, 8, 16, 1_000, 20_000),
+            _ => (6.0e-4, 4, 64, 2_000, 50_000),
+        };
+        Ok(Self {
+            version: CONFIG_VERSION,
+            seed: 0,
+            model,
+            data: DataConfig { folder: "data".into() },
+            batch: BatchConfig { seq_len, sequences, accumulation },
+            optimizer: OptimizerConfig::default(),
+            schedule: ScheduleConfig { peak_lr, final_fraction: 0.1, warmup_steps, steps },
+            run: RunConfig {
+                folder: format!("runs/{name}").into(),
+                eval_every: 100,
+                eval_batches: 8,
+                checkpoint_every: 200,
+                keep_checkpoints: 2,
+                peak_flops: None,
+            },
+        })
+    }
+
+    /// Reads a `.toml` or `.json` file.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`], [`TrainError::Format`] for a key that is missing or unknown, and those of
+    /// [`validate`](Self::validate).
+    pub fn load(path: &Path) -> Result<Self, TrainError> {
+        let text = std::fs::read_to_string(path).map_err(|error| TrainError::io(path, error))?;
+        let config: Self = if path.extension().is_some_and(|extension| extension == "json") {
+            serde_json::from_str(&text).map_err(|error| TrainError::format(path, error))?
+        } else {
+            toml::from_str(&text).map_err(|error| TrainError::format(path, error))?
+        };
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The configuration as TOML, to be read or saved.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("every field has a TOML form")
+    }
+
+    /// Checks that the run can be made.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`] names the first field that does not fit.
+    pub fn validate(&self) -> Result<(), TrainError> {
+        self.model.validate()?;
+        if self.version != CONFIG_VERSION {
+            return Err(TrainError::config(
+                "version",
+                format!("is {}; this program reads {CONFIG_VERSION}", self.version),
+            ));
+        }
+        for (field, value) in [
+            ("batch.seq_len", self.batch.seq_len as u64),
+            ("batch.sequences", self.batch.sequences as u64),
+            ("batch.accumulation", self.batch.accumulation as u64),
+            ("schedule.steps", self.schedule.steps),
+            ("run.keep_checkpoints", self.run.keep_checkpoints as u64),
+        ] {
+            if value == 0 {
+                return Err(TrainError::config(field, "must be at least 1"));
+            }
+        }
+        if self.batch.seq_len > self.model.max_seq_len {
+            let (seq_len, max) = (self.batch.seq_len, self.model.max_seq_len);
+            return Err(TrainError::config(
+                "batch.seq_len",
+                format!("is {seq_len}, above the model's max_seq_len of {max}"),
+            ));
+        }
+        let unit = 0.0..1.0;
+        for (field, fits) in [
+            ("optimizer.beta_1", unit.contains(&self.optimizer.beta_1)),
+            ("optimizer.beta_2", unit.contains(&self.optimizer.beta_2)),
+            ("optimizer.epsilon", self.optimizer.epsilon > 0.0),
+            ("optimizer.weight_decay", self.optimizer.weight_decay >= 0.0),
+            ("optimizer.clip", self.optimizer.clip > 0.0),
+            ("schedule.peak_lr", self.schedule.peak_lr > 0.0 && self.schedule.peak_lr.is_finite()),
+            ("schedule.final_fraction", (0.0..=1.0).contains(&self.schedule.final_fraction)),
+            ("schedule.warmup_steps", self.schedule.warmup_steps <= self.schedule.steps),
+            ("run.peak_flops", self.run.peak_flops.is_none_or(|peak| peak > 0.0)),
+        ] {
+            if !fits {
+                return Err(TrainError::config(field, "is out of range"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tokens of an optimizer step.
+    pub fn tokens_per_step(&self) -> u64 {
+        self.sequences_per_step() * self.batch.seq_len as u64
+    }
+
+    /// Sequences of an optimizer step.
+    pub fn sequences_per_step(&self) -> u64 {
+        (self.batch.sequences * self.batch.accumulation) as u64
+    }
+}
+
+impl Default for OptimizerConfig {
+    /// The paper's.
+    fn default() -> Self {
+        Self { beta_1: 0.9, beta_2: 0.95, epsilon: 1e-8, weight_decay: 0.1, decay_norms: false, clip: 1.0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn presets_are_the_papers_runs() {
+        for (name, lr, steps, tokens) in [
+            ("7b", 3.0e-4, 238_419, 1.0e12),
+            ("13b", 3.0e-4, 238_419, 1.0e12),
+            ("33b", 1.5e-4, 333_786, 1.4e12),
+            ("65b", 1.5e-4, 333_786, 1.4e12),
+        ] {
+            let config = PretrainConfig::preset(name).unwrap();
+            assert_eq!(config.tokens_per_step(), 4_194_304);
+            assert_eq!(config.schedule.peak_lr, lr);
+            assert_eq!(config.schedule.steps, steps);
+            assert_eq!(config.schedule.warmup_steps, 2_000);
+            assert!((config.tokens_per_step() as f64 * steps as f64 / tokens - 1.0).abs() < 1e-5);
+        }
+        for (name, _) in LlamaConfig::presets() {
+            PretrainConfig::preset(name).unwrap().validate().unwrap();
+        }
+    }
+
+    #[test]
+    fn files_round_trip_and_unknown_keys_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = PretrainConfig::preset("tiny").unwrap();
+        let (toml, json) = (folder.path().join("a.toml"), folder.path().join("a.json"));
+        std::fs::write(&toml, config.to_toml()).unwrap();
+        std::fs::write(&json, serde_json::to_string(&config).unwrap()).unwrap();
+        assert_eq!(PretrainConfig::load(&toml).unwrap(), config);
+        assert_eq!(PretrainConfig::load(&json).unwrap(), config);
+
+        std::fs::write(&toml, config.to_toml().replace("weight_decay", "weigth_decay")).unwrap();
+        let error = PretrainConfig::load(&toml).unwrap_err().to_string();
+        assert!(error.contains("a.toml") && error.contains("weigth_decay"), "{error}");
+    }
+
+    #[test]
+    fn values_out_of_range_name_the_field() {
+        let config = PretrainConfig::preset("tiny").unwrap();
+        let mut bad = config.clone();
+        bad.batch.seq_len = 257;
+        assert!(bad.validate().unwrap_err().to_string().contains("batch.seq_len"));
+        let mut bad = config.clone();
+        bad.optimizer.beta_2 = 1.0;
+        assert!(bad.validate().unwrap_err().to_string().contains("optimizer.beta_2"));
+        let mut bad = config;
+        bad.version = 2;
+        assert!(bad.validate().unwrap_err().to_string().contains("version"));
+    }
+}

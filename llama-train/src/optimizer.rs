@@ -1,0 +1,179 @@
+//! AdamW (Loshchilov and Hutter 2019; hyper-parameters of the paper's section 2.3), with weight decay by group.
+
+use std::collections::{BTreeMap, HashMap};
+
+use burn::module::AutodiffModule;
+use burn::optim::{GradientsParams, MultiGradientsParams, Optimizer};
+use burn::record::Record;
+use burn::tensor::backend::Backend;
+use burn::tensor::{Tensor, TensorData};
+use llama_model::backend::AdamWStep;
+use llama_model::backend::ops::{primitive, tensor};
+use llama_model::weights::{self, ParamMap};
+use llama_model::{ModelError, TrainBackend};
+
+use crate::{GradientList, OptimizerConfig};
+
+/// AdamW with its state: one pair of moments for each parameter, by path.
+#[derive(Clone)]
+pub struct AdamW<B: TrainBackend> {
+    config: OptimizerConfig,
+    /// Updates made.
+    step: u64,
+    moments: BTreeMap<String, Moments<B::InnerBackend>>,
+}
+
+/// First and second moment of a parameter, flat.
+#[derive(Clone)]
+struct Moments<B: Backend> {
+    m: Tensor<B, 1>,
+    v: Tensor<B, 1>,
+}
+
+impl<B: TrainBackend> AdamW<B> {
+    /// An optimizer before its first update.
+    pub fn new(config: OptimizerConfig) -> Self {
+        Self { config, step: 0, moments: BTreeMap::new() }
+    }
+
+    /// Updates made so far.
+    pub fn step_count(&self) -> u64 {
+        self.step
+    }
+
+    /// Updates every parameter that has a gradient. Gradients are multiplied by `grad_scale` first: the loss
+    /// normalisation and the clip.
+    ///
+    /// In place where the module and `grads` are the only owners of their buffers.
+    pub fn update<M: AutodiffModule<B>>(
+        &mut self,
+        lr: f64,
+        module: M,
+        grads: GradientList<B::InnerBackend>,
+        grad_scale: f64,
+    ) -> M {
+        self.step += 1;
+        let grads = grads.entries.into_iter().collect();
+        weights::map_params(module, &mut Update { optimizer: self, grads, lr, grad_scale })
+    }
+
+    /// Factor that brings a gradient of global norm `norm` to at most the configured clip.
+    pub fn clip_factor(&self, norm: f64) -> f64 {
+        (self.config.clip / (norm + 1e-6)).min(1.0)
+    }
+
+    /// The moments by name, `<path>.m` and `<path>.v`, for a checkpoint.
+    pub fn to_tensors(&self) -> BTreeMap<String, TensorData> {
+        let both = |(path, Moments { m, v }): (&String, &Moments<B::InnerBackend>)| {
+            [(format!("{path}.m"), m.to_data()), (format!("{path}.v"), v.to_data())]
+        };
+        self.moments.iter().flat_map(both).collect()
+    }
+
+    /// The optimizer of a checkpoint: moments of the parameters with these paths and lengths, after `step` updates.
+    ///
+    /// # Errors
+    /// Those of `read`, which gets a name of [`to_tensors`](Self::to_tensors) and a length.
+    pub fn from_tensors(
+        config: OptimizerConfig,
+        step: u64,
+        params: &[(String, usize)],
+        device: &B::Device,
+        read: impl Fn(&str, usize) -> Result<TensorData, ModelError>,
+    ) -> Result<Self, ModelError> {
+        let mut moments = BTreeMap::new();
+        for (path, len) in params {
+            let part = |part: &str| Ok(Tensor::from_data(read(&format!("{path}.{part}"), *len)?, device));
+            moments.insert(path.clone(), Moments { m: part("m")?, v: part("v")? });
+        }
+        Ok(Self { config, step, moments })
+    }
+}
+
+struct Update<'a, B: TrainBackend> {
+    optimizer: &'a mut AdamW<B>,
+    grads: HashMap<String, Tensor<B::InnerBackend, 1>>,
+    lr: f64,
+    grad_scale: f64,
+}
+
+impl<B: TrainBackend> ParamMap<B> for Update<'_, B> {
+    fn map<const D: usize>(&mut self, path: &str, value: Tensor<B, D>) -> Tensor<B, D> {
+        let Some(grad) = self.grads.remove(path) else { return value };
+        let AdamW { config, step, moments } = &mut *self.optimizer;
+        let dims = value.dims();
+        let Moments { m, v } = moments
+            .remove(path)
+            .unwrap_or_else(|| Moments { m: Tensor::zeros_like(&grad), v: Tensor::zeros_like(&grad) });
+        // Decay groups: matrices, and the norm gains (the only vectors) if asked for.
+        let decays = D > 1 || config.decay_norms;
+        let step = AdamWStep {
+            lr: self.lr,
+            beta_1: config.beta_1,
+            beta_2: config.beta_2,
+            epsilon: config.epsilon,
+            weight_decay: if decays { config.weight_decay } else { 0.0 },
+            step: *step,
+            grad_scale: self.grad_scale,
+        };
+        let param: Tensor<B::InnerBackend, 1> = value.inner().flatten(0, D - 1);
+        let [param, m, v] = <B::InnerBackend as llama_model::LlamaBackend>::adamw(
+            primitive(param),
+            primitive(grad),
+            primitive(m),
+            primitive(v),
+            &step,
+        )
+        .map(tensor::<B::InnerBackend, 1>);
+        moments.insert(path.to_string(), Moments { m, v });
+        Tensor::from_inner(param.reshape(dims))
+    }
+}
+
+/// Record of [`AdamW`] for burn-train's own checkpointer; this crate's checkpoints do not go through it.
+#[derive(Record)]
+pub struct AdamWRecord<B: Backend> {
+    step: usize,
+    paths: Vec<String>,
+    m: Vec<Tensor<B, 1>>,
+    v: Vec<Tensor<B, 1>>,
+}
+
+impl<B: TrainBackend, M: AutodiffModule<B>> Optimizer<M, B> for AdamW<B> {
+    type Record = AdamWRecord<B>;
+
+    /// One update with the global clip, for learners other than ours.
+    fn step(&mut self, lr: f64, module: M, grads: GradientsParams) -> M {
+        let mut list = GradientList::default();
+        list.accumulate::<B, M>(&module, grads);
+        let clip = self.clip_factor(list.norm());
+        self.update(lr, module, list, clip)
+    }
+
+    fn step_multi(&mut self, lr: f64, module: M, grads: MultiGradientsParams) -> M {
+        let mut list = GradientList::default();
+        for (grads, _) in grads.grads {
+            list.accumulate::<B, M>(&module, grads);
+        }
+        let clip = self.clip_factor(list.norm());
+        self.update(lr, module, list, clip)
+    }
+
+    fn to_record(&self) -> AdamWRecord<B> {
+        let all = |f: fn(&Moments<B::InnerBackend>) -> &Tensor<B::InnerBackend, 1>| {
+            self.moments.values().map(|moments| Tensor::from_inner(f(moments).clone())).collect()
+        };
+        AdamWRecord {
+            step: self.step as usize,
+            paths: self.moments.keys().cloned().collect(),
+            m: all(|moments| &moments.m),
+            v: all(|moments| &moments.v),
+        }
+    }
+
+    fn load_record(self, record: AdamWRecord<B>) -> Self {
+        let AdamWRecord { step, paths, m, v } = record;
+        let moments = m.into_iter().zip(v).map(|(m, v)| Moments { m: m.inner(), v: v.inner() });
+        Self { step: step as u64, moments: paths.into_iter().zip(moments).collect(), ..self }
+    }
+}

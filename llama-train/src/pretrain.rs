@@ -1,0 +1,171 @@
+//! A whole run: data, model, learner, strategy, pictures.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use burn::data::dataloader::DataLoader;
+use burn::train::logger::MetricLogger;
+use burn::train::metric::store::{EpochSummary, MetricsUpdate, Split};
+use burn::train::metric::{MetricDefinition, NumericEntry};
+use burn::train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy};
+use llama_data::TokenDataset;
+use llama_data::order::Order;
+use llama_data::tokenizer::Tokenizer;
+use llama_model::{Llama, TrainBackend};
+
+use crate::checkpoint::{self, Restored, TOKENIZER_FILE};
+use crate::metrics::StepMetric;
+use crate::strategy::{Components, Outcome};
+use crate::{
+    AdamW, LineRenderer, PretrainConfig, PretrainStrategy, Pretrainer, Stop, TokenLoader, TrainError, WarmupCosine,
+    curve, log, measure_peak_flops,
+};
+
+/// Name of the loss curve in a run's folder.
+pub const CURVE_FILE: &str = "loss.svg";
+
+/// How a run shows itself while it goes.
+pub enum Display {
+    /// burn-train's dashboard where the feature `tui` is on and the output is a terminal.
+    Dashboard,
+    /// A line every few steps.
+    Lines {
+        /// Where to.
+        out: Box<dyn Write + Send>,
+        /// Every how many steps.
+        every: usize,
+    },
+}
+
+/// What a run gave.
+pub struct PretrainReport<B: TrainBackend> {
+    /// The trained model, without autodiff.
+    pub model: Llama<B::InnerBackend>,
+    /// Whether it is done.
+    pub stop: Stop,
+    /// Steps done.
+    pub step: u64,
+    /// Steps that were skipped in this session because their loss or gradient was not finite.
+    pub skipped: u64,
+    /// The newest checkpoint.
+    pub checkpoint: PathBuf,
+    /// The loss curve.
+    pub curve: PathBuf,
+}
+
+/// Runs a configuration, or goes on with it from a checkpoint: then training ends as if it had never stopped, on a CPU
+/// bit for bit.
+///
+/// # Errors
+/// Everything that can be wrong with configuration, data and files. What was written before stays.
+pub fn pretrain<B: TrainBackend>(
+    config: &PretrainConfig,
+    resume_from: Option<&Path>,
+    device: &B::Device,
+    display: Display,
+    interrupter: Interrupter,
+) -> Result<PretrainReport<B>, TrainError> {
+    config.validate()?;
+    let tokenizer = Tokenizer::load(&config.data.folder.join(TOKENIZER_FILE))?;
+    if tokenizer.vocab_size() != config.model.vocab_size {
+        let (has, wants) = (tokenizer.vocab_size(), config.model.vocab_size);
+        return Err(TrainError::config(
+            "model.vocab_size",
+            format!("is {wants}, but the data's tokenizer has {has} pieces"),
+        ));
+    }
+    let open = |split| {
+        TokenDataset::open(&config.data.folder, split, tokenizer.fingerprint(), config.batch.seq_len).map(Arc::new)
+    };
+    let train = open("train")?;
+    let valid = if config.run.eval_every > 0 { open("valid")? } else { train.clone() };
+    let folder = &config.run.folder;
+    std::fs::create_dir_all(folder).map_err(|error| TrainError::io(folder, error))?;
+
+    let (model, optimizer, step, tokens) = match resume_from {
+        Some(checkpoint) => {
+            let Restored { model, optimizer, state } = checkpoint::load::<B>(checkpoint, device)?;
+            check_same_run(config, &state.config)?;
+            (model, optimizer, state.step, state.tokens)
+        }
+        None => {
+            let llama = config.model.init::<B>(config.seed, device)?;
+            (Pretrainer { llama }, AdamW::new(config.optimizer.clone()), 0, 0)
+        }
+    };
+    let per_step = config.sequences_per_step();
+    let order = Order::new(train.windows(), config.seed);
+    let batch = config.batch.sequences;
+    let train = TokenLoader::new(train, order, batch, step * per_step, config.schedule.steps * per_step);
+    let batch = batch.min(valid.windows() as usize);
+    let end = valid.windows().min(config.run.eval_batches * batch as u64);
+    let valid = TokenLoader::new(valid.clone(), Order::new(valid.windows(), 0), batch, 0, end);
+
+    let peak_flops = config.run.peak_flops.unwrap_or_else(|| measure_peak_flops::<B::InnerBackend>(device));
+    let strategy = PretrainStrategy::new(config.clone(), tokenizer, peak_flops, optimizer, step, tokens);
+    let outcome = strategy.outcome();
+    let train: Arc<dyn DataLoader<B, _>> = Arc::new(train);
+    let valid: Arc<dyn DataLoader<B::InnerBackend, _>> = Arc::new(valid);
+    let mut training = SupervisedTraining::<Components<B>>::new(folder, train, valid)
+        .metrics(quality_metrics())
+        .with_interrupter(interrupter)
+        .with_application_logger(None)
+        .with_metric_logger(NoLogger)
+        .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)));
+    for metric in StepMetric::training() {
+        training = training.metric_train_numeric(metric);
+    }
+    if let Display::Lines { out, every } = display {
+        training = training.renderer(LineRenderer::new(out, every));
+    }
+    let schedule = WarmupCosine::new(config.schedule.clone());
+    // The strategy has the optimizer; the learner's has no state and is not used.
+    let learner = Learner::new(model, AdamW::new(config.optimizer.clone()), schedule);
+    let model = training.launch(learner).model.llama;
+
+    let outcome = outcome.lock().expect("the strategy has ended").take();
+    let Outcome { stop, step, skipped } = outcome.expect("a strategy that has ended left its outcome")?;
+    let curve = folder.join(CURVE_FILE);
+    let lines = log::read(&folder.join(log::METRICS_FILE))?;
+    // An interrupted run may have no step yet.
+    if lines.iter().any(|line| matches!(line, log::Line::Train { .. })) {
+        curve::write_svg(&curve, &lines)?;
+    }
+    Ok(PretrainReport { model, stop, step, skipped, checkpoint: checkpoint::latest(folder)?, curve })
+}
+
+fn quality_metrics() -> (StepMetric, StepMetric) {
+    let [loss, perplexity] = StepMetric::quality();
+    (loss, perplexity)
+}
+
+/// A resumed run may write elsewhere and evaluate more often, but what it computes must be what it was.
+fn check_same_run(config: &PretrainConfig, saved: &PretrainConfig) -> Result<(), TrainError> {
+    let parts = [
+        ("seed", config.seed == saved.seed),
+        ("model", config.model == saved.model),
+        ("batch", config.batch == saved.batch),
+        ("optimizer", config.optimizer == saved.optimizer),
+        ("schedule", config.schedule == saved.schedule),
+    ];
+    match parts.iter().find(|(_, same)| !same) {
+        Some((field, _)) => Err(TrainError::config(field, "differs from the checkpoint's; a resumed run must keep it")),
+        None => Ok(()),
+    }
+}
+
+/// The run's own `metrics.jsonl` takes the place of burn-train's files.
+struct NoLogger;
+
+impl MetricLogger for NoLogger {
+    fn log(&mut self, _: MetricsUpdate, _: usize, _: &Split) {}
+
+    fn read_numeric(&mut self, _: &str, _: usize, _: &Split) -> Result<Vec<NumericEntry>, String> {
+        Ok(Vec::new())
+    }
+
+    fn log_metric_definition(&mut self, _: MetricDefinition) {}
+
+    fn log_epoch_summary(&mut self, _: EpochSummary) {}
+}

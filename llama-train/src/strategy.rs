@@ -1,0 +1,250 @@
+//! The training loop: a burn-train strategy that counts optimizer steps.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use burn::data::dataloader::{DataLoader, Progress};
+use burn::module::AutodiffModule;
+use burn::train::{
+    EventProcessorTraining, InferenceStep, Learner, LearnerEvent, LearningComponentsMarker, SupervisedLearningStrategy,
+    SupervisedTrainingEventProcessor, TrainLoader, TrainStep, TrainingComponents, TrainingItem, ValidLoader,
+};
+use llama_data::DataError;
+use llama_data::loader::TokenBatch;
+use llama_data::tokenizer::Tokenizer;
+use llama_model::TrainBackend;
+
+use crate::checkpoint::{self, RunState};
+use crate::log::{Line, MetricsFile};
+use crate::{AdamW, GradientList, PretrainConfig, Pretrainer, StepOutput, TrainError, WarmupCosine};
+
+/// Steps in a row without a finite loss and gradient after which a run gives up.
+const MAX_SKIPPED: u64 = 20;
+
+/// The parts of our training, in burn-train's terms.
+pub type Components<B> = LearningComponentsMarker<B, WarmupCosine, Pretrainer<B>, AdamW<B>>;
+
+/// Why a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// All steps are done.
+    Finished,
+    /// The interrupter asked for it. A checkpoint was written.
+    Interrupted,
+}
+
+/// Owns model, optimizer and step of a run, so that updates are in place: a `Learner` clones its model for every update.
+pub struct PretrainStrategy<B: TrainBackend> {
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    /// Floating-point operations per second of the device.
+    peak_flops: f64,
+    start: Mutex<Option<Start<B>>>,
+    outcome: Arc<Mutex<Option<Result<Outcome, TrainError>>>>,
+}
+
+struct Start<B: TrainBackend> {
+    optimizer: AdamW<B>,
+    step: u64,
+    tokens: u64,
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Outcome {
+    pub stop: Stop,
+    pub step: u64,
+    pub skipped: u64,
+}
+
+impl<B: TrainBackend> PretrainStrategy<B> {
+    /// A strategy that goes on after `step` steps and `tokens` tokens with an optimizer. The learner's model must be the
+    /// one of that step, and the training loader must begin at its data position.
+    pub fn new(
+        config: PretrainConfig,
+        tokenizer: Tokenizer,
+        peak_flops: f64,
+        optimizer: AdamW<B>,
+        step: u64,
+        tokens: u64,
+    ) -> Self {
+        let start = Mutex::new(Some(Start { optimizer, step, tokens }));
+        Self { config, tokenizer, peak_flops, start, outcome: Arc::default() }
+    }
+
+    /// Where the result will be when burn-train's `launch`, which returns none, has ended.
+    pub(crate) fn outcome(&self) -> Arc<Mutex<Option<Result<Outcome, TrainError>>>> {
+        self.outcome.clone()
+    }
+}
+
+impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for PretrainStrategy<B> {
+    fn fit(
+        &self,
+        components: TrainingComponents<Components<B>>,
+        learner: Learner<Components<B>>,
+        train: TrainLoader<Components<B>>,
+        valid: ValidLoader<Components<B>>,
+        _: usize,
+    ) -> (Pretrainer<B>, SupervisedTrainingEventProcessor<Components<B>>) {
+        // Dropping the learner leaves this model as the only owner of its buffers.
+        let model = learner.model();
+        drop(learner);
+        let start = self.start.lock().expect("no other thread holds this").take();
+        let Start { optimizer, step, tokens } = start.expect("a strategy runs once");
+        let mut run = Run {
+            schedule: WarmupCosine::new(self.config.schedule.clone()),
+            flops_per_token: self.config.model.flops_per_token(self.config.batch.seq_len).training(),
+            strategy: self,
+            model: Some(model),
+            optimizer,
+            step,
+            tokens,
+            skipped: 0,
+            skipped_in_a_row: 0,
+            processor: components.event_processor,
+        };
+        let result = run.run(&train, &valid, || components.interrupter.should_stop());
+        *self.outcome.lock().expect("no other thread holds this") = Some(result);
+        (run.model.take().expect("the model is only away during an update"), run.processor)
+    }
+}
+
+/// A running training.
+struct Run<'a, B: TrainBackend> {
+    strategy: &'a PretrainStrategy<B>,
+    schedule: WarmupCosine,
+    flops_per_token: f64,
+    /// Away only while it is updated.
+    model: Option<Pretrainer<B>>,
+    optimizer: AdamW<B>,
+    step: u64,
+    tokens: u64,
+    skipped: u64,
+    skipped_in_a_row: u64,
+    processor: SupervisedTrainingEventProcessor<Components<B>>,
+}
+
+impl<B: TrainBackend> Run<'_, B> {
+    fn run(
+        &mut self,
+        train: &Arc<dyn DataLoader<B, TokenBatch>>,
+        valid: &Arc<dyn DataLoader<B::InnerBackend, TokenBatch>>,
+        should_stop: impl Fn() -> bool,
+    ) -> Result<Outcome, TrainError> {
+        let PretrainConfig { schedule, run, .. } = &self.strategy.config;
+        let mut log = MetricsFile::open(&run.folder, self.step)?;
+        let mut batches = train.iter();
+        let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
+        let mut saved = None;
+        let mut stop = Stop::Finished;
+        while self.step < schedule.steps {
+            if should_stop() {
+                stop = Stop::Interrupted;
+                break;
+            }
+            let output = self.train_step(&mut || batches.next(), &mut log)?;
+            if let Some(output) = output {
+                log.write(&Line::train(self.step, self.tokens, &output))?;
+                let lr = Some(output.lr);
+                self.processor.process_train(LearnerEvent::ProcessedItem(self.item(output, lr)));
+            }
+            let last = self.step == schedule.steps;
+            if due(run.eval_every, self.step) || (last && run.eval_every > 0) {
+                let output = self.evaluate(valid);
+                log.write(&Line::valid(self.step, &output))?;
+                self.processor.process_valid(LearnerEvent::ProcessedItem(self.item(output, None)));
+                self.processor.process_valid(LearnerEvent::EndEpoch(self.step as usize));
+                self.processor.process_train(LearnerEvent::EndEpoch(self.step as usize));
+            }
+            if due(run.checkpoint_every, self.step) {
+                self.save()?;
+                saved = Some(self.step);
+            }
+        }
+        if saved != Some(self.step) {
+            self.save()?;
+        }
+        Ok(Outcome { stop, step: self.step, skipped: self.skipped })
+    }
+
+    /// One optimizer step: micro-batches, one clip, one update. `None` if it was skipped because its loss or gradient
+    /// is not finite; the weights are then untouched.
+    fn train_step(
+        &mut self,
+        next_batch: &mut dyn FnMut() -> Option<TokenBatch>,
+        log: &mut MetricsFile,
+    ) -> Result<Option<StepOutput>, TrainError> {
+        let start = Instant::now();
+        let mut waited = Duration::ZERO;
+        let mut grads = GradientList::default();
+        let mut output = StepOutput { lr: self.schedule.lr(self.step), ..Default::default() };
+        for _ in 0..self.strategy.config.batch.accumulation {
+            let before = Instant::now();
+            let batch = next_batch().ok_or_else(|| DataError::Loader("it has no more batches".into()))?;
+            waited += before.elapsed();
+            let model = self.model.as_ref().expect("the model is only away during an update");
+            let micro = TrainStep::step(model, batch);
+            grads.accumulate::<B, _>(model, micro.grads);
+            output.loss_sum += micro.item.loss_sum;
+            output.tokens += micro.item.tokens;
+        }
+        // The sum over all tokens is divided by their number once, whatever the micro-batches.
+        let per_token = 1.0 / output.tokens as f64;
+        output.grad_norm = grads.norm() * per_token;
+        self.step += 1;
+        if !output.loss_sum.is_finite() || !output.grad_norm.is_finite() {
+            let (loss, grad_norm) = (output.loss().to_string(), output.grad_norm.to_string());
+            log.write(&Line::Skipped { step: self.step, loss, grad_norm })?;
+            self.skipped += 1;
+            self.skipped_in_a_row += 1;
+            if self.skipped_in_a_row == MAX_SKIPPED {
+                return Err(TrainError::NotFinite { step: self.step, count: MAX_SKIPPED });
+            }
+            return Ok(None);
+        }
+        self.skipped_in_a_row = 0;
+        let scale = self.optimizer.clip_factor(output.grad_norm) * per_token;
+        let model = self.model.take().expect("the model is only away during an update");
+        self.model = Some(self.optimizer.update(output.lr, model, grads, scale));
+
+        self.tokens += output.tokens;
+        let seconds = start.elapsed().as_secs_f64();
+        output.tokens_per_second = output.tokens as f64 / seconds;
+        output.mfu = output.tokens_per_second * self.flops_per_token / self.strategy.peak_flops;
+        output.data_wait = waited.as_secs_f64() / seconds;
+        output.memory = memory_stats::memory_stats().map_or(0.0, |stats| stats.physical_mem as f64);
+        Ok(Some(output))
+    }
+
+    /// Mean loss on the validation windows, in their order.
+    fn evaluate(&self, valid: &Arc<dyn DataLoader<B::InnerBackend, TokenBatch>>) -> StepOutput {
+        let model = self.model.as_ref().expect("the model is only away during an update").valid();
+        let mut output = StepOutput::default();
+        for batch in valid.iter() {
+            let part = InferenceStep::step(&model, batch);
+            output.loss_sum += part.loss_sum;
+            output.tokens += part.tokens;
+        }
+        output
+    }
+
+    fn save(&self) -> Result<(), TrainError> {
+        let state = RunState {
+            version: 1,
+            step: self.step,
+            updates: self.optimizer.step_count(),
+            tokens: self.tokens,
+            backend: B::name(&Default::default()),
+            config: self.strategy.config.clone(),
+        };
+        let model = self.model.as_ref().expect("the model is only away during an update");
+        checkpoint::save(model, &self.optimizer, &state, &self.strategy.tokenizer)?;
+        Ok(())
+    }
+
+    fn item(&self, output: StepOutput, lr: Option<f64>) -> TrainingItem<StepOutput> {
+        let progress = Progress::new(self.step as usize, self.strategy.config.schedule.steps as usize);
+        TrainingItem::new(output, progress.clone(), progress, Some(self.step as usize), lr)
+    }
+}

@@ -1,0 +1,105 @@
+//! One training and one evaluation step, in burn-train's terms.
+
+use burn::module::Module;
+use burn::tensor::{ElementConversion, Int, Tensor, TensorData};
+use burn::train::metric::{Adaptor, ItemLazy};
+use burn::train::{InferenceStep, TrainOutput, TrainStep};
+use llama_data::loader::TokenBatch;
+use llama_model::{Llama, LlamaBackend, ModelError, TrainBackend};
+
+/// A model in training.
+#[derive(Module, Debug)]
+pub struct Pretrainer<B: LlamaBackend> {
+    /// The model.
+    pub llama: Llama<B>,
+}
+
+/// What a step gives, and what metrics are made of.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepOutput {
+    /// Sum of the cross entropies, in nats.
+    pub loss_sum: f64,
+    /// Tokens trained or evaluated on.
+    pub tokens: u64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Global gradient norm before the clip.
+    pub grad_norm: f64,
+    /// Tokens per second.
+    pub tokens_per_second: f64,
+    /// Model FLOPs utilisation, as a share.
+    pub mfu: f64,
+    /// Share of the step spent waiting for data.
+    pub data_wait: f64,
+    /// Resident memory of the process in bytes.
+    pub memory: f64,
+}
+
+impl StepOutput {
+    /// Mean cross entropy per token, in nats.
+    pub fn loss(&self) -> f64 {
+        self.loss_sum / self.tokens.max(1) as f64
+    }
+}
+
+impl<B: LlamaBackend> Pretrainer<B> {
+    fn upload(&self, batch: &TokenBatch) -> [Tensor<B, 2, Int>; 2] {
+        let device = self.llama.norm.weight.device();
+        let upload =
+            |ids: &Vec<i32>| Tensor::from_data(TensorData::new(ids.clone(), [batch.batch, batch.seq_len]), &device);
+        [upload(&batch.inputs), upload(&batch.targets)]
+    }
+
+    /// Summed loss of a batch, `[1]`.
+    ///
+    /// # Errors
+    /// If the sequences are longer than the model's.
+    pub fn loss(&self, batch: &TokenBatch) -> Result<Tensor<B, 1>, ModelError> {
+        let [inputs, targets] = self.upload(batch);
+        self.llama.loss(inputs, targets)
+    }
+}
+
+impl<B: TrainBackend> TrainStep for Pretrainer<B> {
+    type Input = TokenBatch;
+    type Output = StepOutput;
+
+    /// Forward and backward of the **summed** loss: who drives the step divides by the tokens of all its
+    /// micro-batches.
+    ///
+    /// # Panics
+    /// If the sequences are longer than the model's; a checked configuration rules it out.
+    fn step(&self, batch: TokenBatch) -> TrainOutput<StepOutput> {
+        let loss = self.loss(&batch).expect("the configuration was checked");
+        let grads = loss.backward();
+        let loss_sum = loss.into_scalar().elem();
+        let output = StepOutput { loss_sum, tokens: batch.tokens() as u64, ..Default::default() };
+        TrainOutput::new(self, grads, output)
+    }
+}
+
+impl<B: LlamaBackend> InferenceStep for Pretrainer<B> {
+    type Input = TokenBatch;
+    type Output = StepOutput;
+
+    /// # Panics
+    /// As the training step.
+    fn step(&self, batch: TokenBatch) -> StepOutput {
+        let loss = self.loss(&batch).expect("the configuration was checked");
+        StepOutput { loss_sum: loss.into_scalar().elem(), tokens: batch.tokens() as u64, ..Default::default() }
+    }
+}
+
+impl ItemLazy for StepOutput {
+    type ItemSync = Self;
+
+    fn sync(self) -> Self {
+        self
+    }
+}
+
+impl Adaptor<StepOutput> for StepOutput {
+    fn adapt(&self) -> StepOutput {
+        self.clone()
+    }
+}

@@ -1,0 +1,99 @@
+//! What the tests share: the device, fixtures, comparisons.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::backend::Backend;
+use burn::tensor::{Int, Tensor, TensorData};
+use llama::model::Device;
+use safetensors::SafeTensors;
+
+/// The device under test.
+pub fn device() -> Device {
+    let name = std::env::var("LLAMA_TEST_DEVICE").unwrap_or_else(|_| "flex".into());
+    name.parse().unwrap_or_else(|error| panic!("LLAMA_TEST_DEVICE: {error}"))
+}
+
+/// The tolerance of a comparison: `cpu` in f32 on the CPU, 1e-3 of the expected values' scale elsewhere, where products
+/// may run in lower precision.
+pub fn tolerance(cpu: f64, scale: f64) -> f64 {
+    if device().to_string() == "flex" { cpu } else { cpu.max(1e-3 * scale) }
+}
+
+/// A test that runs on the device under test, generic over its backend.
+macro_rules! device_test {
+    ($(#[$meta:meta])* fn $name:ident<$backend:ident>($device:ident) $body:block) => {
+        $(#[$meta])*
+        #[test]
+        fn $name() {
+            struct Task;
+            impl llama::model::BackendTask for Task {
+                type Output = ();
+                fn run<$backend: llama::model::TrainBackend>(self, $device: $backend::Device) $body
+            }
+            crate::support::device().run(Task).unwrap();
+        }
+    };
+}
+pub(crate) use device_test;
+
+pub fn fixture(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(path)
+}
+
+/// Floats of a tensor.
+pub fn floats<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f64> {
+    tensor.into_data().convert::<f64>().to_vec().unwrap()
+}
+
+/// Floats of a tensor in a fixture.
+pub fn stored(path: &str, name: &str) -> Vec<f64> {
+    let bytes = std::fs::read(fixture(path)).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let view = tensors.tensor(name).unwrap_or_else(|error| panic!("{path}: {name}: {error}"));
+    assert_eq!(view.dtype(), safetensors::Dtype::F32, "{path}: {name}");
+    view.data().chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect()
+}
+
+/// Integers of a tensor in a fixture, with its shape.
+pub fn stored_ints(path: &str, name: &str) -> (Vec<i64>, Vec<usize>) {
+    let bytes = std::fs::read(fixture(path)).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let view = tensors.tensor(name).unwrap();
+    let values = match view.dtype() {
+        safetensors::Dtype::I64 => {
+            view.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect()
+        }
+        safetensors::Dtype::I32 => {
+            view.data().chunks_exact(4).map(|b| i64::from(i32::from_le_bytes(b.try_into().unwrap()))).collect()
+        }
+        other => panic!("{path}: {name} is {other:?}"),
+    };
+    (values, view.shape().to_vec())
+}
+
+pub fn json(path: &str) -> serde_json::Value {
+    serde_json::from_str(&std::fs::read_to_string(fixture(path)).unwrap()).unwrap()
+}
+
+pub fn numbers(value: &serde_json::Value) -> Vec<f64> {
+    value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+}
+
+pub fn ints<B: Backend>(values: &[i64], dims: [usize; 2], device: &B::Device) -> Tensor<B, 2, Int> {
+    let values: Vec<i32> = values.iter().map(|&x| x as i32).collect();
+    Tensor::from_data(TensorData::new(values, dims), device)
+}
+
+/// Asserts that all elements are within `tolerance` of those expected.
+#[track_caller]
+pub fn close(what: &str, found: &[f64], expected: &[f64], tolerance: f64) {
+    assert_eq!(found.len(), expected.len(), "{what}: lengths differ");
+    let worst = found.iter().zip(expected).map(|(f, e)| (f - e).abs()).fold(0.0, f64::max);
+    assert!(worst <= tolerance, "{what}: off by {worst:e}, tolerance {tolerance:e}");
+    assert!(found.iter().all(|x| x.is_finite()), "{what}: not finite");
+}
+
+/// Largest absolute value.
+pub fn scale(values: &[f64]) -> f64 {
+    values.iter().fold(0.0, |max: f64, x| max.max(x.abs()))
+}
