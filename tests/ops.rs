@@ -1,1 +1,348 @@
+//! Every operation of the backend trait: the backend's body against the default body, every explicit backward against
+//! Burn's autodiff of the plain composition, and against finite differences in f64.
 
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Int, Tensor, TensorData};
+use llama::model::backend::ops::{primitive, tensor};
+use llama::model::backend::{AdamWStep, AttentionSaved, LlamaBackend, ops, reference};
+use llama::model::TrainBackend;
+
+use crate::support::{close, device_test, floats, scale, tolerance};
+
+const EPS: f64 = 1e-5;
+
+/// Deterministic numbers in -1..1.
+fn noise(len: usize, seed: u64) -> Vec<f64> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..len)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+        })
+        .collect()
+}
+
+fn random<B: Backend, const D: usize>(dims: [usize; D], seed: u64, dtype: DType, device: &B::Device) -> Tensor<B, D> {
+    Tensor::from_data(TensorData::new(noise(dims.iter().product(), seed), dims), (device, dtype))
+}
+
+fn targets<B: Backend>(len: usize, vocab: usize, device: &B::Device) -> Tensor<B, 1, Int> {
+    let ids: Vec<i32> = (0..len).map(|i| if i % 5 == 3 { -100 } else { (i * 7 % vocab) as i32 }).collect();
+    Tensor::from_data(TensorData::new(ids, [len]), device)
+}
+
+/// An operation as a function of its flat float inputs, on the backend `B`.
+trait Case {
+    /// Shapes of the inputs, flat.
+    fn inputs(&self) -> Vec<Vec<usize>>;
+    /// The operation through the trait.
+    fn ours<B: LlamaBackend>(&self, inputs: Vec<Tensor<B, 1>>) -> Tensor<B, 1>;
+    /// The plain composition.
+    fn plain<B: LlamaBackend>(&self, inputs: Vec<Tensor<B, 1>>) -> Tensor<B, 1>;
+}
+
+fn flat<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, 1> {
+    x.flatten(0, D - 1)
+}
+
+struct Project;
+impl Case for Project {
+    fn inputs(&self) -> Vec<Vec<usize>> {
+        vec![vec![6, 10], vec![7, 10]]
+    }
+    fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
+        flat(ops::linear(x[0].clone().reshape([2, 3, 10]), x[1].clone().reshape([7, 10])))
+    }
+    fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
+        flat(x[0].clone().reshape([6, 10]).matmul(x[1].clone().reshape([7, 10]).transpose()))
+    }
+}
+
+struct RmsNorm;
+impl Case for RmsNorm {
+    fn inputs(&self) -> Vec<Vec<usize>> {
+        vec![vec![5, 37], vec![37]]
+    }
+    fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
+        flat(ops::rms_norm(x[0].clone().reshape([5, 37]), x[1].clone(), EPS))
+    }
+    fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
+        let rows = primitive(x[0].clone().reshape([5, 37]));
+        flat(tensor::<B, 2>(reference::rms_norm::<B>(rows, primitive(x[1].clone()), EPS).0))
+    }
+}
+
+struct Rotary;
+impl Rotary {
+    fn tables<B: Backend>(x: &Tensor<B, 1>) -> [Tensor<B, 2>; 2] {
+        [20, 21].map(|seed| random([3, 4], seed, x.dtype(), &x.device()))
+    }
+}
+impl Case for Rotary {
+    fn inputs(&self) -> Vec<Vec<usize>> {
+        vec![vec![2, 3, 5, 8]]
+    }
+    fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
+        let [cos, sin] = Self::tables(&x[0]);
+        flat(ops::rotary(x[0].clone().reshape([2, 3, 5, 8]), cos, sin))
+    }
+    fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
+        let [cos, sin] = Self::tables(&x[0]).map(primitive);
+        let rows = primitive(x[0].clone().reshape([2, 3, 5, 8]));
+        flat(tensor::<B, 4>(reference::rotary::<B>(rows, cos, sin, false)))
+    }
+}
+
+struct Swiglu;
+impl Case for Swiglu {
+    fn inputs(&self) -> Vec<Vec<usize>> {
+        vec![vec![3, 21], vec![3, 21]]
+    }
+    fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
+        let [gate, up] = [0, 1].map(|i| x[i].clone().mul_scalar(6.0).reshape([3, 21]));
+        flat(ops::swiglu(gate, up))
+    }
+    fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
+        let [gate, up] = [0, 1].map(|i| x[i].clone().mul_scalar(6.0).reshape([3, 21]));
+        flat(gate.clone() * burn::tensor::activation::sigmoid(gate) * up)
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Attention {
+    batch: usize,
+    q_len: usize,
+    kv_len: usize,
+    n_heads: usize,
+    n_kv_heads: usize,
+    head_dim: usize,
+}
+impl Attention {
+    fn shapes<B: Backend>(&self, x: Vec<Tensor<B, 1>>) -> [Tensor<B, 4>; 3] {
+        let shapes = self.inputs();
+        [0, 1, 2].map(|i| x[i].clone().mul_scalar(2.0).reshape(<[usize; 4]>::try_from(shapes[i].clone()).unwrap()))
+    }
+}
+impl Case for Attention {
+    fn inputs(&self) -> Vec<Vec<usize>> {
+        let kv = vec![self.batch, self.kv_len, self.n_kv_heads, self.head_dim];
+        vec![vec![self.batch, self.q_len, self.n_heads, self.head_dim], kv.clone(), kv]
+    }
+    fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
+        let [q, k, v] = self.shapes(x);
+        flat(ops::causal_attention(q, k, v))
+    }
+    fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
+        let [q, k, v] = self.shapes(x).map(primitive);
+        let scale = (self.head_dim as f64).powf(-0.5);
+        flat(tensor::<B, 4>(reference::causal_attention::<B>(q, k, v, scale).0))
+    }
+}
+
+struct CrossEntropy {
+    tokens: usize,
+    vocab: usize,
+}
+impl CrossEntropy {
+    fn shapes<B: Backend>(&self, x: Vec<Tensor<B, 1>>) -> (Tensor<B, 2>, Tensor<B, 2>, Tensor<B, 1, Int>) {
+        let hidden = x[0].clone().mul_scalar(3.0).reshape([self.tokens, 9]);
+        let targets = targets::<B>(self.tokens, self.vocab, &hidden.device());
+        (hidden, x[1].clone().reshape([self.vocab, 9]), targets)
+    }
+}
+impl Case for CrossEntropy {
+    fn inputs(&self) -> Vec<Vec<usize>> {
+        vec![vec![self.tokens, 9], vec![self.vocab, 9]]
+    }
+    fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
+        let (hidden, head, targets) = self.shapes(x);
+        ops::linear_cross_entropy(hidden, head, targets)
+    }
+    fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
+        let (hidden, head, targets) = self.shapes(x);
+        tensor::<B, 1>(reference::token_losses::<B>(primitive(hidden), primitive(head), targets.into_primitive())).sum()
+    }
+}
+
+/// Value and gradients of `Σ f(inputs) · noise`.
+fn run<B: TrainBackend>(
+    inputs: &[Vec<f64>],
+    dtype: DType,
+    device: &B::Device,
+    f: impl Fn(Vec<Tensor<B, 1>>) -> Tensor<B, 1>,
+) -> (Vec<f64>, Vec<Vec<f64>>) {
+    let leaf = |values: &Vec<f64>| {
+        Tensor::<B, 1>::from_data(TensorData::new(values.clone(), [values.len()]), (device, dtype)).require_grad()
+    };
+    let leaves: Vec<_> = inputs.iter().map(leaf).collect();
+    let out = f(leaves.clone());
+    let weights = random::<B, 1>(out.dims(), 99, dtype, device);
+    let values = floats(out.clone());
+    let grads = (out * weights).sum().backward();
+    (values, leaves.iter().map(|leaf| floats(leaf.grad(&grads).expect("every input has a gradient"))).collect())
+}
+
+fn check<B: TrainBackend>(name: &str, case: &impl Case, device: &B::Device) {
+    let inputs: Vec<_> =
+        case.inputs().iter().zip(1..).map(|(shape, seed)| noise(shape.iter().product(), seed)).collect();
+    let (plain, plain_grads) = run::<B>(&inputs, DType::F32, device, |x| case.plain(x));
+    let (ours, our_grads) = run::<B>(&inputs, DType::F32, device, |x| case.ours(x));
+    let near = |expected: &[f64]| tolerance(2e-5 * scale(expected).max(1.0), scale(expected));
+    close(&format!("{name}: result"), &ours, &plain, near(&plain));
+    for (i, (ours, plain)) in our_grads.iter().zip(&plain_grads).enumerate() {
+        close(&format!("{name}: gradient {i}"), ours, plain, near(plain));
+    }
+}
+
+device_test! {
+    fn bodies_and_backwards_equal_burns_autodiff_of_the_composition<B>(device) {
+        check::<B>("project", &Project, &device);
+        check::<B>("rms_norm", &RmsNorm, &device);
+        check::<B>("rotary", &Rotary, &device);
+        check::<B>("swiglu", &Swiglu, &device);
+        check::<B>("cross entropy", &CrossEntropy { tokens: 11, vocab: 23 }, &device);
+        check::<B>("cross entropy in chunks", &CrossEntropy { tokens: 1100, vocab: 23 }, &device);
+    }
+}
+
+device_test! {
+    fn attention_equals_burns_autodiff_of_the_composition<B>(device) {
+        for (q_len, kv_len) in [(1, 1), (17, 17), (128, 128), (1000, 1000), (1, 37), (5, 300), (130, 517)] {
+            for (n_heads, n_kv_heads) in [(4, 2), (3, 3), (4, 1)] {
+                let case = Attention { batch: 2, q_len, kv_len, n_heads, n_kv_heads, head_dim: 8 };
+                if q_len >= 1000 && n_heads != 4 {
+                    continue;
+                }
+                check::<B>(&format!("attention {q_len}/{kv_len}, heads {n_heads}/{n_kv_heads}"), &case, &device);
+            }
+        }
+        let wide = Attention { batch: 1, q_len: 70, kv_len: 70, n_heads: 2, n_kv_heads: 1, head_dim: 64 };
+        check::<B>("attention, wide heads", &wide, &device);
+    }
+}
+
+device_test! {
+    /// The default backward bodies, which a backend may override, on the inner backend.
+    fn default_backward_bodies_equal_the_backends<B>(device) {
+        type Inner<B> = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
+        let f32s = |dims, seed| primitive::<Inner<B>, 2>(random(dims, seed, DType::F32, &device));
+        let heads = |dims, seed| primitive::<Inner<B>, 4>(random(dims, seed, DType::F32, &device));
+        let same = |name: &str, ours: Vec<_>, default: Vec<_>| {
+            for (ours, default) in ours.into_iter().zip(default) {
+                let (ours, default) = (floats(tensor::<Inner<B>, 1>(ours)), floats(tensor::<Inner<B>, 1>(default)));
+                close(name, &ours, &default, tolerance(2e-5 * scale(&default).max(1.0), scale(&default)));
+            }
+        };
+        let one = |x| {
+            let len = burn::tensor::TensorMetadata::shape(&x).num_elements();
+            <Inner<B> as burn::tensor::ops::FloatTensorOps<Inner<B>>>::float_reshape(x, [len].into())
+        };
+
+        let weight = primitive(random::<Inner<B>, 1>([33], 3, DType::F32, &device));
+        let (x, grad) = (f32s([7, 33], 1), f32s([7, 33], 2));
+        let (_, inv_rms) = Inner::<B>::rms_norm(x.clone(), weight.clone(), EPS);
+        let ours = Inner::<B>::rms_norm_backward(x.clone(), weight.clone(), inv_rms.clone(), grad.clone());
+        let default = reference::rms_norm_backward::<Inner<B>>(x, weight, inv_rms, grad);
+        same("rms_norm", vec![one(ours.0), one(ours.1)], vec![one(default.0), one(default.1)]);
+
+        let (gate, up, grad) = (f32s([7, 33], 4), f32s([7, 33], 5), f32s([7, 33], 6));
+        let ours = Inner::<B>::swiglu_backward(gate.clone(), up.clone(), grad.clone());
+        let default = reference::swiglu_backward::<Inner<B>>(gate, up, grad);
+        same("swiglu", vec![one(ours.0), one(ours.1)], vec![one(default.0), one(default.1)]);
+
+        let (x, weight, grad) = (f32s([7, 33], 7), f32s([5, 33], 8), f32s([7, 5], 9));
+        let ours = vec![
+            one(Inner::<B>::project_backward_input(grad.clone(), weight.clone())),
+            one(Inner::<B>::project_backward_weight(grad.clone(), x.clone())),
+        ];
+        let default = vec![
+            one(reference::project_backward_input::<Inner<B>>(grad.clone(), weight)),
+            one(reference::project_backward_weight::<Inner<B>>(grad, x)),
+        ];
+        same("project", ours, default);
+
+        let (q, k, v) = (heads([2, 9, 4, 8], 1), heads([2, 20, 2, 8], 2), heads([2, 20, 2, 8], 3));
+        let (out, lse) = Inner::<B>::causal_attention(q.clone(), k.clone(), v.clone(), 0.3);
+        let (_, default_lse) = reference::causal_attention::<Inner<B>>(q.clone(), k.clone(), v.clone(), 0.3);
+        same("attention: lse", vec![one(lse.clone())], vec![one(default_lse)]);
+        let saved = AttentionSaved { q, k, v, out, lse, scale: 0.3 };
+        let ours = Inner::<B>::causal_attention_backward(saved.clone(), heads([2, 9, 4, 8], 4));
+        let default = reference::causal_attention_backward::<Inner<B>>(saved, heads([2, 9, 4, 8], 4));
+        same("attention", ours.map(one).into(), default.map(one).into());
+
+        let (hidden, head) = (f32s([600, 12], 1), f32s([40, 12], 2));
+        let ids = targets::<Inner<B>>(600, 40, &device).into_primitive();
+        let ours = Inner::<B>::linear_cross_entropy_with_grads(hidden.clone(), head.clone(), ids.clone());
+        let default = reference::linear_cross_entropy_with_grads::<Inner<B>>(hidden.clone(), head.clone(), ids.clone());
+        same("cross entropy", ours.map(one).into(), default.map(one).into());
+        let ours = Inner::<B>::token_losses(hidden.clone(), head.clone(), ids.clone());
+        same("token losses", vec![ours], vec![reference::token_losses::<Inner<B>>(hidden, head, ids)]);
+
+        let step = AdamWStep {
+            lr: 0.1, beta_1: 0.9, beta_2: 0.95, epsilon: 1e-8, weight_decay: 0.1, step: 3, grad_scale: 0.5,
+        };
+        let state = || (f32s([9, 41], 1), f32s([9, 41], 2), f32s([9, 41], 3));
+        let v = || primitive(random::<Inner<B>, 2>([9, 41], 4, DType::F32, &device).square());
+        let (param, grad, m) = state();
+        let ours = Inner::<B>::adamw(param, grad, m, v(), &step);
+        let (param, grad, m) = state();
+        let default = reference::adamw::<Inner<B>>(param, grad, m, v(), &step);
+        same("adamw", ours.map(one).into(), default.map(one).into());
+
+        let x = f32s([100, 41], 5);
+        let expected: f64 = floats(tensor::<Inner<B>, 2>(x.clone())).iter().map(|x| x * x).sum();
+        let found = floats(tensor::<Inner<B>, 1>(Inner::<B>::sum_of_squares(x)));
+        close("sum of squares", &found, &[expected], tolerance(1e-4 * expected, expected));
+    }
+}
+
+#[cfg(feature = "flex")]
+mod finite_differences {
+    use burn::backend::{Autodiff, Flex};
+
+    use super::*;
+
+    const STEP: f64 = 1e-5;
+    const TOLERANCE: f64 = 1e-7;
+
+    /// Every explicit backward against central differences in f64.
+    fn check(name: &str, case: &impl Case) {
+        type B = Autodiff<Flex>;
+        let device = Default::default();
+        let inputs: Vec<_> =
+            case.inputs().iter().zip(1..).map(|(shape, seed)| noise(shape.iter().product(), seed)).collect();
+        let (out, grads) = run::<B>(&inputs, DType::F64, &device, |x| case.ours(x));
+        let weights = noise(out.len(), 99);
+        let value = |inputs: &[Vec<f64>]| {
+            let leaf = |x: &Vec<f64>| {
+                Tensor::<Flex, 1>::from_data(TensorData::new(x.clone(), [x.len()]), (&device, DType::F64))
+            };
+            let out = floats(case.ours(inputs.iter().map(leaf).collect()));
+            out.iter().zip(&weights).map(|(x, w)| x * w).sum::<f64>()
+        };
+        for (which, gradient) in grads.iter().enumerate() {
+            for (at, found) in gradient.iter().enumerate() {
+                let mut moved = inputs.clone();
+                moved[which][at] += STEP;
+                let above = value(&moved);
+                moved[which][at] -= 2.0 * STEP;
+                let slope = (above - value(&moved)) / (2.0 * STEP);
+                let error = (slope - found).abs();
+                assert!(error < TOLERANCE * slope.abs().max(1.0), "{name}: input {which}[{at}]: {found}, slope {slope}");
+            }
+        }
+    }
+
+    #[test]
+    fn of_every_backward() {
+        check("project", &Project);
+        check("rms_norm", &RmsNorm);
+        check("rotary", &Rotary);
+        check("swiglu", &Swiglu);
+        check("cross entropy", &CrossEntropy { tokens: 11, vocab: 13 });
+        for (q_len, kv_len, n_kv_heads) in [(6, 6, 2), (2, 7, 1), (1, 5, 4)] {
+            let case = Attention { batch: 2, q_len, kv_len, n_heads: 4, n_kv_heads, head_dim: 6 };
+            check(&format!("attention {q_len}/{kv_len}"), &case);
+        }
+    }
+}
