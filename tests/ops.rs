@@ -3,9 +3,9 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
+use llama::model::TrainBackend;
 use llama::model::backend::ops::{primitive, tensor};
 use llama::model::backend::{AdamWStep, AttentionSaved, LlamaBackend, ops, reference};
-use llama::model::TrainBackend;
 
 use crate::support::{close, device_test, floats, scale, tolerance};
 
@@ -328,7 +328,10 @@ mod finite_differences {
                 moved[which][at] -= 2.0 * STEP;
                 let slope = (above - value(&moved)) / (2.0 * STEP);
                 let error = (slope - found).abs();
-                assert!(error < TOLERANCE * slope.abs().max(1.0), "{name}: input {which}[{at}]: {found}, slope {slope}");
+                assert!(
+                    error < TOLERANCE * slope.abs().max(1.0),
+                    "{name}: input {which}[{at}]: {found}, slope {slope}"
+                );
             }
         }
     }

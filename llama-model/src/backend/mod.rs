@@ -17,8 +17,6 @@ mod cube;
 mod flex;
 pub mod ops;
 pub mod reference;
-#[cfg(test)]
-mod tests;
 
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::{FloatTensor, IntTensor};

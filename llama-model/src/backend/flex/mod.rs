@@ -1,4 +1,184 @@
-//! CPU kernels for Burn's Flex backend.
-use super::LlamaBackend;
+//! CPU kernels for Burn's Flex backend, in f32: SIMD chosen at run time, threads over rows or heads, products by the
+//! `gemm` crate. Other dtypes take the default bodies.
+//!
+//! Every result depends on shapes alone, never on the order in which threads finish, so that a run can be repeated bit
+//! for bit.
+
+mod attention;
+mod cross_entropy;
+mod product;
+mod rows;
+mod simd;
+
 use burn::backend::Flex;
-impl LlamaBackend for Flex {}
+use burn::tensor::ops::{FloatTensor, IntTensor};
+use burn::tensor::{DType, Shape, TensorData, TensorMetadata};
+use burn_flex::{FlexTensor, Layout};
+
+use super::{AdamWStep, AttentionSaved, LlamaBackend, reference};
+
+impl LlamaBackend for Flex {
+    fn project(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
+        if !is_f32(&[&x, &weight]) {
+            return reference::project::<Flex>(x, weight);
+        }
+        product::product(&x, false, &weight, true)
+    }
+
+    fn project_backward_input(grad: FlexTensor, weight: FlexTensor) -> FlexTensor {
+        if !is_f32(&[&grad, &weight]) {
+            return reference::project_backward_input::<Flex>(grad, weight);
+        }
+        product::product(&grad, false, &weight, false)
+    }
+
+    fn project_backward_weight(grad: FlexTensor, x: FlexTensor) -> FlexTensor {
+        if !is_f32(&[&grad, &x]) {
+            return reference::project_backward_weight::<Flex>(grad, x);
+        }
+        product::product(&grad, true, &x, false)
+    }
+
+    fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f64) -> (FlexTensor, FlexTensor) {
+        if !is_f32(&[&x, &weight]) {
+            return reference::rms_norm::<Flex>(x, weight, eps);
+        }
+        rows::rms_norm(x, weight, eps as f32)
+    }
+
+    fn rms_norm_backward(
+        x: FlexTensor,
+        weight: FlexTensor,
+        inv_rms: FlexTensor,
+        grad: FlexTensor,
+    ) -> (FlexTensor, FlexTensor) {
+        if !is_f32(&[&x, &weight, &grad]) {
+            return reference::rms_norm_backward::<Flex>(x, weight, inv_rms, grad);
+        }
+        rows::rms_norm_backward(x, weight, inv_rms, grad)
+    }
+
+    fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: bool) -> FlexTensor {
+        if !is_f32(&[&x, &cos, &sin]) {
+            return reference::rotary::<Flex>(x, cos, sin, inverse);
+        }
+        rows::rotary(x, cos, sin, inverse)
+    }
+
+    fn causal_attention(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f64) -> (FlexTensor, FlexTensor) {
+        if !is_f32(&[&q, &k, &v]) {
+            return reference::causal_attention::<Flex>(q, k, v, scale);
+        }
+        attention::forward(q, k, v, scale as f32)
+    }
+
+    fn causal_attention_backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTensor; 3] {
+        if !is_f32(&[&saved.q, &saved.k, &saved.v, &grad]) {
+            return reference::causal_attention_backward::<Flex>(saved, grad);
+        }
+        attention::backward(saved, grad)
+    }
+
+    fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+        if !is_f32(&[&gate, &up]) {
+            return reference::swiglu::<Flex>(gate, up);
+        }
+        rows::swiglu(gate, up)
+    }
+
+    fn swiglu_backward(gate: FlexTensor, up: FlexTensor, grad: FlexTensor) -> (FlexTensor, FlexTensor) {
+        if !is_f32(&[&gate, &up, &grad]) {
+            return reference::swiglu_backward::<Flex>(gate, up, grad);
+        }
+        rows::swiglu_backward(gate, up, grad)
+    }
+
+    fn token_losses(hidden: FlexTensor, head: FlexTensor, targets: IntTensor<Flex>) -> FlexTensor {
+        if !is_f32(&[&hidden, &head]) {
+            return reference::token_losses::<Flex>(hidden, head, targets);
+        }
+        cross_entropy::token_losses(hidden, head, targets)
+    }
+
+    fn linear_cross_entropy_with_grads(
+        hidden: FlexTensor,
+        head: FlexTensor,
+        targets: IntTensor<Flex>,
+    ) -> [FlexTensor; 3] {
+        if !is_f32(&[&hidden, &head]) {
+            return reference::linear_cross_entropy_with_grads::<Flex>(hidden, head, targets);
+        }
+        cross_entropy::with_grads(hidden, head, targets)
+    }
+
+    fn adamw(
+        param: FlexTensor,
+        grad: FlexTensor,
+        m: FlexTensor,
+        v: FlexTensor,
+        step: &AdamWStep,
+    ) -> [FloatTensor<Flex>; 3] {
+        if !is_f32(&[&param, &grad, &m, &v]) {
+            return reference::adamw::<Flex>(param, grad, m, v, step);
+        }
+        rows::adamw(param, grad, m, v, step)
+    }
+
+    fn sum_of_squares(x: FlexTensor) -> FlexTensor {
+        if !is_f32(&[&x]) {
+            return <Flex as burn::tensor::ops::FloatTensorOps<Flex>>::float_sum(
+                <Flex as burn::tensor::ops::FloatTensorOps<Flex>>::float_mul(x.clone(), x),
+            );
+        }
+        rows::sum_of_squares(x)
+    }
+}
+
+fn is_f32(tensors: &[&FlexTensor]) -> bool {
+    tensors.iter().all(|tensor| tensor.dtype() == DType::F32)
+}
+
+/// The tensor with its elements in order from the start of its buffer. No copy, and no second owner, if they are.
+fn contiguous(x: FlexTensor) -> FlexTensor {
+    let whole = x.is_contiguous()
+        && x.layout().start_offset() == 0
+        && x.bytes().len() == x.layout().num_elements() * size_of::<f32>();
+    if whole { x } else { x.to_contiguous() }
+}
+
+fn values(x: &FlexTensor) -> &[f32] {
+    x.storage::<f32>()
+}
+
+fn from_values(values: Vec<f32>, shape: Shape) -> FlexTensor {
+    FlexTensor::from_data(TensorData::new(values, shape))
+}
+
+fn shape_of(x: &FlexTensor) -> Shape {
+    x.shape()
+}
+
+/// A view of a tensor's elements with strides.
+struct Strided<'a> {
+    data: &'a [f32],
+    layout: &'a Layout,
+}
+
+impl<'a> Strided<'a> {
+    fn new(x: &'a FlexTensor) -> Self {
+        Self { data: x.storage::<f32>(), layout: x.layout() }
+    }
+
+    /// Pointer to the first element. Positions reached by the strides are inside the buffer.
+    fn ptr(&self) -> *const f32 {
+        self.data[self.layout.start_offset()..].as_ptr()
+    }
+
+    fn stride(&self, dim: usize) -> isize {
+        self.layout.strides()[dim]
+    }
+
+    fn dim(&self, dim: usize) -> usize {
+        self.layout.shape()[dim]
+    }
+}

@@ -1,0 +1,250 @@
+//! Causal attention in tiles (paper, section 2.4; Dao, FlashAttention-2): scores exist for one tile at a time, tiles
+//! above the diagonal are never touched, the backward recomputes the probabilities from the log-sum-exp.
+//!
+//! Threads take heads. Tensors are read with their strides, so neither projections nor caches are copied.
+
+use burn::tensor::{Shape, TensorMetadata};
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+use super::product::{Matrix, multiply};
+use super::simd::{exp, max, sum1, sum2, vectorized};
+use super::{Strided, contiguous, from_values, values};
+use crate::backend::AttentionSaved;
+use burn::backend::Flex;
+
+/// Queries of a tile.
+const Q_TILE: usize = 64;
+/// Keys of a tile.
+const K_TILE: usize = 256;
+
+/// Sizes of a call.
+#[derive(Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    q_len: usize,
+    kv_len: usize,
+    n_heads: usize,
+    n_kv_heads: usize,
+    head_dim: usize,
+}
+
+impl Sizes {
+    fn new(q: &FlexTensor, k: &FlexTensor) -> Self {
+        let [batch, q_len, n_heads, head_dim] = q.shape().dims();
+        let [_, kv_len, n_kv_heads, _] = k.shape().dims();
+        Self { batch, q_len, kv_len, n_heads, n_kv_heads, head_dim }
+    }
+
+    /// Query heads that share a key head.
+    fn group(&self) -> usize {
+        self.n_heads / self.n_kv_heads
+    }
+
+    /// Tiles of queries: first query and number.
+    fn q_tiles(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let q_len = self.q_len;
+        (0..q_len).step_by(Q_TILE).map(move |start| (start, Q_TILE.min(q_len - start)))
+    }
+
+    /// Keys that query `i` sees: bottom-right aligned.
+    fn visible(&self, i: usize) -> usize {
+        self.kv_len - self.q_len + i + 1
+    }
+
+    /// Tiles of keys that a tile of queries sees: first key and number.
+    fn k_tiles(&self, (q_start, q_rows): (usize, usize)) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let end = self.visible(q_start + q_rows - 1);
+        (0..end).step_by(K_TILE).map(move |start| (start, K_TILE.min(end - start)))
+    }
+}
+
+/// `[batch, len, heads, head_dim]` with unit stride inside a head.
+struct Heads<'a>(Strided<'a>);
+
+// SAFETY: the pointers inside are only read, and the borrow keeps the tensor alive.
+unsafe impl Sync for Heads<'_> {}
+
+impl<'a> Heads<'a> {
+    fn new(x: &'a FlexTensor) -> Self {
+        Self(Strided::new(x))
+    }
+
+    /// Rows `start..start + rows` of a head.
+    fn tile(&self, batch: usize, head: usize, start: usize, rows: usize) -> Matrix {
+        let x = &self.0;
+        let offset = batch as isize * x.stride(0) + start as isize * x.stride(1) + head as isize * x.stride(2);
+        Matrix {
+            // SAFETY: batch, head and row are inside the tensor.
+            ptr: unsafe { x.ptr().offset(offset) },
+            rows,
+            cols: x.dim(3),
+            row_stride: x.stride(1),
+            col_stride: 1,
+        }
+    }
+
+    /// Row `index` of a tile.
+    fn row<'b>(&'b self, tile: Matrix, index: usize) -> &'b [f32] {
+        // SAFETY: the row is inside the tensor, whose borrow the result keeps.
+        unsafe { std::slice::from_raw_parts(tile.ptr.offset(index as isize * tile.row_stride), tile.cols) }
+    }
+}
+
+/// Keeps a tensor whose heads have unit stride, else copies it.
+fn readable(x: FlexTensor) -> FlexTensor {
+    if x.layout().strides()[3] == 1 { x } else { contiguous(x) }
+}
+
+/// An output that threads write disjoint heads of.
+#[derive(Clone, Copy)]
+struct Output(*mut f32);
+
+// SAFETY: every thread writes rows of its own heads only.
+unsafe impl Send for Output {}
+unsafe impl Sync for Output {}
+
+impl Output {
+    fn at(self, offset: usize) -> *mut f32 {
+        // SAFETY: callers stay inside the output.
+        unsafe { self.0.add(offset) }
+    }
+
+    /// # Safety
+    /// The range must be inside the output and nobody else's.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn slice<'a>(self, offset: usize, len: usize) -> &'a mut [f32] {
+        unsafe { std::slice::from_raw_parts_mut(self.at(offset), len) }
+    }
+}
+
+pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f32) -> (FlexTensor, FlexTensor) {
+    let [q, k, v] = [q, k, v].map(readable);
+    let sizes = Sizes::new(&q, &k);
+    let Sizes { batch, q_len, n_heads, head_dim, .. } = sizes;
+    let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
+    let mut out = vec![0.0f32; batch * q_len * n_heads * head_dim];
+    let mut lse = vec![0.0f32; batch * n_heads * q_len];
+    let (out_ptr, lse_ptr) = (Output(out.as_mut_ptr()), Output(lse.as_mut_ptr()));
+    (0..batch * n_heads).into_par_iter().for_each_init(
+        || vec![0.0f32; Q_TILE * K_TILE],
+        |scores, index| {
+            let (b, head) = (index / n_heads, index % n_heads);
+            let kv_head = head / sizes.group();
+            for tile in sizes.q_tiles() {
+                let (start, rows) = tile;
+                let q = qs.tile(b, head, start, rows);
+                let out_at = |row: usize| ((b * q_len + start + row) * n_heads + head) * head_dim;
+                // SAFETY: these rows of this head are this task's own.
+                let lse = unsafe { lse_ptr.slice(index * q_len + start, rows) };
+                let mut maxima = [f32::NEG_INFINITY; Q_TILE];
+                let mut sums = [0.0f32; Q_TILE];
+                for (k_start, cols) in sizes.k_tiles(tile) {
+                    let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
+                    // SAFETY: `scores` holds a tile.
+                    unsafe { multiply(scores.as_mut_ptr(), cols as isize, q, k.transposed(), scale, false, false) };
+                    vectorized(|| {
+                        for (row, scores) in scores.chunks_exact_mut(cols).take(rows).enumerate() {
+                            let seen = (sizes.visible(start + row) - k_start.min(sizes.visible(start + row))).min(cols);
+                            let (seen, hidden) = scores.split_at_mut(seen);
+                            hidden.fill(0.0);
+                            let new_max = max(seen).max(maxima[row]);
+                            for score in seen.iter_mut() {
+                                *score = exp(*score - new_max);
+                            }
+                            let keep = exp(maxima[row] - new_max);
+                            sums[row] = sums[row] * keep + sum1(seen, |x| x);
+                            maxima[row] = new_max;
+                            if k_start > 0 {
+                                // SAFETY: this row of this head is this task's own.
+                                let out = unsafe { out_ptr.slice(out_at(row), head_dim) };
+                                out.iter_mut().for_each(|x| *x *= keep);
+                            }
+                        }
+                    });
+                    let weights = Matrix::rows(scores, rows, cols);
+                    let stride = (n_heads * head_dim) as isize;
+                    // SAFETY: these rows of this head are this task's own.
+                    unsafe { multiply(out_ptr.at(out_at(0)), stride, weights, v, 1.0, k_start > 0, false) };
+                }
+                for row in 0..rows {
+                    lse[row] = maxima[row] + sums[row].ln();
+                    let inverse = 1.0 / sums[row];
+                    // SAFETY: this row of this head is this task's own.
+                    let out = unsafe { out_ptr.slice(out_at(row), head_dim) };
+                    out.iter_mut().for_each(|x| *x *= inverse);
+                }
+            }
+        },
+    );
+    (from_values(out, q.shape()), from_values(lse, Shape::new([batch, n_heads, q_len])))
+}
+
+pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTensor; 3] {
+    let AttentionSaved { q, k, v, out, lse, scale } = saved;
+    let scale = scale as f32;
+    let [q, k, v, out, grad] = [q, k, v, out, grad].map(readable);
+    let lse = contiguous(lse);
+    let sizes = Sizes::new(&q, &k);
+    let Sizes { batch, q_len, kv_len, n_heads, n_kv_heads, head_dim } = sizes;
+    let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
+    let (outs, grads, lse) = (Heads::new(&out), Heads::new(&grad), values(&lse));
+    let mut d_q = vec![0.0f32; batch * q_len * n_heads * head_dim];
+    let mut d_k = vec![0.0f32; batch * kv_len * n_kv_heads * head_dim];
+    let mut d_v = vec![0.0f32; batch * kv_len * n_kv_heads * head_dim];
+    let [d_q_ptr, d_k_ptr, d_v_ptr] = [&mut d_q, &mut d_k, &mut d_v].map(|x| Output(x.as_mut_ptr()));
+    // A task has a key head and all query heads of its group, so it alone writes the key head's gradient.
+    (0..batch * n_kv_heads).into_par_iter().for_each_init(
+        || (vec![0.0f32; Q_TILE * K_TILE], vec![0.0f32; Q_TILE * K_TILE]),
+        |(weights, d_weights), index| {
+            let (b, kv_head) = (index / n_kv_heads, index % n_kv_heads);
+            for head in kv_head * sizes.group()..(kv_head + 1) * sizes.group() {
+                for tile in sizes.q_tiles() {
+                    let (start, rows) = tile;
+                    let (q, d_out) = (qs.tile(b, head, start, rows), grads.tile(b, head, start, rows));
+                    let out = outs.tile(b, head, start, rows);
+                    let lse = &lse[(b * n_heads + head) * q_len + start..][..rows];
+                    let mut delta = [0.0f32; Q_TILE];
+                    vectorized(|| {
+                        for (row, delta) in delta.iter_mut().enumerate().take(rows) {
+                            *delta = sum2(outs.row(out, row), grads.row(d_out, row), |a, b| a * b);
+                        }
+                    });
+                    let d_q = d_q_ptr.at(((b * q_len + start) * n_heads + head) * head_dim);
+                    for (k_start, cols) in sizes.k_tiles(tile) {
+                        let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
+                        // SAFETY: both buffers hold a tile.
+                        unsafe {
+                            multiply(weights.as_mut_ptr(), cols as isize, q, k.transposed(), scale, false, false);
+                            multiply(d_weights.as_mut_ptr(), cols as isize, d_out, v.transposed(), 1.0, false, false);
+                        }
+                        vectorized(|| {
+                            let tiles = weights.chunks_exact_mut(cols).zip(d_weights.chunks_exact_mut(cols));
+                            for (row, (weights, d_scores)) in tiles.take(rows).enumerate() {
+                                let visible = sizes.visible(start + row);
+                                let seen = (visible - k_start.min(visible)).min(cols);
+                                weights[seen..].fill(0.0);
+                                d_scores[seen..].fill(0.0);
+                                for (weight, d_score) in weights[..seen].iter_mut().zip(&mut d_scores[..seen]) {
+                                    *weight = exp(*weight - lse[row]);
+                                    *d_score = *weight * (*d_score - delta[row]) * scale;
+                                }
+                            }
+                        });
+                        let weights = Matrix::rows(weights, rows, cols);
+                        let d_scores = Matrix::rows(d_weights, rows, cols);
+                        let at_key = ((b * kv_len + k_start) * n_kv_heads + kv_head) * head_dim;
+                        let (q_stride, k_stride) = ((n_heads * head_dim) as isize, (n_kv_heads * head_dim) as isize);
+                        // SAFETY: these rows of these heads are this task's own; the outputs begin as zeros.
+                        unsafe {
+                            multiply(d_v_ptr.at(at_key), k_stride, weights.transposed(), d_out, 1.0, true, false);
+                            multiply(d_k_ptr.at(at_key), k_stride, d_scores.transposed(), q, 1.0, true, false);
+                            multiply(d_q, q_stride, d_scores, k, 1.0, true, false);
+                        }
+                    }
+                }
+            }
+        },
+    );
+    [from_values(d_q, q.shape()), from_values(d_k, k.shape()), from_values(d_v, v.shape())]
+}

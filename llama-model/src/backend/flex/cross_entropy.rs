@@ -1,0 +1,126 @@
+//! Cross entropy of the output head in chunks of rows: a chunk's logits are made, used for loss and gradients, and
+//! overwritten by the next chunk's. Extra memory is one chunk, whatever tokens and vocabulary.
+
+use burn::tensor::{Shape, TensorMetadata};
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+use super::product::{Matrix, multiply};
+use super::simd::{exp, max, sum1, vectorized};
+use super::{contiguous, from_values, values};
+use crate::backend::IGNORE_TARGET;
+
+/// Logits of a chunk.
+const CHUNK: usize = 1 << 22;
+
+struct Head<'a> {
+    hidden: &'a [f32],
+    head: &'a [f32],
+    targets: Vec<i64>,
+    d_model: usize,
+    vocab_size: usize,
+}
+
+impl<'a> Head<'a> {
+    fn new(hidden: &'a FlexTensor, head: &'a FlexTensor, targets: FlexTensor) -> Self {
+        let [tokens, d_model] = hidden.shape().dims();
+        let [vocab_size, _] = head.shape().dims();
+        let targets: Vec<i64> = targets.into_data().iter::<i64>().collect();
+        assert_eq!(targets.len(), tokens, "one target for each row");
+        let known = |target: &i64| *target == IGNORE_TARGET || (0..vocab_size as i64).contains(target);
+        if let Some(target) = targets.iter().find(|target| !known(target)) {
+            panic!("target {target} is outside the vocabulary of {vocab_size}");
+        }
+        Self { hidden: values(hidden), head: values(head), targets, d_model, vocab_size }
+    }
+
+    /// Rows of a chunk.
+    fn rows(&self) -> usize {
+        (CHUNK / self.vocab_size).clamp(16, 512).min(self.targets.len().max(1))
+    }
+
+    /// Calls `each` with first row, hidden states, targets and logits of every chunk.
+    fn chunks(&self, mut each: impl FnMut(usize, Matrix, &[i64], &mut [f32])) {
+        let rows = self.rows();
+        let mut logits = vec![0.0f32; rows * self.vocab_size];
+        let head = Matrix::rows(self.head, self.vocab_size, self.d_model).transposed();
+        for (index, targets) in self.targets.chunks(rows).enumerate() {
+            let first = index * rows;
+            let hidden = Matrix::rows(&self.hidden[first * self.d_model..], targets.len(), self.d_model);
+            let logits = &mut logits[..targets.len() * self.vocab_size];
+            // SAFETY: the matrices are slices of the right size, `logits` is this function's own.
+            unsafe { multiply(logits.as_mut_ptr(), self.vocab_size as isize, hidden, head, 1.0, false, true) };
+            each(first, hidden, targets, logits);
+        }
+    }
+}
+
+/// The loss of one row of logits; `None` as target gives 0. With `grad` the row becomes its gradient.
+#[inline(always)]
+fn row_loss(logits: &mut [f32], target: i64, grad: bool) -> f32 {
+    if target == IGNORE_TARGET {
+        if grad {
+            logits.fill(0.0);
+        }
+        return 0.0;
+    }
+    let target = target as usize;
+    let max = max(logits);
+    let target_logit = logits[target];
+    if !grad {
+        return sum1(logits, |x| exp(x - max)).ln() + max - target_logit;
+    }
+    for x in logits.iter_mut() {
+        *x = exp(*x - max);
+    }
+    let sum = sum1(logits, |x| x);
+    let inverse = 1.0 / sum;
+    for x in logits.iter_mut() {
+        *x *= inverse;
+    }
+    logits[target] -= 1.0;
+    sum.ln() + max - target_logit
+}
+
+fn chunk_losses(logits: &mut [f32], targets: &[i64], vocab_size: usize, losses: &mut [f32], grad: bool) {
+    logits.par_chunks_mut(vocab_size).zip(targets).zip(losses).for_each(|((logits, target), loss)| {
+        *loss = vectorized(|| row_loss(logits, *target, grad));
+    });
+}
+
+pub(super) fn token_losses(hidden: FlexTensor, head: FlexTensor, targets: FlexTensor) -> FlexTensor {
+    let (hidden, head_tensor) = (contiguous(hidden), contiguous(head));
+    let head = Head::new(&hidden, &head_tensor, targets);
+    let mut losses = vec![0.0f32; head.targets.len()];
+    head.chunks(|first, _, targets, logits| {
+        chunk_losses(logits, targets, head.vocab_size, &mut losses[first..][..targets.len()], false);
+    });
+    let tokens = losses.len();
+    from_values(losses, Shape::new([tokens]))
+}
+
+pub(super) fn with_grads(hidden: FlexTensor, head: FlexTensor, targets: FlexTensor) -> [FlexTensor; 3] {
+    let (hidden, head_tensor) = (contiguous(hidden), contiguous(head));
+    let head = Head::new(&hidden, &head_tensor, targets);
+    let (tokens, d_model, vocab_size) = (head.targets.len(), head.d_model, head.vocab_size);
+    let mut losses = vec![0.0f32; tokens];
+    let mut d_hidden = vec![0.0f32; tokens * d_model];
+    let mut d_head = vec![0.0f32; vocab_size * d_model];
+    let weight = Matrix::rows(head.head, vocab_size, d_model);
+    head.chunks(|first, hidden, targets, logits| {
+        chunk_losses(logits, targets, vocab_size, &mut losses[first..][..targets.len()], true);
+        let d_logits = Matrix::rows(logits, targets.len(), vocab_size);
+        // SAFETY: the matrices are slices of the right size; both outputs are this function's own.
+        unsafe {
+            let d_hidden = d_hidden[first * d_model..].as_mut_ptr();
+            multiply(d_hidden, d_model as isize, d_logits, weight, 1.0, false, true);
+            multiply(d_head.as_mut_ptr(), d_model as isize, d_logits.transposed(), hidden, 1.0, first > 0, true);
+        }
+    });
+    let loss: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
+    [
+        from_values(vec![loss as f32], Shape::new([1])),
+        from_values(d_hidden, Shape::new([tokens, d_model])),
+        from_values(d_head, Shape::new([vocab_size, d_model])),
+    ]
+}

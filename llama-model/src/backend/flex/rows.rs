@@ -1,0 +1,187 @@
+//! The operations that go over rows or elements once: limited by memory, so each reads and writes everything once.
+
+use burn::tensor::Shape;
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+use super::simd::{exp, sigmoid, sum1, sum2, vectorized};
+use super::{contiguous, from_values, shape_of, values};
+use crate::backend::AdamWStep;
+
+/// Elements a thread takes at a time: small enough to share evenly, large enough to hide the hand-over. Fixed, so that
+/// results do not depend on the number of threads.
+const BLOCK: usize = 1 << 14;
+
+/// Whole rows of about [`BLOCK`] elements.
+fn rows_per_block(width: usize) -> usize {
+    BLOCK.div_ceil(width.max(1))
+}
+
+pub(super) fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f32) -> (FlexTensor, FlexTensor) {
+    let (x, weight) = (contiguous(x), contiguous(weight));
+    let shape = shape_of(&x);
+    let [rows, width] = shape.dims();
+    let (xs, weights) = (values(&x), values(&weight));
+    let (mut out, mut inv_rms) = (vec![0.0f32; rows * width], vec![0.0f32; rows]);
+    let block = rows_per_block(width);
+    out.par_chunks_mut(block * width).zip(inv_rms.par_chunks_mut(block)).zip(xs.par_chunks(block * width)).for_each(
+        |((out, inv_rms), x)| {
+            vectorized(|| {
+                for ((out, inv), x) in out.chunks_exact_mut(width).zip(inv_rms).zip(x.chunks_exact(width)) {
+                    *inv = 1.0 / (sum1(x, |x| x * x) / width as f32 + eps).sqrt();
+                    for ((out, x), weight) in out.iter_mut().zip(x).zip(weights) {
+                        *out = x * *inv * weight;
+                    }
+                }
+            });
+        },
+    );
+    (from_values(out, shape), from_values(inv_rms, Shape::new([rows, 1])))
+}
+
+pub(super) fn rms_norm_backward(
+    x: FlexTensor,
+    weight: FlexTensor,
+    inv_rms: FlexTensor,
+    grad: FlexTensor,
+) -> (FlexTensor, FlexTensor) {
+    let [x, weight, inv_rms, grad] = [x, weight, inv_rms, grad].map(contiguous);
+    let shape = shape_of(&x);
+    let [rows, width] = shape.dims();
+    let (xs, weights, invs, grads) = (values(&x), values(&weight), values(&inv_rms), values(&grad));
+    let mut d_x = vec![0.0f32; rows * width];
+    let block = rows_per_block(width);
+    // Each block sums its own part of the weight's gradient; the parts are then added in their order.
+    let parts: Vec<Vec<f32>> = d_x
+        .par_chunks_mut(block * width)
+        .zip(xs.par_chunks(block * width))
+        .zip(grads.par_chunks(block * width))
+        .zip(invs.par_chunks(block))
+        .map(|(((d_x, x), grad), inv)| {
+            vectorized(|| {
+                let mut d_weight = vec![0.0f32; width];
+                let mut weighted = vec![0.0f32; width];
+                let rows = d_x.chunks_exact_mut(width).zip(x.chunks_exact(width));
+                for (((d_x, x), grad), inv) in rows.zip(grad.chunks_exact(width)).zip(inv) {
+                    for ((g, grad), weight) in weighted.iter_mut().zip(grad).zip(weights) {
+                        *g = grad * weight;
+                    }
+                    let mean = sum2(&weighted, x, |g, x| g * x) * inv / width as f32;
+                    for i in 0..width {
+                        let normed = x[i] * inv;
+                        d_weight[i] += grad[i] * normed;
+                        d_x[i] = (weighted[i] - normed * mean) * inv;
+                    }
+                }
+                d_weight
+            })
+        })
+        .collect();
+    let mut d_weight = vec![0.0f32; width];
+    for part in parts {
+        d_weight.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+    }
+    (from_values(d_x, shape), from_values(d_weight, Shape::new([width])))
+}
+
+pub(super) fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: bool) -> FlexTensor {
+    let (mut x, cos, sin) = (contiguous(x), contiguous(cos), contiguous(sin));
+    let [_, seq_len, heads, head_dim] = shape_of(&x).dims();
+    let half = head_dim / 2;
+    let (cos, sin) = (values(&cos), values(&sin));
+    let sign = if inverse { -1.0 } else { 1.0 };
+    // In place if nobody else holds the input, as after a projection.
+    let out = x.storage_mut::<f32>();
+    let width = heads * head_dim;
+    let block = rows_per_block(width);
+    out.par_chunks_mut(block * width).enumerate().for_each(|(index, rows)| {
+        vectorized(|| {
+            for (row, x) in rows.chunks_exact_mut(width).enumerate() {
+                let position = (index * block + row) % seq_len * half;
+                let (cos, sin) = (&cos[position..][..half], &sin[position..][..half]);
+                for head in x.chunks_exact_mut(head_dim) {
+                    let (first, second) = head.split_at_mut(half);
+                    for i in 0..half {
+                        let (a, b, sin) = (first[i], second[i], sign * sin[i]);
+                        first[i] = a * cos[i] - b * sin;
+                        second[i] = b * cos[i] + a * sin;
+                    }
+                }
+            }
+        });
+    });
+    x
+}
+
+pub(super) fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+    let (gate, up) = (contiguous(gate), contiguous(up));
+    let mut out = vec![0.0f32; values(&gate).len()];
+    out.par_chunks_mut(BLOCK).zip(values(&gate).par_chunks(BLOCK)).zip(values(&up).par_chunks(BLOCK)).for_each(
+        |((out, gate), up)| {
+            vectorized(|| {
+                for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+                    *out = gate / (1.0 + exp(-gate)) * up;
+                }
+            });
+        },
+    );
+    from_values(out, shape_of(&gate))
+}
+
+pub(super) fn swiglu_backward(gate: FlexTensor, up: FlexTensor, grad: FlexTensor) -> (FlexTensor, FlexTensor) {
+    let [gate, up, grad] = [gate, up, grad].map(contiguous);
+    let len = values(&gate).len();
+    let (mut d_gate, mut d_up) = (vec![0.0f32; len], vec![0.0f32; len]);
+    let inputs =
+        values(&gate).par_chunks(BLOCK).zip(values(&up).par_chunks(BLOCK)).zip(values(&grad).par_chunks(BLOCK));
+    d_gate.par_chunks_mut(BLOCK).zip(d_up.par_chunks_mut(BLOCK)).zip(inputs).for_each(
+        |((d_gate, d_up), ((gate, up), grad))| {
+            vectorized(|| {
+                for i in 0..gate.len() {
+                    let sigmoid = sigmoid(gate[i]);
+                    let silu = gate[i] * sigmoid;
+                    d_up[i] = grad[i] * silu;
+                    d_gate[i] = grad[i] * up[i] * (sigmoid + silu * (1.0 - sigmoid));
+                }
+            });
+        },
+    );
+    (from_values(d_gate, shape_of(&gate)), from_values(d_up, shape_of(&gate)))
+}
+
+pub(super) fn adamw(
+    param: FlexTensor,
+    grad: FlexTensor,
+    m: FlexTensor,
+    v: FlexTensor,
+    step: &AdamWStep,
+) -> [FlexTensor; 3] {
+    let [mut param, grad, mut m, mut v] = [param, grad, m, v].map(contiguous);
+    let (correction_1, correction_2) = step.bias_corrections();
+    let keep = (1.0 - step.lr * step.weight_decay) as f32;
+    let rate = (step.lr / correction_1) as f32;
+    let correction_2 = (1.0 / correction_2) as f32;
+    let (beta_1, beta_2) = (step.beta_1 as f32, step.beta_2 as f32);
+    let (rest_1, rest_2) = ((1.0 - step.beta_1) as f32, (1.0 - step.beta_2) as f32);
+    let (epsilon, scale) = (step.epsilon as f32, step.grad_scale as f32);
+    let moments = m.storage_mut::<f32>().par_chunks_mut(BLOCK).zip(v.storage_mut::<f32>().par_chunks_mut(BLOCK));
+    let params = param.storage_mut::<f32>().par_chunks_mut(BLOCK).zip(values(&grad).par_chunks(BLOCK));
+    params.zip(moments).for_each(|((param, grad), (m, v))| {
+        vectorized(|| {
+            for i in 0..param.len() {
+                let g = grad[i] * scale;
+                m[i] = beta_1 * m[i] + rest_1 * g;
+                v[i] = beta_2 * v[i] + rest_2 * (g * g);
+                param[i] = param[i] * keep - rate * m[i] / ((v[i] * correction_2).sqrt() + epsilon);
+            }
+        });
+    });
+    [param, m, v]
+}
+
+pub(super) fn sum_of_squares(x: FlexTensor) -> FlexTensor {
+    let x = contiguous(x);
+    let parts: Vec<f64> =
+        values(&x).par_chunks(BLOCK).map(|block| f64::from(vectorized(|| sum1(block, |x| x * x)))).collect();
+    from_values(vec![parts.iter().sum::<f64>() as f32], Shape::new([1]))
+}

@@ -1,0 +1,117 @@
+//! Loops compiled for the widest vectors of the machine, and the functions in them.
+
+/// Runs `f` compiled for the best instruction set the CPU has (AVX-512, AVX2 with FMA, NEON, or none). Everything `f`
+/// calls must be inlined into it.
+#[inline(always)]
+pub(super) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}
+
+/// Lanes of the partial sums: enough for two AVX-512 registers. A fixed number, so that sums do not depend on the CPU.
+const LANES: usize = 32;
+
+/// `Σ f(a[i], b[i])` in [`LANES`] partial sums, so that the compiler may vectorise it.
+#[inline(always)]
+pub(super) fn sum2(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (a_blocks, a_rest) = a.as_chunks::<LANES>();
+    let (b_blocks, b_rest) = b.as_chunks::<LANES>();
+    for (a, b) in a_blocks.iter().zip(b_blocks) {
+        for lane in 0..LANES {
+            lanes[lane] += f(a[lane], b[lane]);
+        }
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| f(*a, *b)).sum();
+    tree_sum(lanes) + rest
+}
+
+/// `Σ f(a[i])`
+#[inline(always)]
+pub(super) fn sum1(a: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    sum2(a, a, |a, _| f(a))
+}
+
+#[inline(always)]
+pub(super) fn max(a: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (blocks, rest) = a.as_chunks::<LANES>();
+    for block in blocks {
+        for lane in 0..LANES {
+            lanes[lane] = if block[lane] > lanes[lane] { block[lane] } else { lanes[lane] };
+        }
+    }
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, x| if *x > max { *x } else { max })
+}
+
+#[inline(always)]
+fn tree_sum(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// `e^x` to about one unit in the last place, as arithmetic that vectorises: `2^n · p(r)` with `x = n ln 2 + r`.
+///
+/// Below -87.3 it is 0, above 88.7 it stays finite; NaN gives NaN.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    /// Adding it rounds to a whole number, which is then in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let clamped = if x > 88.7 { 88.7 } else { x };
+    let rounded = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = rounded - ROUND;
+    let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, clamped));
+    let p = 1.987_569_1e-4f32;
+    let p = p.mul_add(r, 1.398_2e-3);
+    let p = p.mul_add(r, 8.333_452e-3);
+    let p = p.mul_add(r, 4.166_579_6e-2);
+    let p = p.mul_add(r, 1.666_666_5e-1);
+    let p = p.mul_add(r, 0.5);
+    let p = (p * r).mul_add(r, r) + 1.0;
+    let power = f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
+    let result = p * power;
+    if x < -87.3 { 0.0 } else { result }
+}
+
+/// `1 / (1 + e^-x)`
+#[inline(always)]
+pub(super) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate_everywhere() {
+        let mut worst = 0.0f64;
+        for i in -8700..=8870 {
+            let x = i as f32 / 100.0;
+            let error = (f64::from(exp(x)) / f64::from(x).exp() - 1.0).abs();
+            worst = worst.max(error);
+        }
+        assert!(worst < 2e-7, "{worst:e}");
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(-200.0), 0.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert!(exp(200.0).is_finite());
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn sums_and_maxima_take_every_element() {
+        for len in [0, 1, 31, 32, 33, 100] {
+            let a: Vec<f32> = (0..len).map(|i| i as f32).collect();
+            assert_eq!(sum1(&a, |x| x), (0..len).sum::<i32>() as f32);
+            assert_eq!(max(&a), a.last().copied().unwrap_or(f32::NEG_INFINITY));
+        }
+    }
+}
