@@ -18,6 +18,6 @@ pub fn measure_peak_flops<B: Backend>(device: &B::Device) -> f64 {
         start.elapsed().as_secs_f64()
     };
     product();
-    let best = (0..5).map(|_| product()).fold(f64::INFINITY, f64::min);
+    let best = (0..8).map(|_| product()).fold(f64::INFINITY, f64::min);
     2.0 * (N as f64).powi(3) / best
 }

@@ -143,25 +143,15 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f32) -
                     let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
                     // SAFETY: `scores` holds a tile.
                     unsafe { multiply(scores.as_mut_ptr(), cols as isize, q, k.transposed(), scale, false, false) };
-                    vectorized(|| {
-                        for (row, scores) in scores.chunks_exact_mut(cols).take(rows).enumerate() {
-                            let seen = (sizes.visible(start + row) - k_start.min(sizes.visible(start + row))).min(cols);
-                            let (seen, hidden) = scores.split_at_mut(seen);
-                            hidden.fill(0.0);
-                            let new_max = max(seen).max(maxima[row]);
-                            for score in seen.iter_mut() {
-                                *score = exp(*score - new_max);
-                            }
-                            let keep = exp(maxima[row] - new_max);
-                            sums[row] = sums[row] * keep + sum1(seen, |x| x);
-                            maxima[row] = new_max;
-                            if k_start > 0 {
-                                // SAFETY: this row of this head is this task's own.
-                                let out = unsafe { out_ptr.slice(out_at(row), head_dim) };
-                                out.iter_mut().for_each(|x| *x *= keep);
-                            }
+                    for (row, scores) in scores.chunks_exact_mut(cols).take(rows).enumerate() {
+                        let seen = sizes.visible(start + row).saturating_sub(k_start).min(cols);
+                        let keep = online_softmax(scores, seen, &mut maxima[row], &mut sums[row]);
+                        if k_start > 0 {
+                            // SAFETY: this row of this head is this task's own.
+                            let out = unsafe { out_ptr.slice(out_at(row), head_dim) };
+                            out.iter_mut().for_each(|x| *x *= keep);
                         }
-                    });
+                    }
                     let weights = Matrix::rows(scores, rows, cols);
                     let stride = (n_heads * head_dim) as isize;
                     // SAFETY: these rows of this head are this task's own.
@@ -205,11 +195,9 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
                     let out = outs.tile(b, head, start, rows);
                     let lse = &lse[(b * n_heads + head) * q_len + start..][..rows];
                     let mut delta = [0.0f32; Q_TILE];
-                    vectorized(|| {
-                        for (row, delta) in delta.iter_mut().enumerate().take(rows) {
-                            *delta = sum2(outs.row(out, row), grads.row(d_out, row), |a, b| a * b);
-                        }
-                    });
+                    for (row, delta) in delta.iter_mut().enumerate().take(rows) {
+                        *delta = dot(outs.row(out, row), grads.row(d_out, row));
+                    }
                     let d_q = d_q_ptr.at(((b * q_len + start) * n_heads + head) * head_dim);
                     for (k_start, cols) in sizes.k_tiles(tile) {
                         let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
@@ -218,19 +206,11 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
                             multiply(weights.as_mut_ptr(), cols as isize, q, k.transposed(), scale, false, false);
                             multiply(d_weights.as_mut_ptr(), cols as isize, d_out, v.transposed(), 1.0, false, false);
                         }
-                        vectorized(|| {
-                            let tiles = weights.chunks_exact_mut(cols).zip(d_weights.chunks_exact_mut(cols));
-                            for (row, (weights, d_scores)) in tiles.take(rows).enumerate() {
-                                let visible = sizes.visible(start + row);
-                                let seen = (visible - k_start.min(visible)).min(cols);
-                                weights[seen..].fill(0.0);
-                                d_scores[seen..].fill(0.0);
-                                for (weight, d_score) in weights[..seen].iter_mut().zip(&mut d_scores[..seen]) {
-                                    *weight = exp(*weight - lse[row]);
-                                    *d_score = *weight * (*d_score - delta[row]) * scale;
-                                }
-                            }
-                        });
+                        let tiles = weights.chunks_exact_mut(cols).zip(d_weights.chunks_exact_mut(cols));
+                        for (row, (weights, d_scores)) in tiles.take(rows).enumerate() {
+                            let seen = sizes.visible(start + row).saturating_sub(k_start).min(cols);
+                            softmax_backward(weights, d_scores, seen, lse[row], delta[row], scale);
+                        }
                         let weights = Matrix::rows(weights, rows, cols);
                         let d_scores = Matrix::rows(d_weights, rows, cols);
                         let at_key = ((b * kv_len + k_start) * n_kv_heads + kv_head) * head_dim;
@@ -247,4 +227,46 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
         },
     );
     [from_values(d_q, q.shape()), from_values(d_k, k.shape()), from_values(d_v, v.shape())]
+}
+
+vectorized! {
+    /// One row of one tile of the online softmax: scores become weights relative to the largest score so far, those from
+    /// `seen` on zero. Returns the factor for what was summed before.
+    fn online_softmax<'a>(scores: &'a mut [f32], seen: usize, largest: &'a mut f32, sum: &'a mut f32) -> f32 {
+        let (seen, hidden) = scores.split_at_mut(seen);
+        hidden.fill(0.0);
+        let new_largest = max(seen).max(*largest);
+        for score in seen.iter_mut() {
+            *score = exp(*score - new_largest);
+        }
+        let keep = exp(*largest - new_largest);
+        *sum = *sum * keep + sum1(seen, |x| x);
+        *largest = new_largest;
+        keep
+    }
+}
+
+vectorized! {
+    /// One row of one tile: scores become weights, their gradients the scores' gradients, those from `seen` on zero.
+    fn softmax_backward<'a>(
+        weights: &'a mut [f32],
+        d_scores: &'a mut [f32],
+        seen: usize,
+        lse: f32,
+        delta: f32,
+        scale: f32,
+    ) -> () {
+        weights[seen..].fill(0.0);
+        d_scores[seen..].fill(0.0);
+        for (weight, d_score) in weights[..seen].iter_mut().zip(&mut d_scores[..seen]) {
+            *weight = exp(*weight - lse);
+            *d_score = *weight * (*d_score - delta) * scale;
+        }
+    }
+}
+
+vectorized! {
+    fn dot<'a>(a: &'a [f32], b: &'a [f32]) -> f32 {
+        sum2(a, b, |a, b| a * b)
+    }
 }

@@ -55,36 +55,37 @@ impl<'a> Head<'a> {
     }
 }
 
-/// The loss of one row of logits; `None` as target gives 0. With `grad` the row becomes its gradient.
-#[inline(always)]
-fn row_loss(logits: &mut [f32], target: i64, grad: bool) -> f32 {
-    if target == IGNORE_TARGET {
-        if grad {
-            logits.fill(0.0);
+vectorized! {
+    /// The loss of one row of logits, 0 for a target that is ignored. With `grad` the row becomes its gradient.
+    fn row_loss<'a>(logits: &'a mut [f32], target: i64, grad: bool) -> f32 {
+        if target == IGNORE_TARGET {
+            if grad {
+                logits.fill(0.0);
+            }
+            return 0.0;
         }
-        return 0.0;
+        let target = target as usize;
+        let max = max(logits);
+        let target_logit = logits[target];
+        if !grad {
+            return sum1(logits, |x| exp(x - max)).ln() + max - target_logit;
+        }
+        for x in logits.iter_mut() {
+            *x = exp(*x - max);
+        }
+        let sum = sum1(logits, |x| x);
+        let inverse = 1.0 / sum;
+        for x in logits.iter_mut() {
+            *x *= inverse;
+        }
+        logits[target] -= 1.0;
+        sum.ln() + max - target_logit
     }
-    let target = target as usize;
-    let max = max(logits);
-    let target_logit = logits[target];
-    if !grad {
-        return sum1(logits, |x| exp(x - max)).ln() + max - target_logit;
-    }
-    for x in logits.iter_mut() {
-        *x = exp(*x - max);
-    }
-    let sum = sum1(logits, |x| x);
-    let inverse = 1.0 / sum;
-    for x in logits.iter_mut() {
-        *x *= inverse;
-    }
-    logits[target] -= 1.0;
-    sum.ln() + max - target_logit
 }
 
 fn chunk_losses(logits: &mut [f32], targets: &[i64], vocab_size: usize, losses: &mut [f32], grad: bool) {
     logits.par_chunks_mut(vocab_size).zip(targets).zip(losses).for_each(|((logits, target), loss)| {
-        *loss = vectorized(|| row_loss(logits, *target, grad));
+        *loss = row_loss(logits, *target, grad);
     });
 }
 

@@ -4,7 +4,7 @@ use burn::tensor::Shape;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::simd::{exp, sigmoid, sum1, sum2, vectorized};
+use super::simd::{sigmoid, sum1, sum2, vectorized};
 use super::{contiguous, from_values, shape_of, values};
 use crate::backend::AdamWStep;
 
@@ -26,17 +26,22 @@ pub(super) fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f32) -> (FlexTens
     let block = rows_per_block(width);
     out.par_chunks_mut(block * width).zip(inv_rms.par_chunks_mut(block)).zip(xs.par_chunks(block * width)).for_each(
         |((out, inv_rms), x)| {
-            vectorized(|| {
-                for ((out, inv), x) in out.chunks_exact_mut(width).zip(inv_rms).zip(x.chunks_exact(width)) {
-                    *inv = 1.0 / (sum1(x, |x| x * x) / width as f32 + eps).sqrt();
-                    for ((out, x), weight) in out.iter_mut().zip(x).zip(weights) {
-                        *out = x * *inv * weight;
-                    }
-                }
-            });
+            rms_norm_rows(out, inv_rms, x, weights, eps);
         },
     );
     (from_values(out, shape), from_values(inv_rms, Shape::new([rows, 1])))
+}
+
+vectorized! {
+    fn rms_norm_rows<'a>(out: &'a mut [f32], inv_rms: &'a mut [f32], x: &'a [f32], weight: &'a [f32], eps: f32) -> () {
+        let width = weight.len();
+        for ((out, inv), x) in out.chunks_exact_mut(width).zip(inv_rms).zip(x.chunks_exact(width)) {
+            *inv = 1.0 / (sum1(x, |x| x * x) / width as f32 + eps).sqrt();
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                *out = x * *inv * weight;
+            }
+        }
+    }
 }
 
 pub(super) fn rms_norm_backward(
@@ -57,31 +62,42 @@ pub(super) fn rms_norm_backward(
         .zip(xs.par_chunks(block * width))
         .zip(grads.par_chunks(block * width))
         .zip(invs.par_chunks(block))
-        .map(|(((d_x, x), grad), inv)| {
-            vectorized(|| {
-                let mut d_weight = vec![0.0f32; width];
-                let mut weighted = vec![0.0f32; width];
-                let rows = d_x.chunks_exact_mut(width).zip(x.chunks_exact(width));
-                for (((d_x, x), grad), inv) in rows.zip(grad.chunks_exact(width)).zip(inv) {
-                    for ((g, grad), weight) in weighted.iter_mut().zip(grad).zip(weights) {
-                        *g = grad * weight;
-                    }
-                    let mean = sum2(&weighted, x, |g, x| g * x) * inv / width as f32;
-                    for i in 0..width {
-                        let normed = x[i] * inv;
-                        d_weight[i] += grad[i] * normed;
-                        d_x[i] = (weighted[i] - normed * mean) * inv;
-                    }
-                }
-                d_weight
-            })
-        })
+        .map(|(((d_x, x), grad), inv)| rms_norm_backward_rows(d_x, x, grad, inv, weights))
         .collect();
     let mut d_weight = vec![0.0f32; width];
     for part in parts {
         d_weight.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
     (from_values(d_x, shape), from_values(d_weight, Shape::new([width])))
+}
+
+vectorized! {
+    /// Fills `d_x` and returns the rows' part of the weight's gradient.
+    fn rms_norm_backward_rows<'a>(
+        d_x: &'a mut [f32],
+        x: &'a [f32],
+        grad: &'a [f32],
+        inv_rms: &'a [f32],
+        weight: &'a [f32],
+    ) -> Vec<f32> {
+        let width = weight.len();
+        let mut d_weight = vec![0.0f32; width];
+        let mut weighted = vec![0.0f32; width];
+        let rows = d_x.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(grad.chunks_exact(width)).zip(inv_rms);
+        for (((d_x, x), grad), inv) in rows {
+            for ((g, grad), weight) in weighted.iter_mut().zip(grad).zip(weight) {
+                *g = grad * weight;
+            }
+            let mean = sum2(&weighted, x, |g, x| g * x) * inv / width as f32;
+            let columns = d_x.iter_mut().zip(x).zip(grad).zip(&weighted).zip(&mut d_weight);
+            for ((((d_x, x), grad), weighted), d_weight) in columns {
+                let normed = x * inv;
+                *d_weight += grad * normed;
+                *d_x = (weighted - normed * mean) * inv;
+            }
+        }
+        d_weight
+    }
 }
 
 pub(super) fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: bool) -> FlexTensor {
@@ -95,37 +111,44 @@ pub(super) fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: b
     let width = heads * head_dim;
     let block = rows_per_block(width);
     out.par_chunks_mut(block * width).enumerate().for_each(|(index, rows)| {
-        vectorized(|| {
-            for (row, x) in rows.chunks_exact_mut(width).enumerate() {
-                let position = (index * block + row) % seq_len * half;
-                let (cos, sin) = (&cos[position..][..half], &sin[position..][..half]);
-                for head in x.chunks_exact_mut(head_dim) {
-                    let (first, second) = head.split_at_mut(half);
-                    for i in 0..half {
-                        let (a, b, sin) = (first[i], second[i], sign * sin[i]);
-                        first[i] = a * cos[i] - b * sin;
-                        second[i] = b * cos[i] + a * sin;
-                    }
-                }
-            }
-        });
+        for (row, x) in rows.chunks_exact_mut(width).enumerate() {
+            let position = (index * block + row) % seq_len * half;
+            rotate_heads(x, &cos[position..][..half], &sin[position..][..half], sign);
+        }
     });
     x
+}
+
+vectorized! {
+    /// Rotates all heads of one position.
+    fn rotate_heads<'a>(x: &'a mut [f32], cos: &'a [f32], sin: &'a [f32], sign: f32) -> () {
+        for head in x.chunks_exact_mut(2 * cos.len()) {
+            let (first, second) = head.split_at_mut(cos.len());
+            for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                let (x, y, sin) = (*a, *b, sign * sin);
+                *a = x * cos - y * sin;
+                *b = y * cos + x * sin;
+            }
+        }
+    }
 }
 
 pub(super) fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
     let (gate, up) = (contiguous(gate), contiguous(up));
     let mut out = vec![0.0f32; values(&gate).len()];
-    out.par_chunks_mut(BLOCK).zip(values(&gate).par_chunks(BLOCK)).zip(values(&up).par_chunks(BLOCK)).for_each(
-        |((out, gate), up)| {
-            vectorized(|| {
-                for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-                    *out = gate / (1.0 + exp(-gate)) * up;
-                }
-            });
-        },
-    );
+    out.par_chunks_mut(BLOCK)
+        .zip(values(&gate).par_chunks(BLOCK))
+        .zip(values(&up).par_chunks(BLOCK))
+        .for_each(|((out, gate), up)| swiglu_block(out, gate, up));
     from_values(out, shape_of(&gate))
+}
+
+vectorized! {
+    fn swiglu_block<'a>(out: &'a mut [f32], gate: &'a [f32], up: &'a [f32]) -> () {
+        for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+            *out = gate * sigmoid(*gate) * up;
+        }
+    }
 }
 
 pub(super) fn swiglu_backward(gate: FlexTensor, up: FlexTensor, grad: FlexTensor) -> (FlexTensor, FlexTensor) {
@@ -134,19 +157,29 @@ pub(super) fn swiglu_backward(gate: FlexTensor, up: FlexTensor, grad: FlexTensor
     let (mut d_gate, mut d_up) = (vec![0.0f32; len], vec![0.0f32; len]);
     let inputs =
         values(&gate).par_chunks(BLOCK).zip(values(&up).par_chunks(BLOCK)).zip(values(&grad).par_chunks(BLOCK));
-    d_gate.par_chunks_mut(BLOCK).zip(d_up.par_chunks_mut(BLOCK)).zip(inputs).for_each(
-        |((d_gate, d_up), ((gate, up), grad))| {
-            vectorized(|| {
-                for i in 0..gate.len() {
-                    let sigmoid = sigmoid(gate[i]);
-                    let silu = gate[i] * sigmoid;
-                    d_up[i] = grad[i] * silu;
-                    d_gate[i] = grad[i] * up[i] * (sigmoid + silu * (1.0 - sigmoid));
-                }
-            });
-        },
-    );
+    d_gate
+        .par_chunks_mut(BLOCK)
+        .zip(d_up.par_chunks_mut(BLOCK))
+        .zip(inputs)
+        .for_each(|((d_gate, d_up), ((gate, up), grad))| swiglu_backward_block(d_gate, d_up, gate, up, grad));
     (from_values(d_gate, shape_of(&gate)), from_values(d_up, shape_of(&gate)))
+}
+
+vectorized! {
+    fn swiglu_backward_block<'a>(
+        d_gate: &'a mut [f32],
+        d_up: &'a mut [f32],
+        gate: &'a [f32],
+        up: &'a [f32],
+        grad: &'a [f32],
+    ) -> () {
+        for ((((d_gate, d_up), gate), up), grad) in d_gate.iter_mut().zip(d_up).zip(gate).zip(up).zip(grad) {
+            let sigmoid = sigmoid(*gate);
+            let silu = gate * sigmoid;
+            *d_up = grad * silu;
+            *d_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid));
+        }
+    }
 }
 
 pub(super) fn adamw(
@@ -157,31 +190,44 @@ pub(super) fn adamw(
     step: &AdamWStep,
 ) -> [FlexTensor; 3] {
     let [mut param, grad, mut m, mut v] = [param, grad, m, v].map(contiguous);
-    let (correction_1, correction_2) = step.bias_corrections();
-    let keep = (1.0 - step.lr * step.weight_decay) as f32;
-    let rate = (step.lr / correction_1) as f32;
-    let correction_2 = (1.0 / correction_2) as f32;
-    let (beta_1, beta_2) = (step.beta_1 as f32, step.beta_2 as f32);
-    let (rest_1, rest_2) = ((1.0 - step.beta_1) as f32, (1.0 - step.beta_2) as f32);
-    let (epsilon, scale) = (step.epsilon as f32, step.grad_scale as f32);
     let moments = m.storage_mut::<f32>().par_chunks_mut(BLOCK).zip(v.storage_mut::<f32>().par_chunks_mut(BLOCK));
     let params = param.storage_mut::<f32>().par_chunks_mut(BLOCK).zip(values(&grad).par_chunks(BLOCK));
-    params.zip(moments).for_each(|((param, grad), (m, v))| {
-        vectorized(|| {
-            for i in 0..param.len() {
-                let g = grad[i] * scale;
-                m[i] = beta_1 * m[i] + rest_1 * g;
-                v[i] = beta_2 * v[i] + rest_2 * (g * g);
-                param[i] = param[i] * keep - rate * m[i] / ((v[i] * correction_2).sqrt() + epsilon);
-            }
-        });
-    });
+    params.zip(moments).for_each(|((param, grad), (m, v))| adamw_block(param, grad, m, v, step));
     [param, m, v]
+}
+
+vectorized! {
+    fn adamw_block<'a>(
+        param: &'a mut [f32],
+        grad: &'a [f32],
+        m: &'a mut [f32],
+        v: &'a mut [f32],
+        step: &'a AdamWStep,
+    ) -> () {
+        let (correction_1, correction_2) = step.bias_corrections();
+        let keep = (1.0 - step.lr * step.weight_decay) as f32;
+        let rate = (step.lr / correction_1) as f32;
+        let correction_2 = (1.0 / correction_2) as f32;
+        let (beta_1, beta_2) = (step.beta_1 as f32, step.beta_2 as f32);
+        let (rest_1, rest_2) = ((1.0 - step.beta_1) as f32, (1.0 - step.beta_2) as f32);
+        let (epsilon, scale) = (step.epsilon as f32, step.grad_scale as f32);
+        for (((param, grad), m), v) in param.iter_mut().zip(grad).zip(m).zip(v) {
+            let grad = grad * scale;
+            *m = beta_1 * *m + rest_1 * grad;
+            *v = beta_2 * *v + rest_2 * (grad * grad);
+            *param = *param * keep - rate * *m / ((*v * correction_2).sqrt() + epsilon);
+        }
+    }
 }
 
 pub(super) fn sum_of_squares(x: FlexTensor) -> FlexTensor {
     let x = contiguous(x);
-    let parts: Vec<f64> =
-        values(&x).par_chunks(BLOCK).map(|block| f64::from(vectorized(|| sum1(block, |x| x * x)))).collect();
+    let parts: Vec<f64> = values(&x).par_chunks(BLOCK).map(|block| f64::from(sum_of_squares_block(block))).collect();
     from_values(vec![parts.iter().sum::<f64>() as f32], Shape::new([1]))
+}
+
+vectorized! {
+    fn sum_of_squares_block<'a>(x: &'a [f32]) -> f32 {
+        sum1(x, |x| x * x)
+    }
 }

@@ -1,11 +1,30 @@
 //! Loops compiled for the widest vectors of the machine, and the functions in them.
 
-/// Runs `f` compiled for the best instruction set the CPU has (AVX-512, AVX2 with FMA, NEON, or none). Everything `f`
-/// calls must be inlined into it.
-#[inline(always)]
-pub(super) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(f)
+/// Defines a function that is compiled for every instruction set (AVX-512, AVX2 with FMA, NEON, none) and runs as the
+/// best the CPU has. What its loops call must be `#[inline(always)]`: a call to code compiled for the baseline would
+/// turn every fused multiply-add into a library call.
+macro_rules! vectorized {
+    ($(#[$meta:meta])* fn $name:ident<$($life:lifetime),*>($($arg:ident: $type:ty),* $(,)?) -> $result:ty $body:block) => {
+        $(#[$meta])*
+        fn $name<$($life),*>($($arg: $type),*) -> $result {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
+            fn body<$($life),*>($($arg: $type),*) -> $result $body
+            struct Kernel<$($life),*> {
+                $($arg: $type),*
+            }
+            impl<$($life),*> pulp::NullaryFnOnce for Kernel<$($life),*> {
+                type Output = $result;
+                #[inline(always)]
+                fn call(self) -> $result {
+                    body($(self.$arg),*)
+                }
+            }
+            pulp::Arch::new().dispatch(Kernel { $($arg),* })
+        }
+    };
 }
+pub(super) use vectorized;
 
 /// Lanes of the partial sums: enough for two AVX-512 registers. A fixed number, so that sums do not depend on the CPU.
 const LANES: usize = 32;

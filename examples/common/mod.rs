@@ -1,0 +1,94 @@
+//! What the programs share: progress bars, the default corpus, checkpoints by path.
+#![allow(dead_code, reason = "each program uses a part")]
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use llama::data::Progress;
+use llama::data::source::Sources;
+use llama::train::checkpoint;
+
+/// A progress bar on the terminal; silent where the output is none.
+#[derive(Default)]
+pub struct Bar(Mutex<Option<ProgressBar>>);
+
+impl Progress for Bar {
+    fn start(&self, task: &str, total: Option<u64>) {
+        let style = "{msg} [{bar:40}] {percent}% {per_sec} {eta}";
+        let bar = ProgressBar::new(total.unwrap_or(0)).with_message(task.to_string());
+        bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        *self.0.lock().unwrap_or_else(|e| e.into_inner()) = Some(bar);
+    }
+
+    fn advance(&self, units: u64) {
+        if let Some(bar) = &*self.0.lock().unwrap_or_else(|e| e.into_inner()) {
+            bar.inc(units);
+        }
+    }
+
+    fn finish(&self) {
+        if let Some(bar) = self.0.lock().unwrap_or_else(|e| e.into_inner()).take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// The sources the user named, or the default corpus.
+pub fn sources(paths: &[PathBuf], extensions: &[String]) -> Result<Sources> {
+    let mut sources = if paths.is_empty() { rust_sources()? } else { Sources::new(paths) };
+    if !extensions.is_empty() {
+        sources.extensions = extensions.to_vec();
+    }
+    Ok(sources)
+}
+
+/// The default corpus: the Rust sources of this project's pinned dependencies, which cargo has put on every machine
+/// that built it. The paper's GitHub source, in small.
+fn rust_sources() -> Result<Sources> {
+    /// Larger files are mostly generated tables and bindings.
+    const MAX_FILE: u64 = 64 << 10;
+    /// More than a small model sees in its run.
+    const MAX_BYTES: u64 = 48 << 20;
+
+    let lock = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock");
+    let text = std::fs::read_to_string(&lock).with_context(|| format!("reading {}", lock.display()))?;
+    let lock: toml::Table = toml::from_str(&text).context("Cargo.lock")?;
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
+    let registry = home.context("neither CARGO_HOME nor HOME is set; name a text with --text")?.join("registry/src");
+    let mut folders = Vec::new();
+    let Ok(entries) = std::fs::read_dir(&registry) else {
+        bail!("{} has no crate sources; name a text with --text", registry.display());
+    };
+    let indexes: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    for package in lock.get("package").and_then(|packages| packages.as_array()).into_iter().flatten() {
+        let field = |name: &str| package.get(name).and_then(|value| value.as_str());
+        if let (Some(name), Some(version)) = (field("name"), field("version")) {
+            let folder = format!("{name}-{version}/src");
+            folders.extend(indexes.iter().map(|index| index.join(&folder)).filter(|path| path.is_dir()));
+        }
+    }
+    if folders.is_empty() {
+        bail!("{} has no sources of our dependencies; name a text with --text", registry.display());
+    }
+    let mut sources = Sources { paths: folders, extensions: vec!["rs".into()] };
+    let mut files = sources.files()?;
+    files.retain(|file| file.bytes <= MAX_FILE);
+    let total: u64 = files.iter().map(|file| file.bytes).sum();
+    // Every n-th file, so that all crates stay represented.
+    let every = total.div_ceil(MAX_BYTES).max(1) as usize;
+    sources.paths = files.into_iter().step_by(every).map(|file| file.path).collect();
+    Ok(sources)
+}
+
+/// The model folder at `path`: itself, or the newest checkpoint of the run there.
+pub fn model_folder(path: &Path) -> Result<PathBuf> {
+    if path.join(llama::model::hf::CONFIG_FILE).is_file() {
+        return Ok(path.into());
+    }
+    checkpoint::latest(path).with_context(|| {
+        format!("{} is neither a model folder (with config.json) nor a run folder; train one with `cargo run --release --example pretrain`", path.display())
+    })
+}

@@ -1,0 +1,132 @@
+//! Generates text with a trained model, token by token.
+//!
+//! ```sh
+//! cargo run --release --example generate -- --model runs/tiny --prompt "fn main() {"
+//! ```
+#![recursion_limit = "256"]
+
+mod common;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::Parser;
+use llama::data::tokenizer::{DecodeStream, Tokenizer};
+use llama::model::generate::{GenerateOptions, Generation, Sampling};
+use llama::model::{BackendTask, Device, TrainBackend, hf};
+use llama::train::checkpoint::TOKENIZER_FILE;
+
+/// Generates text with a trained model.
+#[derive(Parser)]
+#[command(about, long_about = None)]
+struct Args {
+    /// A model folder (config.json, model.safetensors, tokenizer.model), or a run folder: its newest checkpoint
+    #[arg(long, default_value = "runs/tiny")]
+    model: PathBuf,
+    /// How the text begins; several make a batch
+    #[arg(long, num_args = 1.., default_values_t = [String::new()])]
+    prompt: Vec<String>,
+    /// Tokens to generate, at most
+    #[arg(long, default_value_t = 200)]
+    max_new_tokens: usize,
+    /// 0 is greedy
+    #[arg(long, default_value_t = 0.8)]
+    temperature: f32,
+    /// Keeps the k most likely tokens
+    #[arg(long)]
+    top_k: Option<usize>,
+    /// Keeps the most likely tokens up to this probability
+    #[arg(long, default_value_t = 0.95)]
+    top_p: f32,
+    /// Above 1 makes tokens that occurred less likely
+    #[arg(long, default_value_t = 1.0)]
+    repetition_penalty: f32,
+    /// Seed of the random numbers
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Where to compute
+    #[arg(long, default_value = "flex", help = format!("Where to compute: {}", Device::choices().join(", ")))]
+    device: String,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let device: Device = args.device.parse()?;
+    device.run(Generate(args))?
+}
+
+struct Generate(Args);
+
+impl BackendTask for Generate {
+    type Output = Result<()>;
+
+    fn run<B: TrainBackend>(self, device: B::Device) -> Result<()> {
+        let Self(args) = self;
+        let folder = common::model_folder(&args.model)?;
+        let tokenizer = Tokenizer::load(&folder.join(TOKENIZER_FILE))?;
+        let (model, config) = hf::load::<B::InnerBackend>(&folder, &device)?;
+        let prompts: Vec<Vec<u32>> = args
+            .prompt
+            .iter()
+            .map(|prompt| tokenizer.encode_document(prompt, false, &mut Default::default()))
+            .collect();
+        let options = GenerateOptions {
+            max_new_tokens: args.max_new_tokens,
+            sampling: Sampling {
+                repetition_penalty: args.repetition_penalty,
+                temperature: args.temperature,
+                top_k: args.top_k,
+                top_p: Some(args.top_p),
+            },
+            seed: args.seed,
+            stop_tokens: tokenizer.eos().into_iter().collect(),
+        };
+        let start = Instant::now();
+        let generation = Generation::new(&model, &config, &prompts, options, &device)?;
+        let mut tokens = 0;
+        // A single text appears as it is made; several are shown when they are done.
+        let mut texts = vec![String::new(); prompts.len()];
+        let mut streams: Vec<DecodeStream> = prompts.iter().map(|_| DecodeStream::new(&tokenizer)).collect();
+        for (text, (stream, prompt)) in texts.iter_mut().zip(streams.iter_mut().zip(&prompts)) {
+            text.extend(prompt.iter().map(|&id| stream.push(id)));
+        }
+        let alone = prompts.len() == 1;
+        if alone {
+            show(&texts[0])?;
+        }
+        for step in generation {
+            for ((text, stream), token) in texts.iter_mut().zip(&mut streams).zip(step?) {
+                if let Some(token) = token {
+                    let new = stream.push(token);
+                    tokens += 1;
+                    if alone {
+                        show(&new)?;
+                    }
+                    text.push_str(&new);
+                }
+            }
+        }
+        for (text, stream) in texts.iter_mut().zip(streams) {
+            let rest = stream.finish();
+            if alone {
+                show(&rest)?;
+            }
+            text.push_str(&rest);
+        }
+        if alone {
+            println!();
+        } else {
+            texts.iter().for_each(|text| println!("----\n{text}"));
+        }
+        eprintln!("{tokens} tokens, {:.0} tokens/s", tokens as f64 / start.elapsed().as_secs_f64());
+        Ok(())
+    }
+}
+
+/// Prints without waiting for the end of the line.
+fn show(text: &str) -> Result<()> {
+    print!("{text}");
+    Ok(std::io::stdout().flush()?)
+}

@@ -1,0 +1,326 @@
+//! Pretrains a LLaMA: text to tokenizer to shards to a trained model, with checkpoints, a loss curve and samples.
+//!
+//! ```sh
+//! cargo run --release --example pretrain                                # ten minutes on two CPU cores
+//! cargo run --release --example pretrain -- --text my.txt --run runs/mine
+//! cargo run --release --example pretrain -- --resume                    # goes on after Ctrl-C or a crash
+//! cargo run --release --example pretrain -- --preset 7b --print-config  # the paper's run
+//! ```
+#![recursion_limit = "256"]
+
+mod common;
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, ValueEnum};
+use llama::data::prepare::{PrepareOptions, PrepareReport, prepare, train_tokenizer};
+use llama::data::tokenizer::{Tokenizer, TrainOptions};
+use llama::model::generate::{GenerateOptions, Generation, Sampling};
+use llama::model::{BackendTask, Device, Llama, LlamaBackend, LlamaConfig, TrainBackend};
+use llama::train::checkpoint::{self, TOKENIZER_FILE};
+use llama::train::{Display, Interrupter, PretrainConfig, Stop, pretrain};
+use serde::{Deserialize, Serialize};
+
+/// Pretrains a LLaMA on text.
+#[derive(Parser)]
+#[command(about, long_about = None)]
+struct Args {
+    /// Files or folders with text (.txt, .md, .jsonl, also .gz and .zst) [default: the Rust sources of this project's
+    /// dependencies, in cargo's folder]
+    #[arg(long, num_args = 1..)]
+    text: Vec<PathBuf>,
+    /// File endings to take from folders
+    #[arg(long, num_args = 1.., value_delimiter = ',')]
+    extensions: Vec<String>,
+    /// Model and run: tiny, 15m, 60m, 110m, 7b, 13b, 33b, 65b
+    #[arg(long, default_value = "tiny")]
+    preset: String,
+    /// A configuration file (.toml or .json) instead of a preset
+    #[arg(long, conflicts_with = "preset")]
+    config: Option<PathBuf>,
+    /// Folder for data, checkpoints and results
+    #[arg(long)]
+    run: Option<PathBuf>,
+    /// Goes on from the newest checkpoint of the run, with the configuration saved in it
+    #[arg(long)]
+    resume: bool,
+    /// Removes the checkpoints of an earlier run in the folder
+    #[arg(long, conflicts_with = "resume")]
+    fresh: bool,
+    /// Where to compute
+    #[arg(long, default_value = "flex", help = format!("Where to compute: {}", Device::choices().join(", ")))]
+    device: String,
+    /// Pieces of the tokenizer that is trained on the text; 259 is bytes alone
+    #[arg(long)]
+    vocab_size: Option<usize>,
+    /// Optimizer steps
+    #[arg(long)]
+    steps: Option<u64>,
+    /// Warmup steps
+    #[arg(long)]
+    warmup: Option<u64>,
+    /// Tokens of a sequence
+    #[arg(long)]
+    seq_len: Option<usize>,
+    /// Sequences of a micro-batch
+    #[arg(long)]
+    sequences: Option<usize>,
+    /// Micro-batches of a step
+    #[arg(long)]
+    accumulation: Option<usize>,
+    /// Peak learning rate
+    #[arg(long)]
+    lr: Option<f64>,
+    /// Steps between checkpoints
+    #[arg(long)]
+    checkpoint_every: Option<u64>,
+    /// Steps between evaluations
+    #[arg(long)]
+    eval_every: Option<u64>,
+    /// Seed of weights and data order
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Peak of the device in GFLOP/s, for the MFU [default: measured]
+    #[arg(long)]
+    peak_gflops: Option<f64>,
+    /// Lines of text, or burn-train's dashboard (needs `--features tui`)
+    #[arg(long, value_enum, default_value_t = Show::Lines)]
+    display: Show,
+    /// Steps between lines
+    #[arg(long, default_value_t = 10)]
+    log_every: usize,
+    /// How the samples after the run begin
+    #[arg(long, num_args = 1..)]
+    prompt: Vec<String>,
+    /// Prints the configuration as TOML and stops
+    #[arg(long)]
+    print_config: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Show {
+    Lines,
+    Dashboard,
+}
+
+/// What made the shards in a folder, so that they are made again only when it changes.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Prepared {
+    paths: Vec<PathBuf>,
+    extensions: Vec<String>,
+    vocab_size: usize,
+    bytes: u64,
+    documents: u64,
+    train_tokens: u64,
+    valid_tokens: u64,
+    valid_bytes: u64,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let device: Device = args.device.parse()?;
+    if args.resume {
+        let folder = args.run.clone().unwrap_or_else(|| format!("runs/{}", args.preset).into());
+        let newest = checkpoint::latest(&folder)?;
+        let mut config = checkpoint::load_state(&newest)?.config;
+        // The run may have been moved.
+        config.data.folder = folder.join("data");
+        config.run.folder = folder;
+        println!("resuming from {}", newest.display());
+        return device.run(Train { args, config, resume_from: Some(newest) })?;
+    }
+    let config = configuration(&args)?;
+    if args.print_config {
+        print!("{}", config.to_toml());
+        return Ok(());
+    }
+    if args.fresh {
+        for (_, path) in checkpoint::list(&config.run.folder)? {
+            std::fs::remove_dir_all(&path).with_context(|| format!("removing {}", path.display()))?;
+        }
+    } else if let Ok(newest) = checkpoint::latest(&config.run.folder) {
+        bail!(
+            "{} is a run with a checkpoint ({}): go on with --resume, start over with --fresh, or name another folder with --run",
+            config.run.folder.display(),
+            newest.display()
+        );
+    }
+    let config = prepare_data(&args, config)?;
+    device.run(Train { args, config, resume_from: None })?
+}
+
+/// The configuration of the preset or file, with what the command line says.
+fn configuration(args: &Args) -> Result<PretrainConfig> {
+    let mut config = match &args.config {
+        Some(path) => PretrainConfig::load(path)?,
+        None => PretrainConfig::preset(&args.preset)?,
+    };
+    fn set<T: Clone>(field: &mut T, value: &Option<T>) {
+        if let Some(value) = value {
+            *field = value.clone();
+        }
+    }
+    set(&mut config.run.folder, &args.run);
+    set(&mut config.model.vocab_size, &args.vocab_size);
+    set(&mut config.schedule.steps, &args.steps);
+    set(&mut config.schedule.warmup_steps, &args.warmup);
+    set(&mut config.batch.seq_len, &args.seq_len);
+    set(&mut config.batch.sequences, &args.sequences);
+    set(&mut config.batch.accumulation, &args.accumulation);
+    set(&mut config.schedule.peak_lr, &args.lr);
+    set(&mut config.run.checkpoint_every, &args.checkpoint_every);
+    set(&mut config.run.eval_every, &args.eval_every);
+    set(&mut config.seed, &args.seed);
+    config.run.peak_flops = args.peak_gflops.map(|peak| peak * 1e9).or(config.run.peak_flops);
+    config.schedule.warmup_steps = config.schedule.warmup_steps.min(config.schedule.steps);
+    if args.config.is_none() {
+        config.data.folder = config.run.folder.join("data");
+    }
+    config.validate()?;
+    Ok(config)
+}
+
+/// Tokenizer and shards in the data folder: there already, or made from the text.
+fn prepare_data(args: &Args, config: PretrainConfig) -> Result<PretrainConfig> {
+    let folder = &config.data.folder;
+    if args.config.is_some() && args.text.is_empty() && folder.join(TOKENIZER_FILE).is_file() {
+        return Ok(config);
+    }
+    let sources = common::sources(&args.text, &args.extensions)?;
+    let vocab_size = config.model.vocab_size;
+    let record = folder.join("prepared.json");
+    if let Ok(text) = std::fs::read_to_string(&record)
+        && let Ok(old) = serde_json::from_str::<Prepared>(&text)
+        && (&old.paths, &old.extensions, old.vocab_size) == (&sources.paths, &sources.extensions, vocab_size)
+    {
+        println!("data: {} training tokens in {}", old.train_tokens, folder.display());
+        return Ok(config);
+    }
+    std::fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+    let bar = common::Bar::default();
+    let tokenizer = match vocab_size {
+        259 => Tokenizer::bytes(),
+        _ => {
+            let options = TrainOptions { vocab_size, ..Default::default() };
+            train_tokenizer(&sources, &options, 16 << 20, &bar)?
+        }
+    };
+    tokenizer.save(&folder.join(TOKENIZER_FILE))?;
+    remove_shards(folder)?;
+    let options = PrepareOptions { valid_fraction: 0.01, ..Default::default() };
+    let report = prepare(&sources, &tokenizer, folder, &options, &bar)?;
+    let PrepareReport { documents, bytes, train_tokens, valid_tokens, valid_bytes, skipped } = report;
+    println!(
+        "data: {documents} documents, {:.1} MB of text, {train_tokens} training and {valid_tokens} validation tokens, {:.2} bytes per token",
+        bytes as f64 / 1e6,
+        bytes as f64 / (train_tokens + valid_tokens) as f64
+    );
+    for path in &skipped {
+        println!("passed over, not UTF-8: {}", path.display());
+    }
+    let (paths, extensions) = (sources.paths, sources.extensions);
+    let prepared =
+        Prepared { paths, extensions, vocab_size, bytes, documents, train_tokens, valid_tokens, valid_bytes };
+    std::fs::write(&record, serde_json::to_string(&prepared)?).with_context(|| record.display().to_string())?;
+    Ok(config)
+}
+
+/// Shards of an earlier text must not mix with those to come.
+fn remove_shards(folder: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "bin") {
+            std::fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+struct Train {
+    args: Args,
+    config: PretrainConfig,
+    resume_from: Option<PathBuf>,
+}
+
+impl BackendTask for Train {
+    type Output = Result<()>;
+
+    fn run<B: TrainBackend>(self, device: B::Device) -> Result<()> {
+        let Train { args, config, resume_from } = self;
+        let interrupter = Interrupter::new();
+        let handle = interrupter.clone();
+        ctrlc::set_handler(move || {
+            if handle.should_stop() {
+                std::process::exit(130);
+            }
+            eprintln!("\nstopping after this step with a checkpoint; once more to stop at once");
+            handle.stop(Some("Ctrl-C"));
+        })
+        .context("setting the Ctrl-C handler")?;
+        println!(
+            "model: {} parameters; {} steps of {} tokens on {}",
+            config.model.num_params(),
+            config.schedule.steps,
+            config.tokens_per_step(),
+            args.device
+        );
+        let display = match args.display {
+            Show::Dashboard => Display::Dashboard,
+            Show::Lines => Display::Lines { out: Box::new(std::io::stdout()), every: args.log_every },
+        };
+        let start = Instant::now();
+        let report = pretrain::<B>(&config, resume_from.as_deref(), &device, display, interrupter)?;
+        println!("trained for {:.0} s", start.elapsed().as_secs_f64());
+        if report.skipped > 0 {
+            println!("{} steps were skipped: their loss or gradient was not finite", report.skipped);
+        }
+        println!("checkpoint: {}", report.checkpoint.display());
+        println!("loss curve: {}", report.curve.display());
+        if report.stop == Stop::Interrupted {
+            println!("interrupted after step {}; go on with --resume", report.step);
+            return Ok(());
+        }
+        let tokenizer = Tokenizer::load(&config.data.folder.join(TOKENIZER_FILE))?;
+        let prompts = match (args.prompt.is_empty(), args.text.is_empty()) {
+            (false, _) => args.prompt,
+            (true, true) => ["fn ", "impl", "use std::", "/// Returns"].map(String::from).into(),
+            (true, false) => vec![String::new(); 3],
+        };
+        let samples = samples(&report.model, &config.model, &tokenizer, &prompts, &device)?;
+        let path = config.run.folder.join("samples.txt");
+        std::fs::write(&path, &samples).with_context(|| path.display().to_string())?;
+        println!("samples ({}):\n{samples}", path.display());
+        Ok(())
+    }
+}
+
+fn samples<B: LlamaBackend>(
+    model: &Llama<B>,
+    config: &LlamaConfig,
+    tokenizer: &Tokenizer,
+    prompts: &[String],
+    device: &B::Device,
+) -> Result<String> {
+    let tokens: Vec<Vec<u32>> =
+        prompts.iter().map(|prompt| tokenizer.encode_document(prompt, false, &mut Default::default())).collect();
+    let options = GenerateOptions {
+        max_new_tokens: 160.min(config.max_seq_len.saturating_sub(32)),
+        sampling: Sampling::default(),
+        seed: 0,
+        stop_tokens: tokenizer.eos().into_iter().collect(),
+    };
+    let mut generated = vec![Vec::new(); prompts.len()];
+    for step in Generation::new(model, config, &tokens, options, device)? {
+        generated.iter_mut().zip(step?).for_each(|(row, token)| row.extend(token));
+    }
+    let mut text = String::new();
+    for (prompt, new) in tokens.into_iter().zip(generated) {
+        let all: Vec<u32> = prompt.into_iter().chain(new).collect();
+        writeln!(text, "----\n{}", tokenizer.decode(&all))?;
+    }
+    Ok(text)
+}

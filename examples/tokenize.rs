@@ -1,0 +1,151 @@
+//! Trains tokenizers, shows what they do, and writes token shards.
+//!
+//! ```sh
+//! cargo run --release --example tokenize -- train --text my.txt --vocab-size 8000 --out tokenizer.model
+//! cargo run --release --example tokenize -- encode --tokenizer tokenizer.model "Hello, world 42"
+//! cargo run --release --example tokenize -- shards --text my.txt --tokenizer tokenizer.model --out data
+//! cargo run --release --example tokenize -- inspect data/train-00000.bin --tokenizer tokenizer.model
+//! ```
+
+mod common;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use llama::data::prepare::{PrepareOptions, prepare, train_tokenizer};
+use llama::data::shard::Shard;
+use llama::data::tokenizer::{Tokenizer, TrainOptions};
+use llama::train::checkpoint::TOKENIZER_FILE;
+
+/// Trains tokenizers, shows what they do, and writes token shards.
+#[derive(Parser)]
+#[command(about, long_about = None)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Args)]
+struct Text {
+    /// Files or folders with text (.txt, .md, .jsonl, also .gz and .zst) [default: the Rust sources of this project's
+    /// dependencies]
+    #[arg(long, num_args = 1..)]
+    text: Vec<PathBuf>,
+    /// File endings to take from folders
+    #[arg(long, num_args = 1.., value_delimiter = ',')]
+    extensions: Vec<String>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Trains a tokenizer
+    Train {
+        #[command(flatten)]
+        text: Text,
+        /// Pieces in all
+        #[arg(long, default_value_t = 32_000)]
+        vocab_size: usize,
+        /// Text to train on, in MB, taken evenly
+        #[arg(long, default_value_t = 64)]
+        max_mb: u64,
+        /// File to write; SentencePiece reads it too
+        #[arg(long, default_value = TOKENIZER_FILE)]
+        out: PathBuf,
+    },
+    /// Shows the tokens of a text
+    Encode {
+        /// A SentencePiece BPE model [default: bytes]
+        #[arg(long)]
+        tokenizer: Option<PathBuf>,
+        /// The text
+        text: String,
+    },
+    /// Writes token shards for pretraining
+    Shards {
+        #[command(flatten)]
+        text: Text,
+        /// A SentencePiece BPE model [default: bytes]
+        #[arg(long)]
+        tokenizer: Option<PathBuf>,
+        /// Share of the text held out for validation
+        #[arg(long, default_value_t = 0.005)]
+        valid_fraction: f64,
+        /// Folder to write to; the tokenizer is put beside the shards
+        #[arg(long, default_value = "data")]
+        out: PathBuf,
+    },
+    /// Verifies a shard and shows its beginning
+    Inspect {
+        /// The shard
+        shard: PathBuf,
+        /// A SentencePiece BPE model [default: bytes]
+        #[arg(long)]
+        tokenizer: Option<PathBuf>,
+        /// Tokens to show
+        #[arg(long, default_value_t = 64)]
+        tokens: u64,
+    },
+}
+
+fn main() -> Result<()> {
+    let bar = common::Bar::default();
+    match Cli::parse().command {
+        Command::Train { text, vocab_size, max_mb, out } => {
+            let sources = common::sources(&text.text, &text.extensions)?;
+            let options = TrainOptions { vocab_size, ..Default::default() };
+            let tokenizer = train_tokenizer(&sources, &options, max_mb << 20, &bar)?;
+            tokenizer.save(&out)?;
+            println!("{}: {} pieces", out.display(), tokenizer.vocab_size());
+        }
+        Command::Encode { tokenizer, text } => {
+            let tokenizer = load(tokenizer)?;
+            let ids = tokenizer.encode(&text);
+            for &id in &ids {
+                println!("{id:>6}  {}", tokenizer.piece(id).unwrap_or_default());
+            }
+            println!("{} tokens for {} bytes", ids.len(), text.len());
+        }
+        Command::Shards { text, tokenizer, valid_fraction, out } => {
+            let tokenizer = load(tokenizer)?;
+            let sources = common::sources(&text.text, &text.extensions)?;
+            let options = PrepareOptions { valid_fraction, ..Default::default() };
+            let report = prepare(&sources, &tokenizer, &out, &options, &bar)?;
+            tokenizer.save(&out.join(TOKENIZER_FILE))?;
+            println!(
+                "{}: {} documents, {} bytes, {} training and {} validation tokens",
+                out.display(),
+                report.documents,
+                report.bytes,
+                report.train_tokens,
+                report.valid_tokens
+            );
+            report.skipped.iter().for_each(|path| println!("passed over, not UTF-8: {}", path.display()));
+        }
+        Command::Inspect { shard, tokenizer, tokens } => {
+            let tokenizer = load(tokenizer)?;
+            let shard = Shard::open(&shard)?;
+            shard.verify()?;
+            println!(
+                "{} tokens in {} documents, vocabulary {}",
+                shard.tokens(),
+                shard.documents().len(),
+                shard.vocab_size()
+            );
+            if shard.tokenizer() != tokenizer.fingerprint() {
+                println!("made with another tokenizer ({:016x}): the text below is not the shard's", shard.tokenizer());
+            }
+            let mut ids = Vec::new();
+            shard.read(0, tokens.min(shard.tokens()), |id| ids.push(id));
+            println!("{}", tokenizer.decode(&ids));
+        }
+    }
+    Ok(())
+}
+
+fn load(path: Option<PathBuf>) -> Result<Tokenizer> {
+    match path {
+        Some(path) => Tokenizer::load(&path).with_context(|| "loading the tokenizer"),
+        None => Ok(Tokenizer::bytes()),
+    }
+}
