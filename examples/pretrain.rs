@@ -56,6 +56,9 @@ struct Args {
     /// Pieces of the tokenizer that is trained on the text; 259 is bytes alone
     #[arg(long)]
     vocab_size: Option<usize>,
+    /// Share of the text held out for validation
+    #[arg(long, default_value_t = 0.01)]
+    valid_fraction: f64,
     /// Optimizer steps
     #[arg(long)]
     steps: Option<u64>,
@@ -113,6 +116,7 @@ struct Prepared {
     paths: Vec<PathBuf>,
     extensions: Vec<String>,
     vocab_size: usize,
+    valid_fraction: f64,
     bytes: u64,
     documents: u64,
     train_tokens: u64,
@@ -195,10 +199,11 @@ fn prepare_data(args: &Args, config: PretrainConfig) -> Result<PretrainConfig> {
     let record = folder.join("prepared.json");
     if let Ok(text) = std::fs::read_to_string(&record)
         && let Ok(old) = serde_json::from_str::<Prepared>(&text)
-        && (&old.paths, &old.extensions, old.vocab_size) == (&sources.paths, &sources.extensions, vocab_size)
+        && (&old.paths, &old.extensions) == (&sources.paths, &sources.extensions)
+        && (old.vocab_size, old.valid_fraction) == (vocab_size, args.valid_fraction)
     {
         println!("data: {} training tokens in {}", old.train_tokens, folder.display());
-        return Ok(config);
+        return Ok(evaluable(config, old.valid_tokens));
     }
     std::fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
     let bar = common::Bar::default();
@@ -211,7 +216,7 @@ fn prepare_data(args: &Args, config: PretrainConfig) -> Result<PretrainConfig> {
     };
     tokenizer.save(&folder.join(TOKENIZER_FILE))?;
     remove_shards(folder)?;
-    let options = PrepareOptions { valid_fraction: 0.01, ..Default::default() };
+    let options = PrepareOptions { valid_fraction: args.valid_fraction, ..Default::default() };
     let report = prepare(&sources, &tokenizer, folder, &options, &bar)?;
     let PrepareReport { documents, bytes, train_tokens, valid_tokens, valid_bytes, skipped } = report;
     println!(
@@ -223,10 +228,31 @@ fn prepare_data(args: &Args, config: PretrainConfig) -> Result<PretrainConfig> {
         println!("passed over, not UTF-8: {}", path.display());
     }
     let (paths, extensions) = (sources.paths, sources.extensions);
-    let prepared =
-        Prepared { paths, extensions, vocab_size, bytes, documents, train_tokens, valid_tokens, valid_bytes };
+    let valid_fraction = args.valid_fraction;
+    let prepared = Prepared {
+        paths,
+        extensions,
+        vocab_size,
+        valid_fraction,
+        bytes,
+        documents,
+        train_tokens,
+        valid_tokens,
+        valid_bytes,
+    };
     std::fs::write(&record, serde_json::to_string(&prepared)?).with_context(|| record.display().to_string())?;
-    Ok(config)
+    Ok(evaluable(config, valid_tokens))
+}
+
+/// The configuration without evaluation where too little text was held out for it.
+fn evaluable(mut config: PretrainConfig, valid_tokens: u64) -> PretrainConfig {
+    if config.run.eval_every > 0 && valid_tokens <= config.batch.seq_len as u64 {
+        println!(
+            "no evaluation: {valid_tokens} validation tokens are less than a sequence; raise --valid-fraction or add text"
+        );
+        config.run.eval_every = 0;
+    }
+    config
 }
 
 /// Shards of an earlier text must not mix with those to come.

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use xxhash_rust::xxh3::xxh3_64;
 
 use crate::shard::ShardWriter;
 use crate::source::{Document, Sources};
@@ -12,13 +11,13 @@ use crate::{DataError, Progress};
 
 /// Text that is tokenized at a time.
 const CHUNK_BYTES: usize = 16 << 20;
-/// A document longer than this gives its end to validation; a shorter one goes there whole or not at all.
+/// A document longer than this gives its end to validation; of shorter ones, one in so many goes there whole.
 const LONG_DOCUMENT: usize = 64 << 10;
 
 /// How shards are made.
 #[derive(Clone, Debug)]
 pub struct PrepareOptions {
-    /// Share of the text held out for validation.
+    /// Share of the text held out for validation. Nothing is held out of a text of few short documents.
     pub valid_fraction: f64,
     /// Whether a document ends with EOS. It always begins with BOS.
     pub eos: bool,
@@ -85,7 +84,7 @@ pub fn train_tokenizer(
 
 /// Reads all documents of the sources and writes `train-*.bin` and `valid-*.bin` into a folder.
 ///
-/// Which text is held out depends on the text alone. Broken lines of JSONL are errors; files found in folders that are
+/// Which text is held out depends on the text and its order alone. Broken lines of JSONL are errors; files found in folders that are
 /// not UTF-8 are passed over and reported.
 ///
 /// # Errors
@@ -102,7 +101,8 @@ pub fn prepare(
     let mut train = Split::new(folder, "train", tokenizer, options);
     let mut valid = Split::new(folder, "valid", tokenizer, options);
     let mut report = PrepareReport::default();
-    let mut chunk: Vec<Document> = Vec::new();
+    let mut hold_out = HoldOut { fraction: options.valid_fraction, documents: 0, bytes: 0, due: 0.0 };
+    let mut chunk: Vec<(Document, usize)> = Vec::new();
     let mut chunk_bytes = 0;
 
     progress.start("tokenizing", Some(files.iter().map(|file| file.bytes).sum()));
@@ -114,7 +114,8 @@ pub fn prepare(
                     report.documents += 1;
                     report.bytes += document.text.len() as u64;
                     chunk_bytes += document.text.len();
-                    chunk.push(document);
+                    let at = hold_out.split_point(&document.text);
+                    chunk.push((document, at));
                 }
                 Err(DataError::Format { path, .. }) if file.found && !is_json_lines(&path) => report.skipped.push(path),
                 Err(error) => return Err(error),
@@ -141,9 +142,9 @@ fn is_json_lines(path: &Path) -> bool {
     path.to_string_lossy().contains(".jsonl")
 }
 
-/// Tokenizes and writes documents in their order; returns the bytes held out.
+/// Tokenizes and writes documents in their order, each split where it says; returns the bytes held out.
 fn write_chunk(
-    chunk: &mut Vec<Document>,
+    chunk: &mut Vec<(Document, usize)>,
     tokenizer: &Tokenizer,
     options: &PrepareOptions,
     train: &mut Split,
@@ -151,8 +152,8 @@ fn write_chunk(
 ) -> Result<u64, DataError> {
     let encoded: Vec<_> = chunk
         .par_iter()
-        .map_init(EncodeCache::default, |cache, document| {
-            let (kept, held_out) = document.text.split_at(split_point(&document.text, options.valid_fraction));
+        .map_init(EncodeCache::default, |cache, (document, at)| {
+            let (kept, held_out) = document.text.split_at(*at);
             let mut encode = |text: &str| match text {
                 "" => Vec::new(),
                 text => tokenizer.encode_document(text, options.eos, cache),
@@ -170,14 +171,33 @@ fn write_chunk(
     Ok(bytes)
 }
 
-/// Where a text's held-out end begins: near the end of a long text at the start of a line, else all or nothing.
-fn split_point(text: &str, fraction: f64) -> usize {
-    if text.len() > LONG_DOCUMENT {
-        let at = text.floor_char_boundary(((1.0 - fraction) * text.len() as f64) as usize);
-        return text[at..].find('\n').map_or(text.len(), |line| at + line + 1);
+/// Which text is held out, decided document by document.
+struct HoldOut {
+    fraction: f64,
+    /// Short documents so far, and their bytes.
+    documents: u64,
+    bytes: u64,
+    /// Bytes that should have been held out of short documents and were not yet.
+    due: f64,
+}
+
+impl HoldOut {
+    /// Where a text's held-out end begins: near the end of a long text at the start of a line. A short text is held out
+    /// whole whenever one of average length is due.
+    fn split_point(&mut self, text: &str) -> usize {
+        if text.len() > LONG_DOCUMENT {
+            let at = text.floor_char_boundary(((1.0 - self.fraction) * text.len() as f64) as usize);
+            return text[at..].find('\n').map_or(text.len(), |line| at + line + 1);
+        }
+        self.documents += 1;
+        self.bytes += text.len() as u64;
+        self.due += self.fraction * text.len() as f64;
+        if self.fraction > 0.0 && self.due >= self.bytes as f64 / self.documents as f64 {
+            self.due -= text.len() as f64;
+            return 0;
+        }
+        text.len()
     }
-    let held_out = (xxh3_64(text.as_bytes()) as f64 / u64::MAX as f64) < fraction;
-    if held_out { 0 } else { text.len() }
 }
 
 /// The shards of one split.
@@ -258,7 +278,8 @@ mod tests {
         assert_eq!(report.skipped, [text.join("latin1.txt")]);
         // BOS and EOS for each document.
         assert_eq!(report.train_tokens + report.valid_tokens, report.bytes + 400);
-        assert!((100..900).contains(&report.valid_tokens), "{report:?}");
+        let held_out = report.valid_tokens as f64 / report.train_tokens as f64;
+        assert!((0.08..0.13).contains(&held_out), "{report:?}");
         let data = TokenDataset::open(&out, "train", tokenizer.fingerprint(), 16).unwrap();
         assert_eq!(data.tokens(), report.train_tokens);
         let (mut inputs, mut targets) = (Vec::new(), Vec::new());
@@ -270,7 +291,7 @@ mod tests {
     #[test]
     fn a_long_document_gives_its_end_to_validation() {
         let text = "a line of text\n".repeat(20_000);
-        let at = split_point(&text, 0.1);
+        let at = HoldOut { fraction: 0.1, documents: 0, bytes: 0, due: 0.0 }.split_point(&text);
         assert!(text[..at].ends_with('\n'));
         assert!((0.89..0.91).contains(&(at as f64 / text.len() as f64)));
     }

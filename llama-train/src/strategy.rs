@@ -185,7 +185,7 @@ impl<B: TrainBackend> Run<'_, B> {
             waited += before.elapsed();
             let model = self.model.as_ref().expect("the model is only away during an update");
             let micro = TrainStep::step(model, batch);
-            grads.accumulate::<B, _>(model, micro.grads);
+            grads.accumulate::<B, _>(&model.llama, micro.grads);
             output.loss_sum += micro.item.loss_sum;
             output.tokens += micro.item.tokens;
         }
@@ -205,8 +205,8 @@ impl<B: TrainBackend> Run<'_, B> {
         }
         self.skipped_in_a_row = 0;
         let scale = self.optimizer.clip_factor(output.grad_norm) * per_token;
-        let model = self.model.take().expect("the model is only away during an update");
-        self.model = Some(self.optimizer.update(output.lr, model, grads, scale));
+        let Pretrainer { llama } = self.model.take().expect("the model is only away during an update");
+        self.model = Some(Pretrainer { llama: self.optimizer.update(output.lr, llama, grads, scale) });
 
         self.tokens += output.tokens;
         let seconds = start.elapsed().as_secs_f64();
