@@ -313,7 +313,7 @@ impl BackendTask for Train {
         let tokenizer = Tokenizer::load(&config.data.folder.join(TOKENIZER_FILE))?;
         let prompts = match (args.prompt.is_empty(), args.text.is_empty()) {
             (false, _) => args.prompt,
-            (true, true) => ["fn ", "impl", "use std::", "/// Returns"].map(String::from).into(),
+            (true, true) => ["pub fn new", "impl", "use std::", "/// Returns"].map(String::from).into(),
             (true, false) => vec![String::new(); 3],
         };
         let samples = samples(&report.model, &config.model, &tokenizer, &prompts, &device)?;

@@ -49,6 +49,8 @@ pub fn sources(paths: &[PathBuf], extensions: &[String]) -> Result<Sources> {
 fn rust_sources() -> Result<Sources> {
     /// Larger files are mostly generated tables and bindings.
     const MAX_FILE: u64 = 64 << 10;
+    /// Crates that are generated bindings from end to end.
+    const GENERATED: [&str; 4] = ["windows", "winapi", "web-sys", "js-sys"];
     /// More than a small model sees in its run.
     const MAX_BYTES: u64 = 48 << 20;
 
@@ -66,6 +68,9 @@ fn rust_sources() -> Result<Sources> {
     for package in lock.get("package").and_then(|packages| packages.as_array()).into_iter().flatten() {
         let field = |name: &str| package.get(name).and_then(|value| value.as_str());
         if let (Some(name), Some(version)) = (field("name"), field("version")) {
+            if GENERATED.iter().any(|prefix| name.starts_with(prefix)) {
+                continue;
+            }
             let folder = format!("{name}-{version}/src");
             folders.extend(indexes.iter().map(|index| index.join(&folder)).filter(|path| path.is_dir()));
         }

@@ -312,7 +312,7 @@ mod tests {
     fn bad_configurations_name_the_field() {
         let tiny = LlamaConfig::tiny(64);
         for (config, field) in [
-            (LlamaConfig { n_kv_heads: 3, ..tiny.clone() }, "n_kv_heads"),
+            (LlamaConfig { n_kv_heads: 2, ..tiny.clone() }, "n_kv_heads"),
             (LlamaConfig { head_dim: 7, ..tiny.clone() }, "head_dim"),
             (LlamaConfig { vocab_size: 0, ..tiny.clone() }, "vocab_size"),
             (LlamaConfig { norm_eps: 0.0, ..tiny.clone() }, "norm_eps"),

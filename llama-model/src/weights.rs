@@ -7,14 +7,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
 use half::{bf16, f16};
 use memmap2::Mmap;
-use safetensors::tensor::{Dtype, SafeTensors, View};
+use safetensors::SafeTensorError;
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, View};
 
 use crate::{LlamaBackend, ModelError};
 
@@ -175,9 +176,14 @@ impl View for &HostTensor {
 /// [`ModelError::Io`] if the file cannot be written, for example on a full disk.
 pub fn save_tensors(path: &Path, tensors: BTreeMap<String, TensorData>) -> Result<(), ModelError> {
     let tensors: BTreeMap<String, HostTensor> = tensors.into_iter().map(|(n, t)| (n, HostTensor(t))).collect();
-    let bytes = safetensors::serialize(tensors.iter().map(|(n, t)| (n, t)), None)
-        .map_err(|error| ModelError::format(path, error))?;
-    write_atomic(path, &bytes)
+    replace(path, |file| {
+        safetensors::serialize_to_file(tensors.iter().map(|(n, t)| (n, t)), None, file.path()).map_err(|error| {
+            match error {
+                SafeTensorError::IoError(error) => ModelError::io(path, error),
+                error => ModelError::format(path, error),
+            }
+        })
+    })
 }
 
 /// Writes a file beside its place, flushes it to the disk and renames it into place.
@@ -185,10 +191,18 @@ pub fn save_tensors(path: &Path, tensors: BTreeMap<String, TensorData>) -> Resul
 /// # Errors
 /// [`ModelError::Io`]; the old file, if any, is then untouched.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
+    replace(path, |file| file.write_all(bytes).map_err(|error| ModelError::io(path, error)))
+}
+
+/// Lets `write` fill a new file beside `path`, flushes it and renames it into place.
+fn replace(
+    path: &Path,
+    write: impl FnOnce(&mut tempfile::NamedTempFile) -> Result<(), ModelError>,
+) -> Result<(), ModelError> {
     let io = |error| ModelError::io(path, error);
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder).map_err(io)?;
-    file.write_all(bytes).map_err(io)?;
+    write(&mut file)?;
     file.as_file().sync_all().map_err(io)?;
     file.persist(path).map_err(|error| io(error.error))?;
     Ok(())
@@ -196,8 +210,11 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
 
 /// A safetensors file mapped into memory. Tensors are read when asked for.
 pub struct TensorFile {
-    path: std::path::PathBuf,
+    path: PathBuf,
     map: Mmap,
+    metadata: Metadata,
+    /// Where the tensors begin, after the header and its length.
+    start: usize,
 }
 
 impl TensorFile {
@@ -210,22 +227,14 @@ impl TensorFile {
         // SAFETY: the map is read only. As with every memory-mapped reader, another process that truncates the file
         // while it is read can end this one; our own writers replace files instead of changing them.
         let map = unsafe { Mmap::map(&file) }.map_err(|error| ModelError::io(path, error))?;
-        let file = Self { path: path.into(), map };
-        file.parse()?;
-        Ok(file)
-    }
-
-    fn parse(&self) -> Result<SafeTensors<'_>, ModelError> {
-        SafeTensors::deserialize(&self.map)
-            .map_err(|error| ModelError::format(&self.path, format!("not a whole safetensors file: {error}")))
+        let (header, metadata) = SafeTensors::read_metadata(&map)
+            .map_err(|error| ModelError::format(path, format!("not a whole safetensors file: {error}")))?;
+        Ok(Self { path: path.into(), map, metadata, start: size_of::<u64>() + header })
     }
 
     /// All tensors' names, sorted.
-    ///
-    /// # Errors
-    /// [`ModelError::Format`].
-    pub fn names(&self) -> Result<BTreeSet<String>, ModelError> {
-        Ok(self.parse()?.names().into_iter().map(str::to_string).collect())
+    pub fn names(&self) -> BTreeSet<String> {
+        self.metadata.tensors().into_keys().collect()
     }
 
     /// A tensor with exactly this shape.
@@ -234,20 +243,20 @@ impl TensorFile {
     /// [`ModelError::MissingTensor`], [`ModelError::TensorShape`], or [`ModelError::Format`] for a dtype that is not a
     /// float.
     pub fn tensor(&self, name: &str, dims: &[usize]) -> Result<TensorData, ModelError> {
-        let tensors = self.parse()?;
         let missing = || ModelError::MissingTensor { path: self.path.clone(), name: name.into() };
-        let view = tensors.tensor(name).map_err(|_| missing())?;
-        if view.shape() != dims {
+        let info = self.metadata.info(name).ok_or_else(missing)?;
+        if info.shape != dims {
             return Err(ModelError::TensorShape {
                 path: self.path.clone(),
                 name: name.into(),
                 expected: dims.into(),
-                found: view.shape().into(),
+                found: info.shape.clone(),
             });
         }
         let shape = dims.to_vec();
-        let bytes = view.data();
-        Ok(match view.dtype() {
+        let (from, to) = info.data_offsets;
+        let bytes = &self.map[self.start + from..self.start + to];
+        Ok(match info.dtype {
             Dtype::F32 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, f32>(bytes), shape),
             Dtype::F64 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, f64>(bytes), shape),
             Dtype::F16 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, f16>(bytes), shape),
@@ -300,7 +309,7 @@ pub fn load_model<B: LlamaBackend, M: Module<B>>(module: M, path: &Path) -> Resu
     }
     let file = TensorFile::open(path)?;
     // Some exporters write the rotary frequencies, which follow from the configuration.
-    let unused = file.names()?.into_iter().filter(|name| !name.ends_with("rotary_emb.inv_freq")).collect();
+    let unused = file.names().into_iter().filter(|name| !name.ends_with("rotary_emb.inv_freq")).collect();
     let mut load = Load { file, unused, error: None };
     let module = map_params(module, &mut load);
     match (load.error, load.unused.pop_first()) {

@@ -48,7 +48,13 @@ fn draw(svg: &mut String, train: &[(f64, f64)], valid: &[(f64, f64)]) -> Result<
         .x_label_area_size(40)
         .y_label_area_size(50)
         .build_cartesian_2d(0.0..last, (low - margin).max(0.0)..high + margin)?;
-    chart.configure_mesh().x_desc("optimizer step").label_style(("sans-serif", 14)).draw()?;
+    chart
+        .configure_mesh()
+        .max_light_lines(0)
+        .x_desc("optimizer step")
+        .x_label_formatter(&|x| format!("{x:.0}"))
+        .label_style(("sans-serif", 14))
+        .draw()?;
 
     chart.draw_series(LineSeries::new(train.iter().copied(), TRAIN.mix(0.25)))?;
     chart
