@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::time::{Duration, Instant};
 
 use crate::order::Order;
 use crate::{DataError, TokenDataset};
@@ -56,14 +55,12 @@ impl Loader {
         Self { batches }
     }
 
-    /// The next batch, and how long it had to be waited for.
+    /// The next batch; waits until it is there.
     ///
     /// # Errors
     /// [`DataError::Loader`] if the thread ended, for example because a shard was truncated while it was read.
-    pub fn next(&mut self) -> Result<(TokenBatch, Duration), DataError> {
-        let start = Instant::now();
-        let batch = self.batches.recv().map_err(|error| DataError::Loader(error.to_string()))?;
-        Ok((batch, start.elapsed()))
+    pub fn next_batch(&mut self) -> Result<TokenBatch, DataError> {
+        self.batches.recv().map_err(|error| DataError::Loader(error.to_string()))
     }
 }
 
@@ -82,7 +79,7 @@ mod tests {
         let order = Order::new(data.windows(), 3);
         let take = |position, n| {
             let mut loader = Loader::start(data.clone(), order, position, 4, 2);
-            (0..n).map(|_| loader.next().unwrap().0).collect::<Vec<_>>()
+            (0..n).map(|_| loader.next_batch().unwrap()).collect::<Vec<_>>()
         };
         // 30 batches of 4 windows are more than two epochs of 50.
         let all = take(0, 30);

@@ -199,11 +199,11 @@ impl LlamaConfig {
                 return fail(field, "must be at least 1".into());
             }
         }
-        if self.n_heads % self.n_kv_heads != 0 {
+        if !self.n_heads.is_multiple_of(self.n_kv_heads) {
             let (heads, kv) = (self.n_heads, self.n_kv_heads);
             return fail("n_kv_heads", format!("must divide n_heads, but {heads} is not a multiple of {kv}"));
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return fail(
                 "head_dim",
                 format!("must be even, since rotary embeddings turn pairs, but is {}", self.head_dim),

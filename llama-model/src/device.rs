@@ -59,6 +59,7 @@ impl Device {
     ///
     /// # Errors
     /// [`ModelError::Device`] if the device does not answer: no driver, no adapter, no such index.
+    #[allow(unused_variables, reason = "a build without any backend has nothing to run on")]
     pub fn run<T: BackendTask>(self, task: T) -> Result<T::Output, ModelError> {
         #[cfg(any(feature = "flex", feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda"))]
         use burn::backend::Autodiff;
@@ -142,13 +143,16 @@ impl FromStr for Device {
 }
 
 impl fmt::Display for Device {
+    #[allow(unused_variables, reason = "a build without any backend has no device to show")]
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        #[allow(unused_variables, reason = "a build with the CPU alone has no numbered device")]
-        let numbered = |f: &mut fmt::Formatter<'_>, name: &str, index: &Option<usize>| match index {
-            Some(index) => write!(f, "{name}:{index}"),
-            None => f.write_str(name),
-        };
-        match self {
+        #[allow(unused, reason = "a build with the CPU alone has no numbered device")]
+        fn numbered(f: &mut fmt::Formatter<'_>, name: &str, index: Option<usize>) -> fmt::Result {
+            match index {
+                Some(index) => write!(f, "{name}:{index}"),
+                None => f.write_str(name),
+            }
+        }
+        match *self {
             #[cfg(feature = "flex")]
             Device::Flex => f.write_str("flex"),
             #[cfg(feature = "wgpu")]
@@ -158,7 +162,7 @@ impl fmt::Display for Device {
             #[cfg(feature = "metal")]
             Device::Metal(index) => numbered(f, "metal", index),
             #[cfg(feature = "cuda")]
-            Device::Cuda(index) => numbered(f, "cuda", &Some(*index)),
+            Device::Cuda(index) => numbered(f, "cuda", Some(index)),
         }
     }
 }

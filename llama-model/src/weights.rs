@@ -177,11 +177,9 @@ impl View for &HostTensor {
 pub fn save_tensors(path: &Path, tensors: BTreeMap<String, TensorData>) -> Result<(), ModelError> {
     let tensors: BTreeMap<String, HostTensor> = tensors.into_iter().map(|(n, t)| (n, HostTensor(t))).collect();
     replace(path, |file| {
-        safetensors::serialize_to_file(tensors.iter().map(|(n, t)| (n, t)), None, file.path()).map_err(|error| {
-            match error {
-                SafeTensorError::IoError(error) => ModelError::io(path, error),
-                error => ModelError::format(path, error),
-            }
+        safetensors::serialize_to_file(tensors.iter(), None, file.path()).map_err(|error| match error {
+            SafeTensorError::IoError(error) => ModelError::io(path, error),
+            error => ModelError::format(path, error),
         })
     })
 }

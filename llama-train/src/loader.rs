@@ -62,7 +62,7 @@ impl Iterator for TokenIterator {
             return None;
         }
         self.next += self.batch;
-        self.loader.next().ok().map(|(batch, _)| batch)
+        self.loader.next_batch().ok()
     }
 }
 

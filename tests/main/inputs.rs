@@ -110,7 +110,7 @@ device_test! {
 device_test! {
     fn model_folders<B>(device) {
         let folder = tempfile::tempdir().unwrap();
-        let load = || hf::load::<B>(folder.path(), &device).err().expect("this must fail");
+        let load = || hf::load::<B>(folder.path(), &device).expect_err("this must fail");
         mentions(load(), &["config.json"]);
         std::fs::write(folder.path().join("config.json"), "{").unwrap();
         mentions(load(), &["config.json"]);

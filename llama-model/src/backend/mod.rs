@@ -3,7 +3,7 @@
 //! Each operation is a forward and an explicit backward on backend primitives (section 2.4 of the paper: what is
 //! expensive is saved, what is cheap is computed again).
 //!
-//! * The trait's default bodies are [`reference`]: plain Burn operations, the specification of every faster body. A
+//! * The trait's default bodies are [`mod@reference`]: plain Burn operations, the specification of every faster body. A
 //!   backend without kernels of its own is one empty `impl`.
 //! * Faster bodies override them: `flex` (SIMD and threads).
 //! * [`Autodiff`](burn::backend::Autodiff) wires each backward once, for all backends (`autodiff`).

@@ -85,7 +85,7 @@ impl<'a> Heads<'a> {
     }
 
     /// Row `index` of a tile.
-    fn row<'b>(&'b self, tile: Matrix, index: usize) -> &'b [f32] {
+    fn row(&self, tile: Matrix, index: usize) -> &[f32] {
         // SAFETY: the row is inside the tensor, whose borrow the result keeps.
         unsafe { std::slice::from_raw_parts(tile.ptr.offset(index as isize * tile.row_stride), tile.cols) }
     }
