@@ -109,6 +109,9 @@ fn wgpu_device(index: Option<usize>) -> burn::backend::wgpu::WgpuDevice {
     index.map_or(WgpuDevice::DefaultDevice, WgpuDevice::DiscreteGpu)
 }
 
+/// Every kind of device there is, compiled in or not.
+const KNOWN: [&str; 5] = ["flex", "cuda", "vulkan", "metal", "wgpu"];
+
 impl FromStr for Device {
     type Err = ModelError;
 
@@ -134,7 +137,7 @@ impl FromStr for Device {
             "metal" => Ok(Device::Metal(index)),
             #[cfg(feature = "cuda")]
             "cuda" => Ok(Device::Cuda(index.unwrap_or(0))),
-            "flex" | "wgpu" | "vulkan" | "metal" | "cuda" => {
+            known if KNOWN.contains(&known) => {
                 Err(error(&format!("not compiled in; rebuild with `--features {kind}`")))
             }
             _ => Err(error("unknown")),
