@@ -26,6 +26,8 @@ pub const TOKENIZER_FILE: &str = "tokenizer.model";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const STATE_FILE: &str = "state.json";
 const FOLDER: &str = "checkpoints";
+/// How the name of a checkpoint begins that is not whole yet.
+const TEMPORARY: &str = ".tmp-step-";
 
 /// Where a run is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -99,9 +101,10 @@ pub fn save<B: TrainBackend>(
     let folder = state.config.run.folder.join(FOLDER);
     std::fs::create_dir_all(&folder).map_err(|error| TrainError::io(&folder, error))?;
     let place = folder.join(format!("step-{:08}", state.step));
+    remove_half_written(&folder)?;
     // Removed again when dropped, so that a failed write leaves no debris.
     let temporary = tempfile::Builder::new()
-        .prefix(".tmp-step-")
+        .prefix(TEMPORARY)
         .tempdir_in(&folder)
         .map_err(|error| TrainError::io(&folder, error))?;
     let at = |name: &str| temporary.path().join(name);
@@ -126,6 +129,17 @@ pub fn save<B: TrainBackend>(
         std::fs::remove_dir_all(&path).map_err(|error| TrainError::io(&path, error))?;
     }
     Ok(place)
+}
+
+/// Removes what a process left that was killed while it wrote a checkpoint.
+fn remove_half_written(folder: &Path) -> Result<(), TrainError> {
+    for entry in std::fs::read_dir(folder).map_err(|error| TrainError::io(folder, error))? {
+        let path = entry.map_err(|error| TrainError::io(folder, error))?.path();
+        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(TEMPORARY)) {
+            std::fs::remove_dir_all(&path).map_err(|error| TrainError::io(&path, error))?;
+        }
+    }
+    Ok(())
 }
 
 /// A rename is on the disk when its folder is.

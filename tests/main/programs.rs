@@ -93,7 +93,10 @@ fn a_killed_run_resumes_bit_for_bit() {
 
     let mut child = pretrain(&killed, STEPS).stdout(std::process::Stdio::null()).spawn().unwrap();
     let deadline = Instant::now() + Duration::from_secs(120);
-    while std::fs::read_dir(killed.join("checkpoints")).map_or(0, |entries| entries.count()) == 0 {
+    let whole_checkpoint = |entry: std::io::Result<std::fs::DirEntry>| {
+        entry.is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with("step-"))
+    };
+    while !std::fs::read_dir(killed.join("checkpoints")).is_ok_and(|mut entries| entries.any(whole_checkpoint)) {
         assert!(Instant::now() < deadline, "no checkpoint appeared");
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -110,6 +113,8 @@ fn a_killed_run_resumes_bit_for_bit() {
             assert!(read(&whole) == read(&killed), "{file} differs");
         }
     }
+    let left = std::fs::read_dir(killed.join("checkpoints")).unwrap().count();
+    assert_eq!(left, 2, "what the killed process left half-written is gone");
     let steps = std::fs::read_to_string(killed.join("metrics.jsonl")).unwrap();
     assert_eq!(steps.matches("\"split\":\"train\"").count() as u64, STEPS);
 }

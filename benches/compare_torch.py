@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Training steps of this library against PyTorch on the same machine in one run, alternating.
+
+    pip install torch
+    python3 benches/compare_torch.py                      # every size
+    python3 benches/compare_torch.py --size 15m --rounds 3
+
+Both sides train the same LLaMA (f32, AdamW on all parameters, one global clip at 1.0) on the same shapes. PyTorch is
+a plain model with scaled_dot_product_attention and fused AdamW, eager and compiled, with glibc told to keep its memory
+(without that it is slower). A cell is the median step of a process; the table has the best of a side's processes, so that
+neither side is shown on a bad moment of the machine.
+"""
+import argparse, json, os, statistics, subprocess, sys, tempfile, time
+
+# width, layers, heads, inner width, vocabulary, seq_len, batch, tied head: the sizes of benches/training.rs
+SIZES = {
+    "tiny": (128, 4, 4, 352, 512, 256, 8, True),
+    "15m": (288, 6, 6, 768, 32000, 256, 8, True),
+    "60m": (512, 8, 8, 1376, 32000, 512, 4, False),
+    "110m": (768, 12, 12, 2048, 32000, 1024, 1, True),
+}
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 << 20),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1",
+}
+
+
+def torch_step(size, compiled, steps):
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+
+    dim, n_layers, n_heads, ffn, vocab, seq_len, batch, tied = SIZES[size]
+    head_dim = dim // n_heads
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count())
+
+    def linear(i, o):
+        return nn.Linear(i, o, bias=False)
+
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(dim))
+
+        def forward(self, x):
+            return F.rms_norm(x, (dim,), self.weight, 1e-6)
+
+    def rotate(x, cos, sin):
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention_norm, self.ffn_norm = Norm(), Norm()
+            self.wq, self.wk, self.wv, self.wo = (linear(dim, dim) for _ in range(4))
+            self.w1, self.w3, self.w2 = linear(dim, ffn), linear(dim, ffn), linear(ffn, dim)
+
+        def forward(self, x, cos, sin):
+            h = self.attention_norm(x)
+            q, k, v = (w(h).view(batch, seq_len, n_heads, head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+            y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+            x = x + self.wo(y.transpose(1, 2).reshape(batch, seq_len, dim))
+            h = self.ffn_norm(x)
+            return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
+
+    class Llama(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.norm, self.head = nn.Embedding(vocab, dim), Norm(), linear(dim, vocab)
+            self.layers = nn.ModuleList(Block() for _ in range(n_layers))
+            if tied:
+                self.head.weight = self.embed.weight
+            angle = torch.outer(torch.arange(seq_len).float(), 10000 ** -(torch.arange(0, head_dim, 2).float() / head_dim))
+            self.register_buffer("cos", angle.cos(), persistent=False)
+            self.register_buffer("sin", angle.sin(), persistent=False)
+
+        def forward(self, x):
+            x = self.embed(x)
+            for layer in self.layers:
+                x = layer(x, self.cos, self.sin)
+            return self.head(self.norm(x))
+
+    model = Llama()
+    for p in model.parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, 0, 0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def loss_of(x, y):
+        return F.cross_entropy(model(x).view(-1, vocab), y.view(-1))
+
+    loss_of = torch.compile(loss_of) if compiled else loss_of
+    times = []
+    for step in range(2 + steps):
+        x, y = torch.randint(0, vocab, (2, batch, seq_len))
+        start = time.perf_counter()
+        loss_of(x, y).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step >= 2:
+            times.append(time.perf_counter() - start)
+    with open("/proc/self/status") as status:
+        peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    print(json.dumps({"tokens_per_second": batch * seq_len / statistics.median(times), "memory_bytes": peak}))
+
+
+def run(command, env=None):
+    return subprocess.run(command, env={**os.environ, **(env or {})}, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, help="only this size")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of a PyTorch process")
+    parser.add_argument("--one", nargs=2, metavar=("SIZE", "MODE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        return torch_step(args.one[0], args.one[1] == "compile", args.steps)
+
+    os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+    run(["cargo", "bench", "--bench", "training", "--no-run"])
+    print("| size | ours tok/s | torch eager | torch compile | ours / best torch | ours MB | torch MB (least) | ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for size in [args.size] if args.size else SIZES:
+        found = {"ours": [], "eager": [], "compile": []}
+        for _ in range(args.rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, "results.jsonl")
+                run(["cargo", "bench", "--bench", "training", "--", "--size", size, "--json", path])
+                with open(path) as results:
+                    found["ours"].append(json.loads(results.readline()))
+            for mode in ("eager", "compile"):
+                command = [sys.executable, os.path.join("benches", os.path.basename(__file__)), "--steps", str(args.steps)]
+                found[mode].append(json.loads(run(command + ["--one", size, mode], KEEP_MEMORY)))
+        rate = {side: max(r["tokens_per_second"] for r in results) for side, results in found.items()}
+        memory = {side: min(r["memory_bytes"] for r in results) / 1e6 for side, results in found.items()}
+        best, least = max(rate["eager"], rate["compile"]), min(memory["eager"], memory["compile"])
+        print(f"| {size} | {rate['ours']:.0f} | {rate['eager']:.0f} | {rate['compile']:.0f} | {rate['ours'] / best:.2f} "
+              f"| {memory['ours']:.0f} | {least:.0f} | {memory['ours'] / least:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
