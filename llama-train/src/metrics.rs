@@ -63,7 +63,11 @@ impl Metric for StepMetric {
         self.sum += self.current;
         self.count += 1;
         let unit = self.unit.map(|unit| format!(" {unit}")).unwrap_or_default();
-        SerializedEntry::new(format!("{}: {:.4e}{unit}", self.name, self.current), self.current.to_string())
+        let value = match self.current.abs() {
+            size if size == 0.0 || (0.01..1e6).contains(&size) => format!("{:.3}", self.current),
+            _ => format!("{:.2e}", self.current),
+        };
+        SerializedEntry::new(format!("{}: {value}{unit}", self.name), self.current.to_string())
     }
 
     fn clear(&mut self) {
