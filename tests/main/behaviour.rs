@@ -252,7 +252,7 @@ pub fn run_config(folder: &Path) -> PretrainConfig {
     config
 }
 
-fn silent() -> Display {
+pub fn silent() -> Display {
     Display::Lines { out: Box::new(std::io::sink()), every: 1 }
 }
 

@@ -7,14 +7,10 @@ use llama::data::source::Sources;
 use llama::data::tokenizer::Tokenizer;
 use llama::data::{DataError, NoProgress};
 use llama::model::{ModelError, hf};
-use llama::train::{Display, Interrupter, PretrainConfig, TrainError, checkpoint, pretrain};
+use llama::train::{Interrupter, PretrainConfig, TrainError, checkpoint, pretrain};
 
-use crate::behaviour::run_config;
+use crate::behaviour::{run_config, silent};
 use crate::support::{device_test, fixture};
-
-fn silent() -> Display {
-    Display::Lines { out: Box::new(std::io::sink()), every: 1 }
-}
 
 fn mentions(error: impl ToString, parts: &[&str]) {
     let text = error.to_string();

@@ -288,3 +288,8 @@ pub fn adamw<B: Backend>(
         param.mul_scalar(1.0 - step.lr * step.weight_decay) - m.clone().div(root).mul_scalar(step.lr / correction_1);
     [param, m, v].map(|x| B::float_reshape(primitive(x), shape.clone()))
 }
+
+/// [`LlamaBackend::sum_of_squares`](super::LlamaBackend::sum_of_squares).
+pub fn sum_of_squares<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_sum(B::float_mul(x.clone(), x))
+}

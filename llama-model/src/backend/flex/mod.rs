@@ -12,7 +12,7 @@ mod simd;
 
 use burn::backend::Flex;
 use burn::tensor::ops::{FloatTensor, IntTensor};
-use burn::tensor::{DType, Shape, TensorData, TensorMetadata};
+use burn::tensor::{DType, Shape, TensorData};
 use burn_flex::{FlexTensor, Layout};
 
 use super::{AdamWStep, AttentionSaved, LlamaBackend, reference};
@@ -126,9 +126,7 @@ impl LlamaBackend for Flex {
 
     fn sum_of_squares(x: FlexTensor) -> FlexTensor {
         if !is_f32(&[&x]) {
-            return <Flex as burn::tensor::ops::FloatTensorOps<Flex>>::float_sum(
-                <Flex as burn::tensor::ops::FloatTensorOps<Flex>>::float_mul(x.clone(), x),
-            );
+            return reference::sum_of_squares::<Flex>(x);
         }
         rows::sum_of_squares(x)
     }
@@ -152,10 +150,6 @@ fn values(x: &FlexTensor) -> &[f32] {
 
 fn from_values(values: Vec<f32>, shape: Shape) -> FlexTensor {
     FlexTensor::from_data(TensorData::new(values, shape))
-}
-
-fn shape_of(x: &FlexTensor) -> Shape {
-    x.shape()
 }
 
 /// A view of a tensor's elements with strides.

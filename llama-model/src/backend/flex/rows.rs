@@ -1,11 +1,11 @@
 //! The operations that go over rows or elements once: limited by memory, so each reads and writes everything once.
 
-use burn::tensor::Shape;
+use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::simd::{sigmoid, sum1, sum2, vectorized};
-use super::{contiguous, from_values, shape_of, values};
+use super::{contiguous, from_values, values};
 use crate::backend::AdamWStep;
 
 /// Elements a thread takes at a time: small enough to share evenly, large enough to hide the hand-over. Fixed, so that
@@ -19,7 +19,7 @@ fn rows_per_block(width: usize) -> usize {
 
 pub(super) fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f32) -> (FlexTensor, FlexTensor) {
     let (x, weight) = (contiguous(x), contiguous(weight));
-    let shape = shape_of(&x);
+    let shape = x.shape();
     let [rows, width] = shape.dims();
     let (xs, weights) = (values(&x), values(&weight));
     let (mut out, mut inv_rms) = (vec![0.0f32; rows * width], vec![0.0f32; rows]);
@@ -51,7 +51,7 @@ pub(super) fn rms_norm_backward(
     grad: FlexTensor,
 ) -> (FlexTensor, FlexTensor) {
     let [x, weight, inv_rms, grad] = [x, weight, inv_rms, grad].map(contiguous);
-    let shape = shape_of(&x);
+    let shape = x.shape();
     let [rows, width] = shape.dims();
     let (xs, weights, invs, grads) = (values(&x), values(&weight), values(&inv_rms), values(&grad));
     let mut d_x = vec![0.0f32; rows * width];
@@ -102,7 +102,7 @@ vectorized! {
 
 pub(super) fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: bool) -> FlexTensor {
     let (mut x, cos, sin) = (contiguous(x), contiguous(cos), contiguous(sin));
-    let [_, seq_len, heads, head_dim] = shape_of(&x).dims();
+    let [_, seq_len, heads, head_dim] = x.shape().dims();
     let half = head_dim / 2;
     let (cos, sin) = (values(&cos), values(&sin));
     let sign = if inverse { -1.0 } else { 1.0 };
@@ -140,7 +140,7 @@ pub(super) fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
         .zip(values(&gate).par_chunks(BLOCK))
         .zip(values(&up).par_chunks(BLOCK))
         .for_each(|((out, gate), up)| swiglu_block(out, gate, up));
-    from_values(out, shape_of(&gate))
+    from_values(out, gate.shape())
 }
 
 vectorized! {
@@ -162,7 +162,7 @@ pub(super) fn swiglu_backward(gate: FlexTensor, up: FlexTensor, grad: FlexTensor
         .zip(d_up.par_chunks_mut(BLOCK))
         .zip(inputs)
         .for_each(|((d_gate, d_up), ((gate, up), grad))| swiglu_backward_block(d_gate, d_up, gate, up, grad));
-    (from_values(d_gate, shape_of(&gate)), from_values(d_up, shape_of(&gate)))
+    (from_values(d_gate, gate.shape()), from_values(d_up, gate.shape()))
 }
 
 vectorized! {
