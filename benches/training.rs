@@ -68,7 +68,8 @@ impl BackendTask for Training {
             if self.size.as_deref().is_some_and(|size| size != name) || (self.smoke && name != "tiny") {
                 continue;
             }
-            let mut model = Pretrainer { llama: config.init::<B>(0, &device).expect("the size is a valid model") };
+            let mut model =
+                Pretrainer { llama: config.init::<B>(0, &device).expect("the size is a valid model"), z_loss: 0.0 };
             let mut optimizer = AdamW::<B>::new(OptimizerConfig::default());
             let ids: Vec<i32> = (0..batch * seq_len).map(|i| (i * 7919 % config.vocab_size) as i32).collect();
             let data = TokenBatch { inputs: ids.clone(), targets: ids, batch, seq_len };

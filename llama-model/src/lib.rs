@@ -37,11 +37,13 @@ pub mod hf;
 pub mod modules;
 pub mod weights;
 
+mod compute;
 mod config;
 mod error;
 mod init;
 
 pub use backend::{LlamaBackend, TrainBackend};
+pub use compute::{Compute, Precision, Recompute};
 pub use config::{FlopCount, LlamaConfig, RopeScaling};
 pub use device::{BackendTask, Device};
 pub use error::ModelError;

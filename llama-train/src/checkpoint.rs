@@ -190,5 +190,5 @@ pub fn load<B: TrainBackend>(folder: &Path, device: &B::Device) -> Result<Restor
             error => error,
         })
     })?;
-    Ok(Restored { model: Pretrainer { llama }, optimizer, state })
+    Ok(Restored { model: Pretrainer::new(llama, &state.config), optimizer, state })
 }

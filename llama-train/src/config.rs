@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use llama_model::LlamaConfig;
+use llama_model::{Compute, LlamaConfig};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
@@ -20,6 +20,9 @@ pub struct PretrainConfig {
     pub seed: u64,
     /// The architecture.
     pub model: LlamaConfig,
+    /// Precision of products, and what is kept for the backward.
+    #[serde(default)]
+    pub compute: Compute,
     /// The text.
     pub data: DataConfig,
     /// How many tokens a step has.
@@ -68,6 +71,9 @@ pub struct OptimizerConfig {
     pub decay_norms: bool,
     /// Largest global L2 norm of the gradient; 1.0 in the paper, `inf` is off.
     pub clip: f64,
+    /// Factor of the squared log-sum-exp of the logits in the loss; 0, the default, is off. The paper has none.
+    #[serde(default)]
+    pub z_loss: f64,
 }
 
 /// Linear warmup, then cosine (paper, section 2.3).
@@ -127,6 +133,7 @@ impl PretrainConfig {
             version: CONFIG_VERSION,
             seed: 0,
             model,
+            compute: Compute::default(),
             data: DataConfig { folder: "data".into() },
             batch: BatchConfig { seq_len, sequences, accumulation },
             optimizer: OptimizerConfig::default(),
@@ -200,6 +207,7 @@ impl PretrainConfig {
             ("optimizer.epsilon", self.optimizer.epsilon > 0.0),
             ("optimizer.weight_decay", self.optimizer.weight_decay >= 0.0),
             ("optimizer.clip", self.optimizer.clip > 0.0),
+            ("optimizer.z_loss", (0.0..1.0).contains(&self.optimizer.z_loss)),
             ("schedule.peak_lr", self.schedule.peak_lr > 0.0 && self.schedule.peak_lr.is_finite()),
             ("schedule.final_fraction", (0.0..=1.0).contains(&self.schedule.final_fraction)),
             ("schedule.warmup_steps", self.schedule.warmup_steps <= self.schedule.steps),
@@ -226,7 +234,7 @@ impl PretrainConfig {
 impl Default for OptimizerConfig {
     /// The paper's.
     fn default() -> Self {
-        Self { beta_1: 0.9, beta_2: 0.95, epsilon: 1e-8, weight_decay: 0.1, decay_norms: false, clip: 1.0 }
+        Self { beta_1: 0.9, beta_2: 0.95, epsilon: 1e-8, weight_decay: 0.1, decay_norms: false, clip: 1.0, z_loss: 0.0 }
     }
 }
 

@@ -87,11 +87,12 @@ pub fn pretrain<B: TrainBackend>(
         Some(checkpoint) => {
             let Restored { model, optimizer, state } = checkpoint::load::<B>(checkpoint, device)?;
             check_same_run(config, &state.config)?;
-            (model, optimizer, state.step, state.tokens)
+            // What is kept for the backward may change with a resume.
+            (Pretrainer::new(model.llama, config), optimizer, state.step, state.tokens)
         }
         None => {
             let llama = config.model.init::<B>(config.seed, device)?;
-            (Pretrainer { llama }, AdamW::new(config.optimizer.clone()), 0, 0)
+            (Pretrainer::new(llama, config), AdamW::new(config.optimizer.clone()), 0, 0)
         }
     };
     let per_step = config.sequences_per_step();
@@ -145,6 +146,7 @@ fn check_same_run(config: &PretrainConfig, saved: &PretrainConfig) -> Result<(),
     let parts = [
         ("seed", config.seed == saved.seed),
         ("model", config.model == saved.model),
+        ("compute.precision", config.compute.precision == saved.compute.precision),
         ("batch", config.batch == saved.batch),
         ("optimizer", config.optimizer == saved.optimizer),
         ("schedule", config.schedule == saved.schedule),

@@ -205,8 +205,8 @@ impl<B: TrainBackend> Run<'_, B> {
         }
         self.skipped_in_a_row = 0;
         let scale = self.optimizer.clip_factor(output.grad_norm) * per_token;
-        let Pretrainer { llama } = self.model.take().expect("the model is only away during an update");
-        self.model = Some(Pretrainer { llama: self.optimizer.update(output.lr, llama, grads, scale) });
+        let Pretrainer { llama, z_loss } = self.model.take().expect("the model is only away during an update");
+        self.model = Some(Pretrainer { llama: self.optimizer.update(output.lr, llama, grads, scale), z_loss });
 
         self.tokens += output.tokens;
         let seconds = start.elapsed().as_secs_f64();

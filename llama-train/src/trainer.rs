@@ -7,11 +7,15 @@ use burn::train::{InferenceStep, TrainOutput, TrainStep};
 use llama_data::loader::TokenBatch;
 use llama_model::{Llama, LlamaBackend, ModelError, TrainBackend};
 
+use crate::PretrainConfig;
+
 /// A model in training.
 #[derive(Module, Debug)]
 pub struct Pretrainer<B: LlamaBackend> {
     /// The model.
     pub llama: Llama<B>,
+    /// Factor of the z-loss in training; 0 is off. Validation is without.
+    pub z_loss: f64,
 }
 
 /// What a step gives, and what metrics are made of.
@@ -50,13 +54,18 @@ impl<B: LlamaBackend> Pretrainer<B> {
         [upload(&batch.inputs), upload(&batch.targets)]
     }
 
+    /// A model in training, with the configured precision, recomputation and z-loss.
+    pub fn new(llama: Llama<B>, config: &PretrainConfig) -> Self {
+        Self { llama: llama.with_compute(config.compute), z_loss: config.optimizer.z_loss }
+    }
+
     /// Summed loss of a batch, `[1]`.
     ///
     /// # Errors
     /// If the sequences are longer than the model's.
-    pub fn loss(&self, batch: &TokenBatch) -> Result<Tensor<B, 1>, ModelError> {
+    pub fn loss(&self, batch: &TokenBatch, z_loss: f64) -> Result<Tensor<B, 1>, ModelError> {
         let [inputs, targets] = self.upload(batch);
-        self.llama.loss(inputs, targets)
+        self.llama.loss(inputs, targets, z_loss)
     }
 }
 
@@ -70,7 +79,7 @@ impl<B: TrainBackend> TrainStep for Pretrainer<B> {
     /// # Panics
     /// If the sequences are longer than the model's; a checked configuration rules it out.
     fn step(&self, batch: TokenBatch) -> TrainOutput<StepOutput> {
-        let loss = self.loss(&batch).expect("the configuration was checked");
+        let loss = self.loss(&batch, self.z_loss).expect("the configuration was checked");
         let grads = loss.backward();
         let loss_sum = loss.into_scalar().elem();
         let output = StepOutput { loss_sum, tokens: batch.tokens() as u64, ..Default::default() };
@@ -85,7 +94,7 @@ impl<B: LlamaBackend> InferenceStep for Pretrainer<B> {
     /// # Panics
     /// As the training step.
     fn step(&self, batch: TokenBatch) -> StepOutput {
-        let loss = self.loss(&batch).expect("the configuration was checked");
+        let loss = self.loss(&batch, 0.0).expect("the configuration was checked");
         StepOutput { loss_sum: loss.into_scalar().elem(), tokens: batch.tokens() as u64, ..Default::default() }
     }
 }

@@ -6,6 +6,7 @@
 #![recursion_limit = "256"]
 
 mod behaviour;
+mod block;
 mod inputs;
 mod ops;
 mod parity;

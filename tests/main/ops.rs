@@ -4,24 +4,13 @@
 use burn::backend::{Autodiff, Flex};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
-use llama::model::TrainBackend;
 use llama::model::backend::ops::{primitive, tensor};
-use llama::model::backend::{AdamWStep, AttentionSaved, LlamaBackend, ops, reference};
+use llama::model::backend::{AdamWStep, AttentionSaved, LlamaBackend, LossSpec, ops, reference};
+use llama::model::{Precision, TrainBackend};
 
-use crate::support::{close, device_test, floats, scale, tolerance};
+use crate::support::{close, device_test, floats, noise, scale, tolerance};
 
 const EPS: f64 = 1e-5;
-
-/// Deterministic numbers in -1..1.
-fn noise(len: usize, seed: u64) -> Vec<f64> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..len)
-        .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
-        })
-        .collect()
-}
 
 fn random<B: Backend, const D: usize>(dims: [usize; D], seed: u64, dtype: DType, device: &B::Device) -> Tensor<B, D> {
     Tensor::from_data(TensorData::new(noise(dims.iter().product(), seed), dims), (device, dtype))
@@ -52,7 +41,7 @@ impl Case for Project {
         vec![vec![6, 10], vec![7, 10]]
     }
     fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
-        flat(ops::linear(x[0].clone().reshape([2, 3, 10]), x[1].clone().reshape([7, 10])))
+        flat(ops::linear(x[0].clone().reshape([2, 3, 10]), x[1].clone().reshape([7, 10]), Precision::F32))
     }
     fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
         flat(x[0].clone().reshape([6, 10]).matmul(x[1].clone().reshape([7, 10]).transpose()))
@@ -143,8 +132,12 @@ impl Case for Attention {
 struct CrossEntropy {
     tokens: usize,
     vocab: usize,
+    z_loss: f64,
 }
 impl CrossEntropy {
+    fn spec(&self) -> LossSpec {
+        LossSpec { z_loss: self.z_loss, ..LossSpec::default() }
+    }
     fn shapes<B: Backend>(&self, x: Vec<Tensor<B, 1>>) -> (Tensor<B, 2>, Tensor<B, 2>, Tensor<B, 1, Int>) {
         let hidden = x[0].clone().mul_scalar(3.0).reshape([self.tokens, 9]);
         let targets = targets::<B>(self.tokens, self.vocab, &hidden.device());
@@ -157,11 +150,17 @@ impl Case for CrossEntropy {
     }
     fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
         let (hidden, head, targets) = self.shapes(x);
-        ops::linear_cross_entropy(hidden, head, targets)
+        ops::linear_cross_entropy(hidden, head, targets, self.spec())
     }
     fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
         let (hidden, head, targets) = self.shapes(x);
-        tensor::<B, 1>(reference::token_losses::<B>(primitive(hidden), primitive(head), targets.into_primitive())).sum()
+        tensor::<B, 1>(reference::token_losses::<B>(
+            primitive(hidden),
+            primitive(head),
+            targets.into_primitive(),
+            self.spec(),
+        ))
+        .sum()
     }
 }
 
@@ -202,8 +201,8 @@ device_test! {
         check::<B>("rms_norm", &RmsNorm, &device);
         check::<B>("rotary", &Rotary, &device);
         check::<B>("swiglu", &Swiglu, &device);
-        check::<B>("cross entropy", &CrossEntropy { tokens: 11, vocab: 23 }, &device);
-        check::<B>("cross entropy in chunks", &CrossEntropy { tokens: 1100, vocab: 23 }, &device);
+        check::<B>("cross entropy", &CrossEntropy { tokens: 11, vocab: 23, z_loss: 0.0 }, &device);
+        check::<B>("cross entropy in chunks", &CrossEntropy { tokens: 1100, vocab: 23, z_loss: 0.0 }, &device);
     }
 }
 
@@ -258,12 +257,12 @@ device_test! {
 
         let (x, weight, grad) = (f32s([7, 33], 7), f32s([5, 33], 8), f32s([7, 5], 9));
         let ours = vec![
-            one(Inner::<B>::project_backward_input(grad.clone(), weight.clone())),
-            one(Inner::<B>::project_backward_weight(grad.clone(), x.clone())),
+            one(Inner::<B>::project_backward_input(grad.clone(), weight.clone(), Precision::F32)),
+            one(Inner::<B>::project_backward_weight(grad.clone(), x.clone(), Precision::F32)),
         ];
         let default = vec![
-            one(reference::project_backward_input::<Inner<B>>(grad.clone(), weight)),
-            one(reference::project_backward_weight::<Inner<B>>(grad, x)),
+            one(reference::project_backward_input::<Inner<B>>(grad.clone(), weight, Precision::F32)),
+            one(reference::project_backward_weight::<Inner<B>>(grad, x, Precision::F32)),
         ];
         same("project", ours, default);
 
@@ -278,11 +277,13 @@ device_test! {
 
         let (hidden, head) = (f32s([600, 12], 1), f32s([40, 12], 2));
         let ids = targets::<Inner<B>>(600, 40, &device).into_primitive();
-        let ours = Inner::<B>::linear_cross_entropy_with_grads(hidden.clone(), head.clone(), ids.clone());
-        let default = reference::linear_cross_entropy_with_grads::<Inner<B>>(hidden.clone(), head.clone(), ids.clone());
+        let spec = LossSpec { z_loss: 0.01, ..LossSpec::default() };
+        let ours = Inner::<B>::linear_cross_entropy_with_grads(hidden.clone(), head.clone(), ids.clone(), spec);
+        let default =
+            reference::linear_cross_entropy_with_grads::<Inner<B>>(hidden.clone(), head.clone(), ids.clone(), spec);
         same("cross entropy", ours.map(one).into(), default.map(one).into());
-        let ours = Inner::<B>::token_losses(hidden.clone(), head.clone(), ids.clone());
-        same("token losses", vec![ours], vec![reference::token_losses::<Inner<B>>(hidden, head, ids)]);
+        let ours = Inner::<B>::token_losses(hidden.clone(), head.clone(), ids.clone(), spec);
+        same("token losses", vec![ours], vec![reference::token_losses::<Inner<B>>(hidden, head, ids, spec)]);
 
         let step = AdamWStep {
             lr: 0.1, beta_1: 0.9, beta_2: 0.95, epsilon: 1e-8, weight_decay: 0.1, step: 3, grad_scale: 0.5,
@@ -345,7 +346,8 @@ mod finite_differences {
         check("rms_norm", &RmsNorm);
         check("rotary", &Rotary);
         check("swiglu", &Swiglu);
-        check("cross entropy", &CrossEntropy { tokens: 11, vocab: 13 });
+        check("cross entropy", &CrossEntropy { tokens: 11, vocab: 13, z_loss: 0.0 });
+        check("cross entropy with z-loss", &CrossEntropy { tokens: 11, vocab: 13, z_loss: 0.1 });
         for (q_len, kv_len, n_kv_heads) in [(6, 6, 2), (2, 7, 1), (1, 5, 4)] {
             let case = Attention { batch: 2, q_len, kv_len, n_heads: 4, n_kv_heads, head_dim: 6 };
             check(&format!("attention {q_len}/{kv_len}"), &case);

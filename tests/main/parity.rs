@@ -34,7 +34,7 @@ fn shifted(labels: &[i64], len: usize) -> Vec<i64> {
 fn mean_loss<B: LlamaBackend>(model: &Llama<B>, ids: &[i64], targets: &[i64], device: &B::Device) -> Tensor<B, 1> {
     let dims = [2, 32];
     let counted = targets.iter().filter(|&&t| t != -100).count() as f64;
-    model.loss(ints(ids, dims, device), ints(targets, dims, device)).unwrap() / counted
+    model.loss(ints(ids, dims, device), ints(targets, dims, device), 0.0).unwrap() / counted
 }
 
 #[test]
@@ -62,9 +62,9 @@ device_test! {
 
             let mut x = model.tok_embeddings.forward(tokens);
             check("hidden.0", floats(x.clone()), HIDDEN);
-            x = model.layers[0].forward(x, &model.rope, None);
+            x = model.layers[0].forward(x, &model.rope, model.compute);
             check("hidden.1", floats(x.clone()), HIDDEN);
-            x = model.layers[1].forward(x, &model.rope, None);
+            x = model.layers[1].forward(x, &model.rope, model.compute);
             check("hidden.prenorm_last", floats(x.clone()), HIDDEN);
             check("hidden.2", floats(model.norm.forward(x)), HIDDEN);
             assert_eq!(config.n_layers, 2);
@@ -144,7 +144,7 @@ fn train<B: TrainBackend>(variant: &str, decay_norms: bool, device: &B::Device) 
     let (tokens, dims) = stored_ints(&format!("{variant}/train_tokens.safetensors"), "tokens");
     assert_eq!(dims, [20, 4, 33]);
 
-    let mut model = Pretrainer { llama: load::<B>(variant, device).0 };
+    let mut model = Pretrainer { llama: load::<B>(variant, device).0, z_loss: 0.0 };
     let mut optimizer = AdamW::<B>::new(config);
     let (mut losses, mut norms, mut clips, mut rates) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (step, tokens) in tokens.chunks(4 * 33).enumerate() {

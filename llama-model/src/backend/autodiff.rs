@@ -9,40 +9,34 @@ use burn::tensor::TensorMetadata;
 use burn::tensor::backend::AutodiffBackend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 
-use super::{AdamWStep, AttentionSaved, LlamaBackend};
+use super::block::{self, BlockSaved};
+use super::{AdamWStep, AttentionSaved, BlockSpec, BlockWeights, LlamaBackend, LossSpec};
+use crate::Precision;
 
 impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
-    fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
         #[derive(Debug)]
         struct ProjectBackward;
         impl<B: LlamaBackend> Backward<B, 2> for ProjectBackward {
-            type State = (FloatTensor<B>, FloatTensor<B>);
+            type State = (FloatTensor<B>, FloatTensor<B>, Precision);
 
             fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
                 let grad = grads.consume::<B>(&ops.node);
                 let [x_node, weight_node] = ops.parents;
-                let (x, weight) = ops.state;
+                let (x, weight, precision) = ops.state;
                 if let Some(node) = weight_node {
-                    grads.register::<B>(node.id, B::project_backward_weight(grad.clone(), x));
+                    grads.register::<B>(node.id, B::project_backward_weight(grad.clone(), x, precision));
                 }
                 if let Some(node) = x_node {
-                    grads.register::<B>(node.id, B::project_backward_input(grad, weight));
+                    grads.register::<B>(node.id, B::project_backward_input(grad, weight, precision));
                 }
             }
         }
-        let out = B::project(x.primitive.clone(), weight.primitive.clone());
+        let out = B::project(x.primitive.clone(), weight.primitive.clone(), precision);
         match ProjectBackward.prepare::<C>([x.node, weight.node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((x.primitive, weight.primitive), out),
+            OpsKind::Tracked(prep) => prep.finish((x.primitive, weight.primitive, precision), out),
             OpsKind::UnTracked(prep) => prep.finish(out),
         }
-    }
-
-    fn project_backward_input(grad: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        super::reference::project_backward_input::<Self>(grad, weight)
-    }
-
-    fn project_backward_weight(grad: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
-        super::reference::project_backward_weight::<Self>(grad, x)
     }
 
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> (FloatTensor<Self>, FloatTensor<Self>) {
@@ -148,18 +142,24 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
     }
 
     /// Has no backward, so it refuses inputs that would silently lose theirs.
-    fn token_losses(hidden: FloatTensor<Self>, head: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+    fn token_losses(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        spec: LossSpec,
+    ) -> FloatTensor<Self> {
         assert!(
             !hidden.is_tracked() && !head.is_tracked(),
             "token_losses has no backward: use linear_cross_entropy to train, or a model without autodiff (`model.valid()`)"
         );
-        <Self as AutodiffBackend>::from_inner(B::token_losses(hidden.primitive, head.primitive, targets))
+        <Self as AutodiffBackend>::from_inner(B::token_losses(hidden.primitive, head.primitive, targets, spec))
     }
 
     fn linear_cross_entropy(
         hidden: FloatTensor<Self>,
         head: FloatTensor<Self>,
         targets: IntTensor<Self>,
+        spec: LossSpec,
     ) -> FloatTensor<Self> {
         #[derive(Debug)]
         struct CrossEntropyBackward;
@@ -179,10 +179,53 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
         match CrossEntropyBackward.prepare::<C>([hidden.node, head.node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let [loss, d_hidden, d_head] =
-                    B::linear_cross_entropy_with_grads(hidden.primitive, head.primitive, targets);
+                    B::linear_cross_entropy_with_grads(hidden.primitive, head.primitive, targets, spec);
                 prep.finish([d_hidden, d_head], loss)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::linear_cross_entropy(hidden.primitive, head.primitive, targets)),
+            OpsKind::UnTracked(prep) => {
+                prep.finish(B::linear_cross_entropy(hidden.primitive, head.primitive, targets, spec))
+            }
+        }
+    }
+
+    /// The tables are constants: they take no gradient.
+    fn block(
+        x: FloatTensor<Self>,
+        weights: BlockWeights<FloatTensor<Self>>,
+        spec: BlockSpec<Self>,
+    ) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct BlockBackward;
+        impl<B: LlamaBackend> Backward<B, 10> for BlockBackward {
+            type State = (BlockSaved<B>, BlockWeights<FloatTensor<B>>, BlockSpec<B>);
+
+            fn backward(self, ops: Ops<Self::State, 10>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let grad = grads.consume::<B>(&ops.node);
+                let [x, weight_nodes @ ..] = ops.parents;
+                let (saved, weights, spec) = ops.state;
+                let wanted = BlockWeights::from(weight_nodes.each_ref().map(Option::is_some));
+                let (d_x, d_weights) = block::backward(saved, &weights, &spec, &wanted, grad);
+                for (node, gradient) in weight_nodes.into_iter().zip(d_weights.into_array()) {
+                    if let (Some(node), Some(gradient)) = (node, gradient) {
+                        grads.register::<B>(node.id, gradient);
+                    }
+                }
+                if let Some(node) = x {
+                    grads.register::<B>(node.id, d_x);
+                }
+            }
+        }
+        let BlockSpec { cos, sin, batch, seq_len, head_dim, eps, compute } = spec;
+        let spec = BlockSpec { cos: cos.primitive, sin: sin.primitive, batch, seq_len, head_dim, eps, compute };
+        let [w0, w1, w2, w3, w4, w5, w6, w7, w8] = weights.clone().map(|weight| weight.node).into_array();
+        let weights = weights.map(|weight| weight.primitive);
+        let nodes = [x.node, w0, w1, w2, w3, w4, w5, w6, w7, w8];
+        match BlockBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let (out, saved) = block::forward_saving(x.primitive, &weights, &spec);
+                prep.finish((saved, weights, spec), out)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::block(x.primitive, weights, spec)),
         }
     }
 

@@ -11,6 +11,7 @@
 //! The [`ops`] module has the same operations on [`Tensor`](burn::tensor::Tensor)s, for use in modules.
 
 mod autodiff;
+pub mod block;
 #[cfg(feature = "cube")]
 mod cube;
 #[cfg(feature = "flex")]
@@ -20,6 +21,9 @@ pub mod reference;
 
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::{FloatTensor, IntTensor};
+
+use crate::Precision;
+pub use block::{BlockSpec, BlockWeights};
 
 /// A backend that can train: its tensors track gradients, and both it and its inner backend have LLaMA's operations.
 pub trait TrainBackend: AutodiffBackend<InnerBackend: LlamaBackend> + LlamaBackend {}
@@ -55,6 +59,16 @@ impl AdamWStep {
 /// Target of a position that takes no part in the loss.
 pub const IGNORE_TARGET: i64 = -100;
 
+/// How the loss is computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LossSpec {
+    /// Precision of the products with the head.
+    pub precision: Precision,
+    /// Factor of the squared log-sum-exp of the logits, added to each token's loss: keeps logits from drifting (Chowdhery
+    /// et al. 2022, section 5, use 1e-4). 0 is off.
+    pub z_loss: f64,
+}
+
 /// LLaMA's fused operations. Shapes and ranks are part of the contract; `ops` reshapes where a module has more
 /// dimensions. All float tensors of a call have one dtype.
 pub trait LlamaBackend: Backend {
@@ -62,18 +76,26 @@ pub trait LlamaBackend: Backend {
     ///
     /// # Shapes
     /// `x [tokens, d_in]`, `weight [d_out, d_in]`, result `[tokens, d_out]`.
-    fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        reference::project::<Self>(x, weight)
+    fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
+        reference::project::<Self>(x, weight, precision)
     }
 
     /// Gradient of [`project`](Self::project) for its input: `grad · weight`.
-    fn project_backward_input(grad: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        reference::project_backward_input::<Self>(grad, weight)
+    fn project_backward_input(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        reference::project_backward_input::<Self>(grad, weight, precision)
     }
 
     /// Gradient of [`project`](Self::project) for its weight: `gradᵀ · x`.
-    fn project_backward_weight(grad: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
-        reference::project_backward_weight::<Self>(grad, x)
+    fn project_backward_weight(
+        grad: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        reference::project_backward_weight::<Self>(grad, x, precision)
     }
 
     /// `x / rms(x) · weight` with `rms(x) = sqrt(mean(x²) + eps)`; statistics in f32 or wider.
@@ -155,8 +177,13 @@ pub trait LlamaBackend: Backend {
     ///
     /// # Shapes
     /// `hidden [tokens, d_model]`, `head [vocab_size, d_model]`, `targets [tokens]`; result `[tokens]`.
-    fn token_losses(hidden: FloatTensor<Self>, head: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
-        reference::token_losses::<Self>(hidden, head, targets)
+    fn token_losses(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        spec: LossSpec,
+    ) -> FloatTensor<Self> {
+        reference::token_losses::<Self>(hidden, head, targets, spec)
     }
 
     /// The sum of [`token_losses`](Self::token_losses) as a tensor `[1]`. This is the one that can be differentiated.
@@ -164,8 +191,9 @@ pub trait LlamaBackend: Backend {
         hidden: FloatTensor<Self>,
         head: FloatTensor<Self>,
         targets: IntTensor<Self>,
+        spec: LossSpec,
     ) -> FloatTensor<Self> {
-        Self::float_sum(Self::token_losses(hidden, head, targets))
+        Self::float_sum(Self::token_losses(hidden, head, targets, spec))
     }
 
     /// [`linear_cross_entropy`](Self::linear_cross_entropy) together with its gradients for `hidden` and `head`,
@@ -174,8 +202,21 @@ pub trait LlamaBackend: Backend {
         hidden: FloatTensor<Self>,
         head: FloatTensor<Self>,
         targets: IntTensor<Self>,
+        spec: LossSpec,
     ) -> [FloatTensor<Self>; 3] {
-        reference::linear_cross_entropy_with_grads::<Self>(hidden, head, targets)
+        reference::linear_cross_entropy_with_grads::<Self>(hidden, head, targets, spec)
+    }
+
+    /// A whole transformer block; see [`mod@block`].
+    ///
+    /// # Shapes
+    /// `x [batch · seq_len, d_model]`, result as `x`.
+    fn block(
+        x: FloatTensor<Self>,
+        weights: BlockWeights<FloatTensor<Self>>,
+        spec: BlockSpec<Self>,
+    ) -> FloatTensor<Self> {
+        block::forward::<Self>(x, &weights, &spec)
     }
 
     /// One AdamW update of a parameter and its moments `m` and `v`, in one pass where the backend can.

@@ -4,7 +4,8 @@ use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Int, Tensor, TensorPrimitive};
 
-use super::LlamaBackend;
+use super::{BlockSpec, BlockWeights, LlamaBackend, LossSpec};
+use crate::{Compute, Precision};
 
 /// A primitive as a tensor.
 pub fn tensor<B: Backend, const D: usize>(primitive: FloatTensor<B>) -> Tensor<B, D> {
@@ -31,13 +32,17 @@ fn fold<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, 2> {
 ///
 /// # Panics
 /// If the widths or dtypes differ.
-pub fn linear<B: LlamaBackend, const D: usize>(x: Tensor<B, D>, weight: Tensor<B, 2>) -> Tensor<B, D> {
+pub fn linear<B: LlamaBackend, const D: usize>(
+    x: Tensor<B, D>,
+    weight: Tensor<B, 2>,
+    precision: Precision,
+) -> Tensor<B, D> {
     let mut dims = x.dims();
     let [d_out, d_in] = weight.dims();
     assert_eq!(dims[D - 1], d_in, "linear: the input has width {}, the weight takes {d_in}", dims[D - 1]);
     assert_eq!(x.dtype(), weight.dtype(), "linear: input and weight have different dtypes");
     dims[D - 1] = d_out;
-    tensor::<B, 2>(B::project(primitive(fold(x)), primitive(weight))).reshape(dims)
+    tensor::<B, 2>(B::project(primitive(fold(x)), primitive(weight), precision)).reshape(dims)
 }
 
 /// Root-mean-square normalisation (Zhang and Sennrich): `x / rms(x) · weight`.
@@ -99,6 +104,29 @@ pub fn swiglu<B: LlamaBackend, const D: usize>(gate: Tensor<B, D>, up: Tensor<B,
     tensor::<B, 2>(B::swiglu(primitive(fold(gate)), primitive(fold(up)))).reshape(dims)
 }
 
+/// A whole transformer block; see [`mod@super::block`].
+///
+/// # Shapes
+/// `x [batch, seq_len, d_model]`, `cos` and `sin` `[seq_len, head_dim / 2]`, result as `x`.
+///
+/// # Panics
+/// If the tables do not fit the sequence or the weights each other.
+pub fn block<B: LlamaBackend>(
+    x: Tensor<B, 3>,
+    weights: BlockWeights<FloatTensor<B>>,
+    [cos, sin]: [Tensor<B, 2>; 2],
+    eps: f64,
+    compute: Compute,
+) -> Tensor<B, 3> {
+    let dims = x.dims();
+    let [batch, seq_len, _] = dims;
+    let [positions, half] = cos.dims();
+    assert_eq!(positions, seq_len, "block: the rotary table has another length than the sequence");
+    let (cos, sin) = (primitive(cos), primitive(sin));
+    let spec = BlockSpec { cos, sin, batch, seq_len, head_dim: 2 * half, eps, compute };
+    tensor::<B, 2>(B::block(primitive(fold(x)), weights, spec)).reshape(dims)
+}
+
 /// Summed cross entropy of the next-token distribution `softmax(hidden · headᵀ)`; see
 /// [`LlamaBackend::linear_cross_entropy`].
 ///
@@ -111,9 +139,10 @@ pub fn linear_cross_entropy<B: LlamaBackend, const D: usize, const T: usize>(
     hidden: Tensor<B, D>,
     head: Tensor<B, 2>,
     targets: Tensor<B, T, Int>,
+    spec: LossSpec,
 ) -> Tensor<B, 1> {
     let (hidden, targets) = loss_inputs(hidden, &head, targets);
-    tensor(B::linear_cross_entropy(primitive(hidden), primitive(head), targets.into_primitive()))
+    tensor(B::linear_cross_entropy(primitive(hidden), primitive(head), targets.into_primitive(), spec))
 }
 
 /// Cross entropy of each token; see [`LlamaBackend::token_losses`]. Not differentiable.
@@ -128,9 +157,10 @@ pub fn token_losses<B: LlamaBackend, const D: usize, const T: usize>(
     hidden: Tensor<B, D>,
     head: Tensor<B, 2>,
     targets: Tensor<B, T, Int>,
+    spec: LossSpec,
 ) -> Tensor<B, 1> {
     let (hidden, targets) = loss_inputs(hidden, &head, targets);
-    tensor(B::token_losses(primitive(hidden), primitive(head), targets.into_primitive()))
+    tensor(B::token_losses(primitive(hidden), primitive(head), targets.into_primitive(), spec))
 }
 
 fn loss_inputs<B: Backend, const D: usize, const T: usize>(

@@ -6,7 +6,8 @@ use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Int, Tensor, TensorMetadata, activation};
 
 use super::ops::{primitive, tensor};
-use super::{AdamWStep, AttentionSaved, IGNORE_TARGET};
+use super::{AdamWStep, AttentionSaved, IGNORE_TARGET, LossSpec};
+use crate::Precision;
 
 /// Rows of logits that exist at once in the chunked cross entropy.
 pub const CROSS_ENTROPY_CHUNK: usize = 512;
@@ -15,18 +16,38 @@ pub const CROSS_ENTROPY_CHUNK: usize = 512;
 const MASKED: f64 = -1e30;
 
 /// [`LlamaBackend::project`](super::LlamaBackend::project).
-pub fn project<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
-    B::float_matmul(x, B::float_transpose(weight))
+pub fn project<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>, precision: Precision) -> FloatTensor<B> {
+    product::<B>(x, B::float_transpose(weight), precision)
+}
+
+/// A matrix product with both operands in the precision, the result in the dtype of the first.
+fn product<B: Backend>(a: FloatTensor<B>, b: FloatTensor<B>, precision: Precision) -> FloatTensor<B> {
+    match precision {
+        Precision::F32 => B::float_matmul(a, b),
+        Precision::Bf16 => {
+            let dtype = a.dtype();
+            let [a, b] = [a, b].map(|x| B::float_cast(x, DType::BF16.into()));
+            B::float_cast(B::float_matmul(a, b), dtype.into())
+        }
+    }
 }
 
 /// [`LlamaBackend::project_backward_input`](super::LlamaBackend::project_backward_input).
-pub fn project_backward_input<B: Backend>(grad: FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
-    B::float_matmul(grad, weight)
+pub fn project_backward_input<B: Backend>(
+    grad: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    precision: Precision,
+) -> FloatTensor<B> {
+    product::<B>(grad, weight, precision)
 }
 
 /// [`LlamaBackend::project_backward_weight`](super::LlamaBackend::project_backward_weight).
-pub fn project_backward_weight<B: Backend>(grad: FloatTensor<B>, x: FloatTensor<B>) -> FloatTensor<B> {
-    B::float_matmul(B::float_transpose(grad), x)
+pub fn project_backward_weight<B: Backend>(
+    grad: FloatTensor<B>,
+    x: FloatTensor<B>,
+    precision: Precision,
+) -> FloatTensor<B> {
+    product::<B>(B::float_transpose(grad), x, precision)
 }
 
 /// The dtype statistics are computed in: f64 stays, everything else is f32.
@@ -193,6 +214,10 @@ pub fn swiglu_backward<B: Backend>(
 struct Chunk<B: Backend> {
     /// `[rows, vocab_size]`
     log_probs: Tensor<B, 2>,
+    /// Log-sum-exp of the logits, `[rows, 1]`
+    lse: Tensor<B, 2>,
+    /// Factor of its square in the loss.
+    z_loss: f64,
     /// Column of the target, 0 where it is ignored, `[rows, 1]`
     columns: Tensor<B, 2, Int>,
     /// 1 where the target counts, 0 where it is ignored, `[rows, 1]`
@@ -200,13 +225,17 @@ struct Chunk<B: Backend> {
 }
 
 impl<B: Backend> Chunk<B> {
-    fn new(hidden: Tensor<B, 2>, head: Tensor<B, 2>, targets: Tensor<B, 1, Int>) -> Self {
-        let logits = hidden.matmul(head.transpose());
+    fn new(hidden: Tensor<B, 2>, head: Tensor<B, 2>, targets: Tensor<B, 1, Int>, spec: LossSpec) -> Self {
+        let logits = tensor::<B, 2>(project::<B>(primitive(hidden), primitive(head), spec.precision));
         let logits = logits.clone().cast(wide(logits.dtype()));
         let ignored = targets.clone().equal_elem(IGNORE_TARGET);
         let counts = ignored.clone().bool_not().float().cast(logits.dtype()).unsqueeze_dim::<2>(1);
+        let max = logits.clone().max_dim(1);
+        let lse = (logits.clone() - max.clone()).exp().sum_dim(1).log() + max;
         Self {
-            log_probs: activation::log_softmax(logits, 1),
+            log_probs: logits - lse.clone(),
+            lse,
+            z_loss: spec.z_loss,
             columns: targets.mask_fill(ignored, 0).unsqueeze_dim::<2>(1),
             counts,
         }
@@ -214,13 +243,15 @@ impl<B: Backend> Chunk<B> {
 
     /// `[rows, 1]`
     fn losses(&self) -> Tensor<B, 2> {
-        self.log_probs.clone().gather(1, self.columns.clone()).neg() * self.counts.clone()
+        let losses = self.log_probs.clone().gather(1, self.columns.clone()).neg();
+        (losses + self.lse.clone().square().mul_scalar(self.z_loss)) * self.counts.clone()
     }
 
-    /// Gradient of the summed losses for the logits: `softmax - onehot(target)`.
+    /// Gradient of the summed losses for the logits: `softmax · (1 + 2 z lse) - onehot(target)`.
     fn d_logits(self) -> Tensor<B, 2> {
         let ones = Tensor::ones_like(&self.counts);
-        let d_logits = self.log_probs.exp().scatter(1, self.columns, ones.neg(), burn::tensor::IndexingUpdateOp::Add);
+        let weights = self.log_probs.exp() * self.lse.mul_scalar(2.0 * self.z_loss).add_scalar(1.0);
+        let d_logits = weights.scatter(1, self.columns, ones.neg(), burn::tensor::IndexingUpdateOp::Add);
         d_logits * self.counts
     }
 }
@@ -237,10 +268,15 @@ fn chunks<B: Backend>(
 }
 
 /// [`LlamaBackend::token_losses`](super::LlamaBackend::token_losses).
-pub fn token_losses<B: Backend>(hidden: FloatTensor<B>, head: FloatTensor<B>, targets: IntTensor<B>) -> FloatTensor<B> {
+pub fn token_losses<B: Backend>(
+    hidden: FloatTensor<B>,
+    head: FloatTensor<B>,
+    targets: IntTensor<B>,
+    spec: LossSpec,
+) -> FloatTensor<B> {
     let head = tensor::<B, 2>(head);
     let losses = chunks::<B>(tensor(hidden), Tensor::from_primitive(targets))
-        .map(|(hidden, targets)| Chunk::new(hidden, head.clone(), targets).losses().squeeze_dim::<1>(1))
+        .map(|(hidden, targets)| Chunk::new(hidden, head.clone(), targets, spec).losses().squeeze_dim::<1>(1))
         .collect();
     primitive(Tensor::cat(losses, 0))
 }
@@ -250,17 +286,19 @@ pub fn linear_cross_entropy_with_grads<B: Backend>(
     hidden: FloatTensor<B>,
     head: FloatTensor<B>,
     targets: IntTensor<B>,
+    spec: LossSpec,
 ) -> [FloatTensor<B>; 3] {
     let head = tensor::<B, 2>(head);
     let mut loss = Tensor::<B, 1>::zeros([1], (&head.device(), wide(head.dtype())));
     let mut d_head = Tensor::zeros_like(&head);
     let mut d_hidden = Vec::new();
     for (hidden, targets) in chunks::<B>(tensor(hidden), Tensor::from_primitive(targets)) {
-        let chunk = Chunk::new(hidden.clone(), head.clone(), targets);
+        let chunk = Chunk::new(hidden.clone(), head.clone(), targets, spec);
         loss = loss + chunk.losses().sum();
         let d_logits = chunk.d_logits().cast(head.dtype());
-        d_hidden.push(d_logits.clone().matmul(head.clone()));
-        d_head = d_head + d_logits.transpose().matmul(hidden);
+        let (d_logits, head) = (primitive(d_logits), primitive(head.clone()));
+        d_hidden.push(tensor::<B, 2>(project_backward_input::<B>(d_logits.clone(), head, spec.precision)));
+        d_head = d_head + tensor(project_backward_weight::<B>(d_logits, primitive(hidden), spec.precision));
     }
     [primitive(loss), primitive(Tensor::cat(d_hidden, 0)), primitive(d_head)]
 }

@@ -5,9 +5,9 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 
 use super::{LayerCache, Linear, RotaryEmbedding};
-use crate::LlamaConfig;
 use crate::backend::{LlamaBackend, ops};
 use crate::init::Init;
+use crate::{LlamaConfig, Precision};
 
 /// Attention of one block.
 #[derive(Module, Debug)]
@@ -45,6 +45,7 @@ impl<B: LlamaBackend> Attention<B> {
         x: Tensor<B, 3>,
         rope: &RotaryEmbedding<B>,
         cache: Option<&mut LayerCache<B>>,
+        precision: Precision,
     ) -> Tensor<B, 3> {
         let [batch, seq_len, _] = x.dims();
         let start = cache.as_ref().map_or(0, |cache| cache.len());
@@ -53,14 +54,14 @@ impl<B: LlamaBackend> Attention<B> {
             x.reshape([batch, seq_len, width / self.head_dim, self.head_dim])
         };
 
-        let q = rope.forward(heads(self.wq.forward(x.clone())), start);
-        let k = rope.forward(heads(self.wk.forward(x.clone())), start);
-        let v = heads(self.wv.forward(x));
+        let q = rope.forward(heads(self.wq.forward(x.clone(), precision)), start);
+        let k = rope.forward(heads(self.wk.forward(x.clone(), precision)), start);
+        let v = heads(self.wv.forward(x, precision));
         let (k, v) = match cache {
             Some(cache) => cache.append(k, v),
             None => (k, v),
         };
         let out = ops::causal_attention(q, k, v);
-        self.wo.forward(out.flatten::<3>(2, 3))
+        self.wo.forward(out.flatten::<3>(2, 3), precision)
     }
 }

@@ -4,9 +4,10 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 
 use super::{Attention, FeedForward, LayerCache, RmsNorm, RotaryEmbedding};
-use crate::LlamaConfig;
-use crate::backend::LlamaBackend;
+use crate::backend::ops::primitive;
+use crate::backend::{BlockWeights, LlamaBackend, ops};
 use crate::init::Init;
+use crate::{Compute, LlamaConfig};
 
 /// A pre-normalised transformer block.
 #[derive(Module, Debug)]
@@ -31,15 +32,41 @@ impl<B: LlamaBackend> Block<B> {
         }
     }
 
+    /// The block as one operation with a backward of its own.
+    ///
     /// # Shapes
     /// `x [batch, seq_len, d_model]`, result as `x`.
-    pub fn forward(
+    pub fn forward(&self, x: Tensor<B, 3>, rope: &RotaryEmbedding<B>, compute: Compute) -> Tensor<B, 3> {
+        let Self { attention_norm, attention, ffn_norm, feed_forward } = self;
+        let weights = BlockWeights {
+            attention_norm: primitive(attention_norm.weight.val()),
+            wq: primitive(attention.wq.weight.val()),
+            wk: primitive(attention.wk.weight.val()),
+            wv: primitive(attention.wv.weight.val()),
+            wo: primitive(attention.wo.weight.val()),
+            ffn_norm: primitive(ffn_norm.weight.val()),
+            w1: primitive(feed_forward.w1.weight.val()),
+            w2: primitive(feed_forward.w2.weight.val()),
+            w3: primitive(feed_forward.w3.weight.val()),
+        };
+        let seq_len = x.dims()[1];
+        ops::block(x, weights, rope.tables(0, seq_len), self.attention_norm.eps, compute)
+    }
+
+    /// The same, composed of its parts, for sequences that a cache continues.
+    ///
+    /// # Shapes
+    /// `x [batch, seq_len, d_model]`, result as `x`.
+    pub fn forward_cached(
         &self,
         x: Tensor<B, 3>,
         rope: &RotaryEmbedding<B>,
-        cache: Option<&mut LayerCache<B>>,
+        cache: &mut LayerCache<B>,
+        compute: Compute,
     ) -> Tensor<B, 3> {
-        let h = x.clone() + self.attention.forward(self.attention_norm.forward(x), rope, cache);
-        h.clone() + self.feed_forward.forward(self.ffn_norm.forward(h))
+        let precision = compute.precision;
+        let n = self.attention_norm.forward(x.clone());
+        let h = x + self.attention.forward(n, rope, Some(cache), precision);
+        h.clone() + self.feed_forward.forward(self.ffn_norm.forward(h), precision)
     }
 }

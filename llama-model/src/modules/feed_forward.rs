@@ -4,9 +4,9 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 
 use super::Linear;
-use crate::LlamaConfig;
 use crate::backend::{LlamaBackend, ops};
 use crate::init::Init;
+use crate::{LlamaConfig, Precision};
 
 /// Feed-forward network of one block.
 #[derive(Module, Debug)]
@@ -30,7 +30,8 @@ impl<B: LlamaBackend> FeedForward<B> {
 
     /// # Shapes
     /// `x [.., d_model]`, result as `x`.
-    pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
-        self.w2.forward(ops::swiglu(self.w1.forward(x.clone()), self.w3.forward(x)))
+    pub fn forward<const D: usize>(&self, x: Tensor<B, D>, precision: Precision) -> Tensor<B, D> {
+        let (gate, up) = (self.w1.forward(x.clone(), precision), self.w3.forward(x, precision));
+        self.w2.forward(ops::swiglu(gate, up), precision)
     }
 }

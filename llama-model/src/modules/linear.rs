@@ -3,6 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
+use crate::Precision;
 use crate::backend::{LlamaBackend, ops};
 use crate::init::Init;
 
@@ -21,7 +22,7 @@ impl<B: LlamaBackend> Linear<B> {
 
     /// # Shapes
     /// `x [.., d_in]`, result `[.., d_out]`.
-    pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
-        ops::linear(x, self.weight.val())
+    pub fn forward<const D: usize>(&self, x: Tensor<B, D>, precision: Precision) -> Tensor<B, D> {
+        ops::linear(x, self.weight.val(), precision)
     }
 }

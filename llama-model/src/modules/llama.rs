@@ -4,9 +4,9 @@ use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
 use super::{Block, Embedding, KvCache, Linear, RmsNorm, RotaryEmbedding};
-use crate::backend::{LlamaBackend, ops};
+use crate::backend::{LlamaBackend, LossSpec, ops};
 use crate::init::Init;
-use crate::{LlamaConfig, ModelError};
+use crate::{Compute, LlamaConfig, ModelError};
 
 /// A LLaMA language model. Parameters carry the names of the released checkpoints.
 #[derive(Module, Debug)]
@@ -21,6 +21,9 @@ pub struct Llama<B: LlamaBackend> {
     pub output: Option<Linear<B>>,
     /// Rotary tables, shared by all blocks.
     pub rope: RotaryEmbedding<B>,
+    /// How it computes.
+    #[module(skip)]
+    pub compute: Compute,
 }
 
 impl LlamaConfig {
@@ -41,6 +44,7 @@ impl LlamaConfig {
             output: (!self.tied_head)
                 .then(|| Linear::new(self.d_model, self.vocab_size, init.std(), &init.at("output"))),
             rope: RotaryEmbedding::new(self, device),
+            compute: Compute::default(),
         })
     }
 }
@@ -84,7 +88,10 @@ impl<B: LlamaBackend> Llama<B> {
 
         let mut x = self.tok_embeddings.forward(tokens);
         for (layer, block) in self.layers.iter().enumerate() {
-            x = block.forward(x, &self.rope, cache.as_deref_mut().map(|cache| cache.layer(layer)));
+            x = match &mut cache {
+                None => block.forward(x, &self.rope, self.compute),
+                Some(cache) => block.forward_cached(x, &self.rope, cache.layer(layer), self.compute),
+            };
         }
         Ok(self.norm.forward(x))
     }
@@ -94,18 +101,31 @@ impl<B: LlamaBackend> Llama<B> {
     /// # Shapes
     /// `hidden [.., d_model]`, result `[.., vocab_size]`.
     pub fn head<const D: usize>(&self, hidden: Tensor<B, D>) -> Tensor<B, D> {
-        ops::linear(hidden, self.head_weight())
+        ops::linear(hidden, self.head_weight(), self.compute.precision)
+    }
+
+    /// The model with other settings; see [`Compute`].
+    #[must_use]
+    pub fn with_compute(self, compute: Compute) -> Self {
+        Self { compute, ..self }
     }
 
     /// Summed cross entropy of `targets` after `tokens`; a target of -100 is left out. The logits never exist whole.
+    /// `z_loss` is the factor of the squared log-sum-exp, 0 for none: see [`LossSpec::z_loss`].
     ///
     /// # Shapes
     /// `tokens` and `targets` `[batch, seq_len]`, result `[1]`.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
-    pub fn loss(&self, tokens: Tensor<B, 2, Int>, targets: Tensor<B, 2, Int>) -> Result<Tensor<B, 1>, ModelError> {
-        Ok(ops::linear_cross_entropy(self.hidden(tokens, None)?, self.head_weight(), targets))
+    pub fn loss(
+        &self,
+        tokens: Tensor<B, 2, Int>,
+        targets: Tensor<B, 2, Int>,
+        z_loss: f64,
+    ) -> Result<Tensor<B, 1>, ModelError> {
+        let spec = LossSpec { precision: self.compute.precision, z_loss };
+        Ok(ops::linear_cross_entropy(self.hidden(tokens, None)?, self.head_weight(), targets, spec))
     }
 
     /// Cross entropy of each target after `tokens`, 0 where the target is -100. The negative of a token's
@@ -125,7 +145,8 @@ impl<B: LlamaBackend> Llama<B> {
         targets: Tensor<B, 2, Int>,
     ) -> Result<Tensor<B, 2>, ModelError> {
         let dims = tokens.dims();
-        Ok(ops::token_losses(self.hidden(tokens, None)?, self.head_weight(), targets).reshape(dims))
+        let spec = LossSpec { precision: self.compute.precision, z_loss: 0.0 };
+        Ok(ops::token_losses(self.hidden(tokens, None)?, self.head_weight(), targets, spec).reshape(dims))
     }
 
     /// Longest sequence the rotary tables cover.

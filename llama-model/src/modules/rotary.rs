@@ -42,8 +42,13 @@ impl<B: LlamaBackend> RotaryEmbedding<B> {
     /// # Panics
     /// If `start + seq_len` is above `max_seq_len`.
     pub fn forward(&self, x: Tensor<B, 4>, start: usize) -> Tensor<B, 4> {
-        let seq_len = x.dims()[1];
-        ops::rotary(x, self.cos.clone().narrow(0, start, seq_len), self.sin.clone().narrow(0, start, seq_len))
+        let [cos, sin] = self.tables(start, x.dims()[1]);
+        ops::rotary(x, cos, sin)
+    }
+
+    /// Cosines and sines of the positions from `start` on, `[seq_len, head_dim / 2]`.
+    pub(crate) fn tables(&self, start: usize, seq_len: usize) -> [Tensor<B, 2>; 2] {
+        [&self.cos, &self.sin].map(|table| table.clone().narrow(0, start, seq_len))
     }
 }
 

@@ -7,7 +7,7 @@ use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::product::{Matrix, multiply};
+use super::product::{Matrix, PRODUCT, Product, multiply};
 use super::simd::{exp, max, sum1, sum2, vectorized};
 use super::{Strided, contiguous, from_values, values};
 use crate::backend::AttentionSaved;
@@ -125,6 +125,7 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f32) -
     let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
     let mut out = vec![0.0f32; batch * q_len * n_heads * head_dim];
     let mut lse = vec![0.0f32; batch * n_heads * q_len];
+    let scaled = Product { factor: scale, ..PRODUCT };
     let (out_ptr, lse_ptr) = (Output(out.as_mut_ptr()), Output(lse.as_mut_ptr()));
     (0..batch * n_heads).into_par_iter().for_each_init(
         || vec![0.0f32; Q_TILE * K_TILE],
@@ -142,7 +143,7 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f32) -
                 for (k_start, cols) in sizes.k_tiles(tile) {
                     let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
                     // SAFETY: `scores` holds a tile.
-                    unsafe { multiply(scores.as_mut_ptr(), cols as isize, q, k.transposed(), scale, false, false) };
+                    unsafe { multiply(scores.as_mut_ptr(), cols as isize, q, k.transposed(), scaled) };
                     for (row, scores) in scores.chunks_exact_mut(cols).take(rows).enumerate() {
                         let seen = sizes.visible(start + row).saturating_sub(k_start).min(cols);
                         let keep = online_softmax(scores, seen, &mut maxima[row], &mut sums[row]);
@@ -155,7 +156,9 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f32) -
                     let weights = Matrix::rows(scores, rows, cols);
                     let stride = (n_heads * head_dim) as isize;
                     // SAFETY: these rows of this head are this task's own.
-                    unsafe { multiply(out_ptr.at(out_at(0)), stride, weights, v, 1.0, k_start > 0, false) };
+                    unsafe {
+                        multiply(out_ptr.at(out_at(0)), stride, weights, v, Product { add: k_start > 0, ..PRODUCT })
+                    };
                 }
                 for row in 0..rows {
                     lse[row] = maxima[row] + sums[row].ln();
@@ -182,6 +185,7 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
     let mut d_q = vec![0.0f32; batch * q_len * n_heads * head_dim];
     let mut d_k = vec![0.0f32; batch * kv_len * n_kv_heads * head_dim];
     let mut d_v = vec![0.0f32; batch * kv_len * n_kv_heads * head_dim];
+    let (scaled, sum) = (Product { factor: scale, ..PRODUCT }, Product { add: true, ..PRODUCT });
     let [d_q_ptr, d_k_ptr, d_v_ptr] = [&mut d_q, &mut d_k, &mut d_v].map(|x| Output(x.as_mut_ptr()));
     // A task has a key head and all query heads of its group, so it alone writes the key head's gradient.
     (0..batch * n_kv_heads).into_par_iter().for_each_init(
@@ -203,8 +207,8 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
                         let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
                         // SAFETY: both buffers hold a tile.
                         unsafe {
-                            multiply(weights.as_mut_ptr(), cols as isize, q, k.transposed(), scale, false, false);
-                            multiply(d_weights.as_mut_ptr(), cols as isize, d_out, v.transposed(), 1.0, false, false);
+                            multiply(weights.as_mut_ptr(), cols as isize, q, k.transposed(), scaled);
+                            multiply(d_weights.as_mut_ptr(), cols as isize, d_out, v.transposed(), PRODUCT);
                         }
                         let tiles = weights.chunks_exact_mut(cols).zip(d_weights.chunks_exact_mut(cols));
                         for (row, (weights, d_scores)) in tiles.take(rows).enumerate() {
@@ -217,9 +221,9 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
                         let (q_stride, k_stride) = ((n_heads * head_dim) as isize, (n_kv_heads * head_dim) as isize);
                         // SAFETY: these rows of these heads are this task's own; the outputs begin as zeros.
                         unsafe {
-                            multiply(d_v_ptr.at(at_key), k_stride, weights.transposed(), d_out, 1.0, true, false);
-                            multiply(d_k_ptr.at(at_key), k_stride, d_scores.transposed(), q, 1.0, true, false);
-                            multiply(d_q, q_stride, d_scores, k, 1.0, true, false);
+                            multiply(d_v_ptr.at(at_key), k_stride, weights.transposed(), d_out, sum);
+                            multiply(d_k_ptr.at(at_key), k_stride, d_scores.transposed(), q, sum);
+                            multiply(d_q, q_stride, d_scores, k, sum);
                         }
                     }
                 }

@@ -5,13 +5,13 @@ use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::product::{Matrix, multiply};
+use super::product::{Matrix, PRODUCT, Product, multiply};
 use super::simd::{exp, max, sum1, vectorized};
 use super::{contiguous, from_values, values};
-use crate::backend::IGNORE_TARGET;
+use crate::backend::{IGNORE_TARGET, LossSpec};
 
-/// Logits of a chunk.
-const CHUNK: usize = 1 << 22;
+/// Logits of a chunk: 32 MB.
+const CHUNK: usize = 1 << 23;
 
 struct Head<'a> {
     hidden: &'a [f32],
@@ -19,10 +19,11 @@ struct Head<'a> {
     targets: Vec<i64>,
     d_model: usize,
     vocab_size: usize,
+    spec: LossSpec,
 }
 
 impl<'a> Head<'a> {
-    fn new(hidden: &'a FlexTensor, head: &'a FlexTensor, targets: FlexTensor) -> Self {
+    fn new(hidden: &'a FlexTensor, head: &'a FlexTensor, targets: FlexTensor, spec: LossSpec) -> Self {
         let [tokens, d_model] = hidden.shape().dims();
         let [vocab_size, _] = head.shape().dims();
         let targets: Vec<i64> = targets.into_data().iter::<i64>().collect();
@@ -31,7 +32,12 @@ impl<'a> Head<'a> {
         if let Some(target) = targets.iter().find(|target| !known(target)) {
             panic!("target {target} is outside the vocabulary of {vocab_size}");
         }
-        Self { hidden: values(hidden), head: values(head), targets, d_model, vocab_size }
+        Self { hidden: values(hidden), head: values(head), targets, d_model, vocab_size, spec }
+    }
+
+    /// The products with the head.
+    fn product(&self) -> Product {
+        Product { threads: true, precision: self.spec.precision, ..PRODUCT }
     }
 
     /// Rows of a chunk.
@@ -49,15 +55,16 @@ impl<'a> Head<'a> {
             let hidden = Matrix::rows(&self.hidden[first * self.d_model..], targets.len(), self.d_model);
             let logits = &mut logits[..targets.len() * self.vocab_size];
             // SAFETY: the matrices are slices of the right size, `logits` is this function's own.
-            unsafe { multiply(logits.as_mut_ptr(), self.vocab_size as isize, hidden, head, 1.0, false, true) };
+            unsafe { multiply(logits.as_mut_ptr(), self.vocab_size as isize, hidden, head, self.product()) };
             each(first, hidden, targets, logits);
         }
     }
 }
 
 vectorized! {
-    /// The loss of one row of logits, 0 for a target that is ignored. With `grad` the row becomes its gradient.
-    fn row_loss<'a>(logits: &'a mut [f32], target: i64, grad: bool) -> f32 {
+    /// The loss of one row of logits, 0 for a target that is ignored. With `grad` the row becomes its gradient,
+    /// `softmax · (1 + 2 z lse) - onehot(target)`.
+    fn row_loss<'a>(logits: &'a mut [f32], target: i64, z_loss: f32, grad: bool) -> f32 {
         if target == IGNORE_TARGET {
             if grad {
                 logits.fill(0.0);
@@ -68,54 +75,58 @@ vectorized! {
         let max = max(logits);
         let target_logit = logits[target];
         if !grad {
-            return sum1(logits, |x| exp(x - max)).ln() + max - target_logit;
+            let lse = sum1(logits, |x| exp(x - max)).ln() + max;
+            return lse - target_logit + z_loss * lse * lse;
         }
         for x in logits.iter_mut() {
             *x = exp(*x - max);
         }
         let sum = sum1(logits, |x| x);
-        let inverse = 1.0 / sum;
+        let lse = sum.ln() + max;
+        let scale = (1.0 + 2.0 * z_loss * lse) / sum;
         for x in logits.iter_mut() {
-            *x *= inverse;
+            *x *= scale;
         }
         logits[target] -= 1.0;
-        sum.ln() + max - target_logit
+        lse - target_logit + z_loss * lse * lse
     }
 }
 
-fn chunk_losses(logits: &mut [f32], targets: &[i64], vocab_size: usize, losses: &mut [f32], grad: bool) {
-    logits.par_chunks_mut(vocab_size).zip(targets).zip(losses).for_each(|((logits, target), loss)| {
-        *loss = row_loss(logits, *target, grad);
+fn chunk_losses(logits: &mut [f32], targets: &[i64], head: &Head, losses: &mut [f32], grad: bool) {
+    let z_loss = head.spec.z_loss as f32;
+    logits.par_chunks_mut(head.vocab_size).zip(targets).zip(losses).for_each(|((logits, target), loss)| {
+        *loss = row_loss(logits, *target, z_loss, grad);
     });
 }
 
-pub(super) fn token_losses(hidden: FlexTensor, head: FlexTensor, targets: FlexTensor) -> FlexTensor {
+pub(super) fn token_losses(hidden: FlexTensor, head: FlexTensor, targets: FlexTensor, spec: LossSpec) -> FlexTensor {
     let (hidden, head_tensor) = (contiguous(hidden), contiguous(head));
-    let head = Head::new(&hidden, &head_tensor, targets);
+    let head = Head::new(&hidden, &head_tensor, targets, spec);
     let mut losses = vec![0.0f32; head.targets.len()];
     head.chunks(|first, _, targets, logits| {
-        chunk_losses(logits, targets, head.vocab_size, &mut losses[first..][..targets.len()], false);
+        chunk_losses(logits, targets, &head, &mut losses[first..][..targets.len()], false);
     });
     let tokens = losses.len();
     from_values(losses, Shape::new([tokens]))
 }
 
-pub(super) fn with_grads(hidden: FlexTensor, head: FlexTensor, targets: FlexTensor) -> [FlexTensor; 3] {
+pub(super) fn with_grads(hidden: FlexTensor, head: FlexTensor, targets: FlexTensor, spec: LossSpec) -> [FlexTensor; 3] {
     let (hidden, head_tensor) = (contiguous(hidden), contiguous(head));
-    let head = Head::new(&hidden, &head_tensor, targets);
+    let head = Head::new(&hidden, &head_tensor, targets, spec);
     let (tokens, d_model, vocab_size) = (head.targets.len(), head.d_model, head.vocab_size);
     let mut losses = vec![0.0f32; tokens];
     let mut d_hidden = vec![0.0f32; tokens * d_model];
     let mut d_head = vec![0.0f32; vocab_size * d_model];
     let weight = Matrix::rows(head.head, vocab_size, d_model);
     head.chunks(|first, hidden, targets, logits| {
-        chunk_losses(logits, targets, vocab_size, &mut losses[first..][..targets.len()], true);
+        chunk_losses(logits, targets, &head, &mut losses[first..][..targets.len()], true);
         let d_logits = Matrix::rows(logits, targets.len(), vocab_size);
         // SAFETY: the matrices are slices of the right size; both outputs are this function's own.
         unsafe {
             let d_hidden = d_hidden[first * d_model..].as_mut_ptr();
-            multiply(d_hidden, d_model as isize, d_logits, weight, 1.0, false, true);
-            multiply(d_head.as_mut_ptr(), d_model as isize, d_logits.transposed(), hidden, 1.0, first > 0, true);
+            multiply(d_hidden, d_model as isize, d_logits, weight, head.product());
+            let add = Product { add: first > 0, ..head.product() };
+            multiply(d_head.as_mut_ptr(), d_model as isize, d_logits.transposed(), hidden, add);
         }
     });
     let loss: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();

@@ -15,28 +15,29 @@ use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Shape, TensorData};
 use burn_flex::{FlexTensor, Layout};
 
-use super::{AdamWStep, AttentionSaved, LlamaBackend, reference};
+use super::{AdamWStep, AttentionSaved, LlamaBackend, LossSpec, reference};
+use crate::Precision;
 
 impl LlamaBackend for Flex {
-    fn project(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
+    fn project(x: FlexTensor, weight: FlexTensor, precision: Precision) -> FlexTensor {
         if !is_f32(&[&x, &weight]) {
-            return reference::project::<Flex>(x, weight);
+            return reference::project::<Flex>(x, weight, precision);
         }
-        product::product(&x, false, &weight, true)
+        product::product(&x, false, &weight, true, precision)
     }
 
-    fn project_backward_input(grad: FlexTensor, weight: FlexTensor) -> FlexTensor {
+    fn project_backward_input(grad: FlexTensor, weight: FlexTensor, precision: Precision) -> FlexTensor {
         if !is_f32(&[&grad, &weight]) {
-            return reference::project_backward_input::<Flex>(grad, weight);
+            return reference::project_backward_input::<Flex>(grad, weight, precision);
         }
-        product::product(&grad, false, &weight, false)
+        product::product(&grad, false, &weight, false, precision)
     }
 
-    fn project_backward_weight(grad: FlexTensor, x: FlexTensor) -> FlexTensor {
+    fn project_backward_weight(grad: FlexTensor, x: FlexTensor, precision: Precision) -> FlexTensor {
         if !is_f32(&[&grad, &x]) {
-            return reference::project_backward_weight::<Flex>(grad, x);
+            return reference::project_backward_weight::<Flex>(grad, x, precision);
         }
-        product::product(&grad, true, &x, false)
+        product::product(&grad, true, &x, false, precision)
     }
 
     fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f64) -> (FlexTensor, FlexTensor) {
@@ -93,22 +94,23 @@ impl LlamaBackend for Flex {
         rows::swiglu_backward(gate, up, grad)
     }
 
-    fn token_losses(hidden: FlexTensor, head: FlexTensor, targets: IntTensor<Flex>) -> FlexTensor {
+    fn token_losses(hidden: FlexTensor, head: FlexTensor, targets: IntTensor<Flex>, spec: LossSpec) -> FlexTensor {
         if !is_f32(&[&hidden, &head]) {
-            return reference::token_losses::<Flex>(hidden, head, targets);
+            return reference::token_losses::<Flex>(hidden, head, targets, spec);
         }
-        cross_entropy::token_losses(hidden, head, targets)
+        cross_entropy::token_losses(hidden, head, targets, spec)
     }
 
     fn linear_cross_entropy_with_grads(
         hidden: FlexTensor,
         head: FlexTensor,
         targets: IntTensor<Flex>,
+        spec: LossSpec,
     ) -> [FlexTensor; 3] {
         if !is_f32(&[&hidden, &head]) {
-            return reference::linear_cross_entropy_with_grads::<Flex>(hidden, head, targets);
+            return reference::linear_cross_entropy_with_grads::<Flex>(hidden, head, targets, spec);
         }
-        cross_entropy::with_grads(hidden, head, targets)
+        cross_entropy::with_grads(hidden, head, targets, spec)
     }
 
     fn adamw(

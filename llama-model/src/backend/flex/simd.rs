@@ -1,5 +1,7 @@
 //! Loops compiled for the widest vectors of the machine, and the functions in them.
 
+use std::sync::OnceLock;
+
 /// Defines a function that is compiled for every instruction set (AVX-512, AVX2 with FMA, NEON, none) and runs as the
 /// best the CPU has. What its loops call must be `#[inline(always)]`: a call to code compiled for the baseline would
 /// turn every fused multiply-add into a library call.
@@ -20,11 +22,29 @@ macro_rules! vectorized {
                     body($(self.$arg),*)
                 }
             }
-            pulp::Arch::new().dispatch(Kernel { $($arg),* })
+            crate::backend::flex::simd::arch().dispatch(Kernel { $($arg),* })
         }
     };
 }
 pub(super) use vectorized;
+
+/// The instruction set that kernels use: the best the CPU has, or less if the environment variable `LLAMA_SIMD` is
+/// `avx2` or `none`.
+pub(super) fn arch() -> pulp::Arch {
+    static ARCH: OnceLock<pulp::Arch> = OnceLock::new();
+    *ARCH.get_or_init(|| match std::env::var("LLAMA_SIMD").as_deref() {
+        Ok("none") => pulp::Arch::Scalar,
+        #[cfg(target_arch = "x86_64")]
+        Ok("avx2") => pulp::x86::V3::try_new().map_or(pulp::Arch::Scalar, pulp::Arch::V3),
+        _ => pulp::Arch::new(),
+    })
+}
+
+/// Whether kernels use AVX-512.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn has_avx512() -> bool {
+    matches!(arch(), pulp::Arch::V4(_))
+}
 
 /// Lanes of the partial sums: enough for two AVX-512 registers. A fixed number, so that sums do not depend on the CPU.
 const LANES: usize = 32;

@@ -1,0 +1,226 @@
+//! A transformer block as one operation with a hand-written backward (paper, section 2.4): what is expensive is kept,
+//! what is cheap is computed again.
+//!
+//! ```text
+//! h   = x + wo · attention(rotary(wq · n), rotary(wk · n), wv · n)   with n = rms_norm(x)
+//! out = h + w2 · swiglu(w1 · m, w3 · m)                              with m = rms_norm(h)
+//! ```
+//!
+//! Written once on backend primitives, for all backends.
+
+use burn::tensor::TensorMetadata;
+use burn::tensor::backend::Backend;
+use burn::tensor::ops::FloatTensor;
+
+use super::{AttentionSaved, LlamaBackend};
+use crate::{Compute, Recompute};
+
+/// The nine parameters of a block, or one thing for each of them.
+#[derive(Clone, Debug)]
+pub struct BlockWeights<T> {
+    /// Gain of the norm before attention, `[d_model]`.
+    pub attention_norm: T,
+    /// `[n_heads · head_dim, d_model]`
+    pub wq: T,
+    /// `[n_kv_heads · head_dim, d_model]`
+    pub wk: T,
+    /// `[n_kv_heads · head_dim, d_model]`
+    pub wv: T,
+    /// `[d_model, n_heads · head_dim]`
+    pub wo: T,
+    /// Gain of the norm before the feed-forward network, `[d_model]`.
+    pub ffn_norm: T,
+    /// Gate, `[d_ff, d_model]`.
+    pub w1: T,
+    /// Back, `[d_model, d_ff]`.
+    pub w2: T,
+    /// Up, `[d_ff, d_model]`.
+    pub w3: T,
+}
+
+impl<T> BlockWeights<T> {
+    /// In the order of the fields.
+    pub fn into_array(self) -> [T; 9] {
+        let Self { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 } = self;
+        [attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3]
+    }
+
+    /// The same for each.
+    pub fn map<U>(self, f: impl FnMut(T) -> U) -> BlockWeights<U> {
+        BlockWeights::from(self.into_array().map(f))
+    }
+}
+
+impl<T> From<[T; 9]> for BlockWeights<T> {
+    fn from([attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3]: [T; 9]) -> Self {
+        Self { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 }
+    }
+}
+
+/// What a block needs beside its weights.
+#[derive(Clone, Debug)]
+pub struct BlockSpec<B: Backend> {
+    /// Cosines of the positions, `[seq_len, head_dim / 2]`.
+    pub cos: FloatTensor<B>,
+    /// Sines of the positions, `[seq_len, head_dim / 2]`.
+    pub sin: FloatTensor<B>,
+    /// Sequences; `x` has `batch · seq_len` rows.
+    pub batch: usize,
+    /// Tokens of a sequence.
+    pub seq_len: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Added to the mean square in both norms.
+    pub eps: f64,
+    /// Precision, and what is kept.
+    pub compute: Compute,
+}
+
+/// What the forward keeps for the backward.
+#[derive(Clone, Debug)]
+pub struct BlockSaved<B: Backend> {
+    x: FloatTensor<B>,
+    inner: Option<Activations<B>>,
+}
+
+/// What is between a block's input and output. The optional ones are cheap to make again.
+#[derive(Clone, Debug)]
+struct Activations<B: Backend> {
+    attention_norm: Option<Norm<B>>,
+    attention: AttentionSaved<B>,
+    h: FloatTensor<B>,
+    ffn_norm: Option<Norm<B>>,
+    gate: FloatTensor<B>,
+    up: FloatTensor<B>,
+    product: Option<FloatTensor<B>>,
+}
+
+/// A norm's result and one reciprocal per row.
+type Norm<B> = (FloatTensor<B>, FloatTensor<B>);
+
+type Weights<B> = BlockWeights<FloatTensor<B>>;
+
+impl<B: LlamaBackend> Activations<B> {
+    fn new(x: FloatTensor<B>, weights: &Weights<B>, spec: &BlockSpec<B>) -> Self {
+        let &BlockSpec { batch, seq_len, head_dim, eps, .. } = spec;
+        let precision = spec.compute.precision;
+        let heads = |n: &FloatTensor<B>, weight: &FloatTensor<B>| {
+            let x = B::project(n.clone(), weight.clone(), precision);
+            let width = x.shape()[1];
+            B::float_reshape(x, [batch, seq_len, width / head_dim, head_dim].into())
+        };
+        let rotary = |x| B::rotary(x, spec.cos.clone(), spec.sin.clone(), false);
+
+        let attention_norm = B::rms_norm(x.clone(), weights.attention_norm.clone(), eps);
+        let n = &attention_norm.0;
+        let (q, k, v) = (rotary(heads(n, &weights.wq)), rotary(heads(n, &weights.wk)), heads(n, &weights.wv));
+        let scale = 1.0 / (head_dim as f64).sqrt();
+        let (out, lse) = B::causal_attention(q.clone(), k.clone(), v.clone(), scale);
+        let attention = AttentionSaved { q, k, v, out, lse, scale };
+        let h = B::float_add(B::project(attention.rows(), weights.wo.clone(), precision), x);
+
+        let ffn_norm = B::rms_norm(h.clone(), weights.ffn_norm.clone(), eps);
+        let gate = B::project(ffn_norm.0.clone(), weights.w1.clone(), precision);
+        let up = B::project(ffn_norm.0.clone(), weights.w3.clone(), precision);
+        let product = Some(B::swiglu(gate.clone(), up.clone()));
+        Self { attention_norm: Some(attention_norm), attention, h, ffn_norm: Some(ffn_norm), gate, up, product }
+    }
+
+    /// The SwiGLU product, as it is or made again.
+    fn product(&self) -> FloatTensor<B> {
+        self.product.clone().unwrap_or_else(|| B::swiglu(self.gate.clone(), self.up.clone()))
+    }
+
+    fn output(&self, weights: &Weights<B>, spec: &BlockSpec<B>) -> FloatTensor<B> {
+        let back = B::project(self.product(), weights.w2.clone(), spec.compute.precision);
+        B::float_add(back, self.h.clone())
+    }
+}
+
+impl<B: Backend> AttentionSaved<B> {
+    /// The result as the rows that the next projection takes.
+    fn rows(&self) -> FloatTensor<B> {
+        rows::<B>(self.out.clone())
+    }
+}
+
+/// `[batch, seq_len, heads, head_dim]` as `[batch · seq_len, heads · head_dim]`.
+fn rows<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
+    let [batch, seq_len, heads, head_dim] = x.shape().dims();
+    B::float_reshape(x, [batch * seq_len, heads * head_dim].into())
+}
+
+/// The block's result.
+///
+/// # Shapes
+/// `x [batch · seq_len, d_model]`, result as `x`.
+pub fn forward<B: LlamaBackend>(x: FloatTensor<B>, weights: &Weights<B>, spec: &BlockSpec<B>) -> FloatTensor<B> {
+    let inner = Activations::new(x, weights, spec);
+    inner.output(weights, spec)
+}
+
+/// The block's result, and what `spec` keeps for [`backward`].
+pub fn forward_saving<B: LlamaBackend>(
+    x: FloatTensor<B>,
+    weights: &Weights<B>,
+    spec: &BlockSpec<B>,
+) -> (FloatTensor<B>, BlockSaved<B>) {
+    let inner = Activations::new(x.clone(), weights, spec);
+    let out = inner.output(weights, spec);
+    let inner = match spec.compute.recompute {
+        Recompute::None => Some(inner),
+        Recompute::Selective => Some(Activations { attention_norm: None, ffn_norm: None, product: None, ..inner }),
+        Recompute::Full => None,
+    };
+    (out, BlockSaved { x, inner })
+}
+
+/// Gradients of [`forward`] for `x` and for those weights that are `wanted`.
+pub fn backward<B: LlamaBackend>(
+    saved: BlockSaved<B>,
+    weights: &Weights<B>,
+    spec: &BlockSpec<B>,
+    wanted: &BlockWeights<bool>,
+    grad: FloatTensor<B>,
+) -> (FloatTensor<B>, BlockWeights<Option<FloatTensor<B>>>) {
+    let precision = spec.compute.precision;
+    let input = |grad: &FloatTensor<B>, weight: &FloatTensor<B>| {
+        B::project_backward_input(grad.clone(), weight.clone(), precision)
+    };
+    let weight = |wanted: bool, grad: &FloatTensor<B>, x: &FloatTensor<B>| {
+        wanted.then(|| B::project_backward_weight(grad.clone(), x.clone(), precision))
+    };
+    let BlockSaved { x, inner } = saved;
+    let inner = inner.unwrap_or_else(|| Activations::new(x.clone(), weights, spec));
+    // The feed-forward network, from its end.
+    let w2 = weight(wanted.w2, &grad, &inner.product());
+    let Activations { attention_norm, attention, h, ffn_norm, gate, up, product } = inner;
+    drop(product);
+    let (d_gate, d_up) = B::swiglu_backward(gate, up, input(&grad, &weights.w2));
+    let (m, inv_rms) = ffn_norm.unwrap_or_else(|| B::rms_norm(h.clone(), weights.ffn_norm.clone(), spec.eps));
+    let (w1, w3) = (weight(wanted.w1, &d_gate, &m), weight(wanted.w3, &d_up, &m));
+    drop(m);
+    let d_m = B::float_add(input(&d_gate, &weights.w1), input(&d_up, &weights.w3));
+    drop((d_gate, d_up));
+    let (d_h, ffn_norm) = B::rms_norm_backward(h, weights.ffn_norm.clone(), inv_rms, d_m);
+    let d_h = B::float_add(d_h, grad);
+
+    // Attention.
+    let wo = weight(wanted.wo, &d_h, &attention.rows());
+    let d_out = B::float_reshape(input(&d_h, &weights.wo), attention.out.shape());
+    let [d_q, d_k, d_v] = B::causal_attention_backward(attention, d_out);
+    let turn_back = |d| rows::<B>(B::rotary(d, spec.cos.clone(), spec.sin.clone(), true));
+    let (d_q, d_k, d_v) = (turn_back(d_q), turn_back(d_k), rows::<B>(d_v));
+    let (n, inv_rms) =
+        attention_norm.unwrap_or_else(|| B::rms_norm(x.clone(), weights.attention_norm.clone(), spec.eps));
+    let (wq, wk, wv) = (weight(wanted.wq, &d_q, &n), weight(wanted.wk, &d_k, &n), weight(wanted.wv, &d_v, &n));
+    drop(n);
+    let d_n = B::float_add(input(&d_q, &weights.wq), input(&d_k, &weights.wk));
+    let d_n = B::float_add(d_n, input(&d_v, &weights.wv));
+    let (d_x, attention_norm) = B::rms_norm_backward(x, weights.attention_norm.clone(), inv_rms, d_n);
+    let d_x = B::float_add(d_x, d_h);
+
+    let norms = [wanted.attention_norm.then_some(attention_norm), wanted.ffn_norm.then_some(ffn_norm)];
+    let [attention_norm, ffn_norm] = norms;
+    (d_x, BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 })
+}

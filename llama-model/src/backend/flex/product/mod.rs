@@ -1,0 +1,256 @@
+//! Matrix products of strided views: a transposed matrix costs no copy.
+//!
+//! Kernels of our own where the CPU has AVX-512 (`avx512`), the `gemm` crate elsewhere.
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use burn::tensor::Shape;
+use burn_flex::FlexTensor;
+use gemm::Parallelism;
+
+use super::{Strided, from_values, simd};
+use crate::Precision;
+
+/// Below this many multiply-adds one thread is faster.
+const PARALLEL: usize = 1 << 18;
+
+/// A matrix somewhere in memory.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix {
+    pub ptr: *const f32,
+    pub rows: usize,
+    pub cols: usize,
+    pub row_stride: isize,
+    pub col_stride: isize,
+}
+
+// SAFETY: the elements are only read, and whoever makes a matrix keeps them alive.
+unsafe impl Send for Matrix {}
+unsafe impl Sync for Matrix {}
+
+impl Matrix {
+    fn of(x: &Strided) -> Self {
+        Self { ptr: x.ptr(), rows: x.dim(0), cols: x.dim(1), row_stride: x.stride(0), col_stride: x.stride(1) }
+    }
+
+    /// Rows one after the other.
+    pub(super) fn rows(data: &[f32], rows: usize, cols: usize) -> Self {
+        debug_assert!(data.len() >= rows * cols);
+        Self { ptr: data.as_ptr(), rows, cols, row_stride: cols as isize, col_stride: 1 }
+    }
+
+    pub(super) fn transposed(self) -> Self {
+        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    }
+
+    fn at(self, row: usize, col: usize) -> *const f32 {
+        self.ptr.wrapping_offset(row as isize * self.row_stride + col as isize * self.col_stride)
+    }
+}
+
+/// Where threads write disjoint parts of a result.
+#[derive(Clone, Copy)]
+pub(super) struct Output(pub *mut f32);
+
+// SAFETY: every task writes elements of its own only.
+unsafe impl Send for Output {}
+unsafe impl Sync for Output {}
+
+impl Output {
+    fn at(self, row: usize, row_stride: isize, col: usize) -> *mut f32 {
+        self.0.wrapping_offset(row as isize * row_stride + col as isize)
+    }
+}
+
+/// What to compute from `a` and `b`, and how.
+#[derive(Clone, Copy)]
+pub(super) struct Product {
+    /// Multiplies the product.
+    pub factor: f32,
+    /// Adds to what is there.
+    pub add: bool,
+    /// On all threads.
+    pub threads: bool,
+    /// Rounding of the operands.
+    pub precision: Precision,
+}
+
+/// The plain product, on the calling thread.
+pub(super) const PRODUCT: Product = Product { factor: 1.0, add: false, threads: false, precision: Precision::F32 };
+
+/// `out = factor · a b`, or `out += factor · a b`.
+///
+/// # Safety
+/// All elements that the matrices reach must be valid, those of `out` writable and not otherwise accessed meanwhile.
+pub(super) unsafe fn multiply(out: *mut f32, out_row_stride: isize, a: Matrix, b: Matrix, product: Product) {
+    debug_assert_eq!(a.cols, b.rows);
+    let product = Product { threads: product.threads && a.rows * a.cols * b.cols >= PARALLEL, ..product };
+    if a.rows == 0 || b.cols == 0 {
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if a.cols > 0 && simd::has_avx512() {
+        let out = Output(out);
+        // SAFETY: the caller's promise, and the CPU was asked.
+        return unsafe {
+            match product.precision {
+                Precision::F32 => avx512::multiply::<avx512::Single>(out, out_row_stride, a, b, product),
+                Precision::Bf16 if avx512::fast_dot() => {
+                    avx512::multiply::<avx512::Pairs>(out, out_row_stride, a, b, product);
+                }
+                Precision::Bf16 => avx512::multiply::<avx512::Rounded>(out, out_row_stride, a, b, product),
+            }
+        };
+    }
+    if product.precision == Precision::Bf16 {
+        let (rounded_a, rounded_b) = (rounded(a), rounded(b));
+        let (a, b) = (Matrix::rows(&rounded_a, a.rows, a.cols), Matrix::rows(&rounded_b, b.rows, b.cols));
+        // SAFETY: as the caller's; the operands are this function's own.
+        return unsafe { multiply(out, out_row_stride, a, b, Product { precision: Precision::F32, ..product }) };
+    }
+    let parallelism = if product.threads { Parallelism::Rayon(0) } else { Parallelism::None };
+    // SAFETY: the caller's promise. gemm computes `alpha · out + beta · a b`.
+    unsafe {
+        gemm::gemm(
+            a.rows,
+            b.cols,
+            a.cols,
+            out,
+            1,
+            out_row_stride,
+            product.add,
+            a.ptr,
+            a.col_stride,
+            a.row_stride,
+            b.ptr,
+            b.col_stride,
+            b.row_stride,
+            1.0,
+            product.factor,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+/// A copy with every element rounded to bf16, row by row.
+fn rounded(x: Matrix) -> Vec<f32> {
+    let round = |row, col| {
+        // SAFETY: the element is inside the matrix.
+        half::bf16::from_f32(unsafe { *x.at(row, col) }).to_f32()
+    };
+    (0..x.rows).flat_map(|row| (0..x.cols).map(move |col| round(row, col))).collect()
+}
+
+/// The product of two matrices, either transposed first.
+pub(super) fn product(
+    a: &FlexTensor,
+    transpose_a: bool,
+    b: &FlexTensor,
+    transpose_b: bool,
+    precision: Precision,
+) -> FlexTensor {
+    let (a, b) = (Strided::new(a), Strided::new(b));
+    let a = if transpose_a { Matrix::of(&a).transposed() } else { Matrix::of(&a) };
+    let b = if transpose_b { Matrix::of(&b).transposed() } else { Matrix::of(&b) };
+    assert_eq!(a.cols, b.rows, "product of [{}, {}] and [{}, {}]", a.rows, a.cols, b.rows, b.cols);
+    let mut out = Vec::with_capacity(a.rows * b.cols);
+    let how = Product { threads: true, precision, ..PRODUCT };
+    // SAFETY: both matrices are views of tensors that live through the call; `out` has room for the product, which is
+    // written whole.
+    unsafe {
+        multiply(out.as_mut_ptr(), b.cols as isize, a, b, how);
+        if a.cols == 0 {
+            out.resize(a.rows * b.cols, 0.0);
+        }
+        out.set_len(a.rows * b.cols);
+    }
+    from_values(out, Shape::new([a.rows, b.cols]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn noise(len: usize, seed: usize) -> Vec<f32> {
+        (0..len).map(|i| ((i * 7919 + seed * 104_729) % 2003) as f32 / 1001.5 - 1.0).collect()
+    }
+
+    /// In f64, of operands that went through `round`.
+    fn expected(a: Matrix, b: Matrix, round: fn(f32) -> f32) -> Vec<f64> {
+        let get = |x: Matrix, row, col| f64::from(round(unsafe { *x.at(row, col) }));
+        let cell = |i, j| (0..a.cols).map(|t| get(a, i, t) * get(b, t, j)).sum();
+        (0..a.rows).flat_map(|i| (0..b.cols).map(move |j| (i, j))).map(|(i, j)| cell(i, j)).collect()
+    }
+
+    type Body = unsafe fn(Output, isize, Matrix, Matrix, Product);
+
+    /// Every layout of both operands, sizes around the tiles' and the blocks' edges, one thread and several.
+    fn check(name: &str, body: Body, round: fn(f32) -> f32) {
+        let sizes = [(1, 1, 1), (14, 32, 3), (15, 33, 17), (13, 16, 31), (29, 70, 513), (300, 41, 20), (61, 1100, 9)];
+        for (m, n, k) in sizes {
+            // Room for a stride of two in both directions.
+            let (a_data, b_data) = (noise(4 * m * k, 1), noise(4 * k * n, 2));
+            let layouts = |data: &[f32], rows: usize, cols: usize| {
+                let plain = Matrix::rows(data, rows, cols);
+                let transposed = Matrix::rows(data, cols, rows).transposed();
+                let strided = Matrix { row_stride: 2 * cols as isize, col_stride: 2, ..plain };
+                [plain, transposed, strided]
+            };
+            for a in layouts(&a_data, m, k) {
+                for b in layouts(&b_data, k, n) {
+                    let expected = expected(a, b, round);
+                    for (threads, add) in [(false, false), (true, true)] {
+                        let mut out = vec![1.0f32; m * n];
+                        let how = Product { factor: 0.5, add, threads, ..PRODUCT };
+                        unsafe { body(Output(out.as_mut_ptr()), n as isize, a, b, how) };
+                        let worst = out.iter().zip(&expected).map(|(found, expected)| {
+                            let expected = 0.5 * expected + if add { 1.0 } else { 0.0 };
+                            (f64::from(*found) - expected).abs()
+                        });
+                        let worst = worst.fold(0.0, f64::max);
+                        assert!(worst < 5e-6 * (k as f64).sqrt(), "{name} {m}x{n}x{k}: {worst:e}");
+                    }
+                }
+            }
+        }
+    }
+
+    fn to_bf16(x: f32) -> f32 {
+        half::bf16::from_f32(x).to_f32()
+    }
+
+    #[test]
+    fn products_are_right_in_every_layout() {
+        check("chosen", |out, stride, a, b, how| unsafe { multiply(out.0, stride, a, b, how) }, |x| x);
+        let bf16: Body = |out, stride, a, b, how| unsafe {
+            multiply(out.0, stride, a, b, Product { precision: Precision::Bf16, ..how });
+        };
+        check("bf16, chosen", bf16, to_bf16);
+        #[cfg(target_arch = "x86_64")]
+        {
+            if simd::has_avx512() {
+                check("avx512", avx512::multiply::<avx512::Single>, |x| x);
+                check("avx512, rounded", avx512::multiply::<avx512::Rounded>, to_bf16);
+            }
+            if avx512::has_dot() {
+                check("avx512, pairs", avx512::multiply::<avx512::Pairs>, to_bf16);
+            }
+        }
+    }
+
+    #[test]
+    fn infinities_and_nans_stay() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let a = [f32::NAN, f32::INFINITY, 1.0, f32::MAX];
+            let a = Matrix::rows(&a, 4, 1);
+            let mut out = [0.0f32; 4];
+            unsafe { multiply(out.as_mut_ptr(), 1, a, Matrix::rows(&[1.0], 1, 1), Product { precision, ..PRODUCT }) };
+            assert!(out[0].is_nan() && out[1] == f32::INFINITY && out[2] == 1.0, "{out:?}");
+            assert!(out[3] >= f32::MAX, "{out:?}");
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! How a model computes: what is neither architecture nor training recipe, and changes results in the last digits at most
+//! ([`Recompute`]) or within a known rounding ([`Precision`]). Not saved with a model.
+
+use serde::{Deserialize, Serialize};
+
+/// Precision of the matrix products with weights. Weights, activations, statistics, losses, gradients and optimizer state
+/// are f32 in every case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Operands as they are.
+    #[default]
+    F32,
+    /// Operands rounded to bfloat16 (8 bits of mantissa), sums in f32: about twice the speed where the hardware has such
+    /// products, never slower on the CPU.
+    Bf16,
+}
+
+/// What the forward of a block keeps for its backward (paper, section 2.4). Gradients are the same bit for bit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// Everything: the fastest backward.
+    None,
+    /// What is expensive, the outputs of linear layers and of attention. Norms, the SwiGLU product and the attention
+    /// probabilities are computed again: the paper's choice, for about a fiftieth of the time.
+    #[default]
+    Selective,
+    /// The block's input alone. The backward runs the forward again, a third more arithmetic.
+    Full,
+}
+
+/// The settings of a model: [`Llama::with_compute`](crate::Llama::with_compute).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Compute {
+    /// Precision of products with weights.
+    pub precision: Precision,
+    /// What is kept for the backward.
+    pub recompute: Recompute,
+}
