@@ -15,7 +15,7 @@ use anyhow::Result;
 use clap::Parser;
 use llama::data::tokenizer::{DecodeStream, Tokenizer};
 use llama::model::generate::{GenerateOptions, Generation, Sampling};
-use llama::model::{BackendTask, Device, TrainBackend, hf};
+use llama::model::{BackendTask, Device, TrainBackend, WeightFormat, hf};
 use llama::train::checkpoint::TOKENIZER_FILE;
 
 /// Generates text with a trained model.
@@ -43,6 +43,9 @@ struct Args {
     /// Above 1 makes tokens that occurred less likely
     #[arg(long, default_value_t = 1.0)]
     repetition_penalty: f32,
+    /// How matrices are kept in memory: f32, bf16 or q8 (8 bits in blocks of 32); fewer bytes decode faster
+    #[arg(long, default_value = "f32")]
+    weights: WeightFormat,
     /// Seed of the random numbers
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -67,6 +70,7 @@ impl BackendTask for Generate {
         let folder = common::model_folder(&args.model)?;
         let tokenizer = Tokenizer::load(&folder.join(TOKENIZER_FILE))?;
         let (model, config) = hf::load::<B::InnerBackend>(&folder, &device)?;
+        let model = model.with_weights(args.weights)?;
         let prompts: Vec<Vec<u32>> = args
             .prompt
             .iter()

@@ -41,10 +41,14 @@ mod compute;
 mod config;
 mod error;
 mod init;
+mod weight_format;
 
 pub use backend::{LlamaBackend, TrainBackend};
 pub use compute::{Compute, Precision, Recompute};
 pub use config::{FlopCount, LlamaConfig, RopeScaling};
 pub use device::{BackendTask, Device};
 pub use error::ModelError;
-pub use modules::{Attention, Block, Embedding, FeedForward, KvCache, Linear, Llama, RmsNorm, RotaryEmbedding};
+pub use modules::{
+    Attention, Block, Embedding, FeedForward, KvCache, Linear, Llama, Quantized, RmsNorm, RotaryEmbedding,
+};
+pub use weight_format::WeightFormat;

@@ -10,14 +10,14 @@ use llama::data::prepare::{PrepareOptions, prepare};
 use llama::data::source::Sources;
 use llama::data::tokenizer::Tokenizer;
 use llama::model::generate::{GenerateOptions, Generation, Sampling};
-use llama::model::{KvCache, LlamaConfig, ModelError, TrainBackend, weights};
+use llama::model::{KvCache, LlamaConfig, ModelError, TrainBackend, WeightFormat, weights};
 use llama::train::log::{self, Line};
 use llama::train::{
     AdamW, Display, GradientList, Interrupter, OptimizerConfig, PretrainConfig, Pretrainer, Stop, TrainError,
     checkpoint, pretrain,
 };
 
-use crate::support::{close, device, device_test, floats, tolerance};
+use crate::support::{close, device, device_test, floats, scale, tolerance};
 
 fn small() -> LlamaConfig {
     LlamaConfig {
@@ -133,6 +133,40 @@ device_test! {
             close("logits", &cached, &floats(full.clone()), tolerance(1e-5, 1.0));
         }
     }
+}
+
+device_test! {
+    /// Weights in fewer bytes give nearly the same logits, decoding or not, with a head of its own or tied.
+    fn weights_in_fewer_bytes_give_nearly_the_same_logits<B>(device) {
+        for tied_head in [true, false] {
+            let config = LlamaConfig { tied_head, d_ff: 96, ..small() };
+            let ids = tokens(12, 0);
+            let logits = |format| {
+                let model = config.init::<B::InnerBackend>(1, &device).unwrap().with_weights(format).unwrap();
+                let whole = floats(model.forward(upload(ids.clone(), [1, 12], &device), None).unwrap());
+                let mut cache = KvCache::new(&config, 1, 12, &device).unwrap();
+                let step = |id: &i32| model.forward(upload(vec![*id], [1, 1], &device), Some(&mut cache)).unwrap();
+                let steps = floats(Tensor::cat(ids.iter().map(step).collect(), 1));
+                close(&format!("{format}: decoding"), &steps, &whole, tolerance(2e-3, 1.0) * scale(&whole));
+                whole
+            };
+            let exact = logits(WeightFormat::F32);
+            for (format, error) in [(WeightFormat::Bf16, 0.02), (WeightFormat::Q8, 0.05)] {
+                let rounded = logits(format);
+                assert_ne!(rounded, exact, "{format} rounds");
+                close(&format!("{format}"), &rounded, &exact, error * scale(&exact));
+            }
+        }
+    }
+}
+
+#[test]
+fn eight_bits_need_rows_of_whole_blocks() {
+    let config = LlamaConfig { d_ff: 90, ..small() };
+    let model = config.init::<burn::backend::Flex>(1, &Default::default()).unwrap();
+    let error = model.with_weights(WeightFormat::Q8).unwrap_err().to_string();
+    assert!(error.contains("multiples of 32") && error.contains("90"), "{error}");
+    assert!("q4".parse::<WeightFormat>().unwrap_err().to_string().contains("q8"));
 }
 
 device_test! {

@@ -56,6 +56,9 @@ impl AdamWStep {
     }
 }
 
+/// Weights of a row that share a scale in 8 bits.
+pub const QUANT_BLOCK: usize = 32;
+
 /// Target of a position that takes no part in the loss.
 pub const IGNORE_TARGET: i64 = -100;
 
@@ -72,12 +75,25 @@ pub struct LossSpec {
 /// LLaMA's fused operations. Shapes and ranks are part of the contract; `ops` reshapes where a module has more
 /// dimensions. All float tensors of a call have one dtype.
 pub trait LlamaBackend: Backend {
-    /// `x · weightᵀ`, with the weight stored as in the released checkpoints.
+    /// `x · weightᵀ`, with the weight stored as in the released checkpoints, in the dtype of `x` or a shorter one.
     ///
     /// # Shapes
     /// `x [tokens, d_in]`, `weight [d_out, d_in]`, result `[tokens, d_out]`.
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
         reference::project::<Self>(x, weight, precision)
+    }
+
+    /// [`project`](Self::project) for a weight in 8 bits, `values · scale` with a scale for every [`QUANT_BLOCK`] values
+    /// of a row. For inference: it has no backward for the weight.
+    ///
+    /// # Shapes
+    /// `x [tokens, d_in]`, `values [d_out, d_in]`, `scales [d_out, d_in / QUANT_BLOCK]`, result `[tokens, d_out]`.
+    fn project_quantized(
+        x: FloatTensor<Self>,
+        values: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        Self::project(x, reference::dequantize::<Self>(values, scales), Precision::F32)
     }
 
     /// Gradient of [`project`](Self::project) for its input: `grad · weight`.

@@ -4,7 +4,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Int, Tensor, TensorPrimitive};
 
-use super::{BlockSpec, BlockWeights, LlamaBackend, LossSpec};
+use super::{BlockSpec, BlockWeights, LlamaBackend, LossSpec, QUANT_BLOCK, reference};
 use crate::{Compute, Precision};
 
 /// A primitive as a tensor.
@@ -25,7 +25,7 @@ fn fold<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, 2> {
     x.reshape([dims[..D - 1].iter().product(), features])
 }
 
-/// `x · weightᵀ`.
+/// `x · weightᵀ`, for a weight in the dtype of `x` or a shorter one.
 ///
 /// # Shapes
 /// `x [.., d_in]`, `weight [d_out, d_in]`, result `[.., d_out]`.
@@ -40,9 +40,35 @@ pub fn linear<B: LlamaBackend, const D: usize>(
     let mut dims = x.dims();
     let [d_out, d_in] = weight.dims();
     assert_eq!(dims[D - 1], d_in, "linear: the input has width {}, the weight takes {d_in}", dims[D - 1]);
-    assert_eq!(x.dtype(), weight.dtype(), "linear: input and weight have different dtypes");
     dims[D - 1] = d_out;
-    tensor::<B, 2>(B::project(primitive(fold(x)), primitive(weight), precision)).reshape(dims)
+    let x = primitive(fold(x));
+    tensor::<B, 2>(B::project(x, primitive(weight), precision)).reshape(dims)
+}
+
+/// [`linear`] for a weight in 8 bits; see [`LlamaBackend::project_quantized`].
+///
+/// # Shapes
+/// `x [.., d_in]`, `values [d_out, d_in]`, `scales [d_out, d_in / QUANT_BLOCK]`, result `[.., d_out]`.
+///
+/// # Panics
+/// If the widths differ.
+pub fn linear_quantized<B: LlamaBackend, const D: usize>(
+    x: Tensor<B, D>,
+    values: Tensor<B, 2, Int>,
+    scales: Tensor<B, 2>,
+) -> Tensor<B, D> {
+    let mut dims = x.dims();
+    let [d_out, d_in] = values.dims();
+    assert_eq!(dims[D - 1], d_in, "linear: the input has width {}, the weight takes {d_in}", dims[D - 1]);
+    assert_eq!(scales.dims(), [d_out, d_in / QUANT_BLOCK], "linear: the scales do not fit the values");
+    dims[D - 1] = d_out;
+    let out = B::project_quantized(primitive(fold(x)), values.into_primitive(), primitive(scales));
+    tensor::<B, 2>(out).reshape(dims)
+}
+
+/// A weight in 8 bits as floats.
+pub(crate) fn dequantize<B: LlamaBackend>(values: Tensor<B, 2, Int>, scales: Tensor<B, 2>) -> Tensor<B, 2> {
+    tensor(reference::dequantize::<B>(values.into_primitive(), primitive(scales)))
 }
 
 /// Root-mean-square normalisation (Zhang and Sennrich): `x / rms(x) · weight`.

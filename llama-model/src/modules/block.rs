@@ -40,14 +40,14 @@ impl<B: LlamaBackend> Block<B> {
         let Self { attention_norm, attention, ffn_norm, feed_forward } = self;
         let weights = BlockWeights {
             attention_norm: primitive(attention_norm.weight.val()),
-            wq: primitive(attention.wq.weight.val()),
-            wk: primitive(attention.wk.weight.val()),
-            wv: primitive(attention.wv.weight.val()),
-            wo: primitive(attention.wo.weight.val()),
+            wq: primitive(attention.wq.dense()),
+            wk: primitive(attention.wk.dense()),
+            wv: primitive(attention.wv.dense()),
+            wo: primitive(attention.wo.dense()),
             ffn_norm: primitive(ffn_norm.weight.val()),
-            w1: primitive(feed_forward.w1.weight.val()),
-            w2: primitive(feed_forward.w2.weight.val()),
-            w3: primitive(feed_forward.w3.weight.val()),
+            w1: primitive(feed_forward.w1.dense()),
+            w2: primitive(feed_forward.w2.dense()),
+            w3: primitive(feed_forward.w3.dense()),
         };
         let seq_len = x.dims()[1];
         ops::block(x, weights, rope.tables(0, seq_len), self.attention_norm.eps, compute)

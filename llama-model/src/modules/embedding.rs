@@ -1,7 +1,7 @@
 //! Token embedding: a row of the matrix for each token.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 
 use crate::backend::LlamaBackend;
 use crate::init::Init;
@@ -21,6 +21,8 @@ impl<B: LlamaBackend> Embedding<B> {
     /// # Shapes
     /// `tokens [batch, seq_len]`, result `[batch, seq_len, d_model]`.
     pub fn forward(&self, tokens: Tensor<B, 2, Int>) -> Tensor<B, 3> {
-        burn::tensor::module::embedding(self.weight.val(), tokens)
+        let rows = burn::tensor::module::embedding(self.weight.val(), tokens);
+        // Weights may be stored in fewer bytes; activations are not.
+        if rows.dtype() == DType::BF16 { rows.cast(DType::F32) } else { rows }
     }
 }

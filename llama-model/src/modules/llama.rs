@@ -101,7 +101,10 @@ impl<B: LlamaBackend> Llama<B> {
     /// # Shapes
     /// `hidden [.., d_model]`, result `[.., vocab_size]`.
     pub fn head<const D: usize>(&self, hidden: Tensor<B, D>) -> Tensor<B, D> {
-        ops::linear(hidden, self.head_weight(), self.compute.precision)
+        match &self.output {
+            Some(output) => output.forward(hidden, self.compute.precision),
+            None => ops::linear(hidden, self.tok_embeddings.weight.val(), self.compute.precision),
+        }
     }
 
     /// The model with other settings; see [`Compute`].
@@ -159,7 +162,7 @@ impl<B: LlamaBackend> Llama<B> {
         self.tok_embeddings.weight.dims()[0]
     }
 
-    fn head_weight(&self) -> Tensor<B, 2> {
-        self.output.as_ref().map_or_else(|| self.tok_embeddings.weight.val(), |output| output.weight.val())
+    pub(crate) fn head_weight(&self) -> Tensor<B, 2> {
+        self.output.as_ref().map_or_else(|| self.tok_embeddings.weight.val(), Linear::dense)
     }
 }

@@ -15,7 +15,7 @@ pub use block::Block;
 pub use cache::{KvCache, LayerCache};
 pub use embedding::Embedding;
 pub use feed_forward::FeedForward;
-pub use linear::Linear;
+pub use linear::{Linear, Quantized};
 pub use llama::Llama;
 pub use rms_norm::RmsNorm;
 pub use rotary::RotaryEmbedding;

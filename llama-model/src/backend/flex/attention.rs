@@ -14,9 +14,14 @@ use crate::backend::AttentionSaved;
 use burn::backend::Flex;
 
 /// Queries of a tile.
-const Q_TILE: usize = 64;
+const Q_TILE: usize = 56;
 /// Keys of a tile.
 const K_TILE: usize = 256;
+
+/// Queries below which there is no use in tiles.
+const FEW: usize = 4;
+/// Elements of all keys from which several threads are faster, when queries are few.
+const PARALLEL: usize = 1 << 16;
 
 /// Sizes of a call.
 #[derive(Clone, Copy)]
@@ -85,6 +90,7 @@ impl<'a> Heads<'a> {
     }
 
     /// Row `index` of a tile.
+    #[inline(always)]
     fn row(&self, tile: Matrix, index: usize) -> &[f32] {
         // SAFETY: the row is inside the tensor, whose borrow the result keeps.
         unsafe { std::slice::from_raw_parts(tile.ptr.offset(index as isize * tile.row_stride), tile.cols) }
@@ -127,6 +133,29 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f32) -
     let mut lse = vec![0.0f32; batch * n_heads * q_len];
     let scaled = Product { factor: scale, ..PRODUCT };
     let (out_ptr, lse_ptr) = (Output(out.as_mut_ptr()), Output(lse.as_mut_ptr()));
+    if q_len < FEW {
+        // Decoding: no tile of queries to share a packed key with, so keys are read where they are.
+        let head = |index: usize| {
+            let (b, head) = (index / n_heads, index % n_heads);
+            let (kv_head, kv_len) = (head / sizes.group(), sizes.kv_len);
+            let q = qs.tile(b, head, 0, q_len);
+            let (k, v) = (ks.tile(b, kv_head, 0, kv_len), vs.tile(b, kv_head, 0, kv_len));
+            for row in 0..q_len {
+                // SAFETY: this row of this head is this task's own.
+                let (out, lse) = unsafe {
+                    let out = out_ptr.slice(((b * q_len + row) * n_heads + head) * head_dim, head_dim);
+                    (out, lse_ptr.slice(index * q_len + row, 1))
+                };
+                lse[0] = attend(out, qs.row(q, row), &ks, k, &vs, v, sizes.visible(row), scale);
+            }
+        };
+        if batch * n_heads * sizes.kv_len * head_dim < PARALLEL {
+            (0..batch * n_heads).for_each(head);
+        } else {
+            (0..batch * n_heads).into_par_iter().for_each(head);
+        }
+        return (from_values(out, q.shape()), from_values(lse, Shape::new([batch, n_heads, q_len])));
+    }
     (0..batch * n_heads).into_par_iter().for_each_init(
         || vec![0.0f32; Q_TILE * K_TILE],
         |scores, index| {
@@ -231,6 +260,37 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
         },
     );
     [from_values(d_q, q.shape()), from_values(d_k, k.shape()), from_values(d_v, v.shape())]
+}
+
+vectorized! {
+    /// One query over the first `seen` keys and values. Returns the log-sum-exp.
+    fn attend<'a>(
+        out: &'a mut [f32],
+        q: &'a [f32],
+        ks: &'a Heads<'a>,
+        k: Matrix,
+        vs: &'a Heads<'a>,
+        v: Matrix,
+        seen: usize,
+        scale: f32,
+    ) -> f32 {
+        let mut weights = vec![0.0f32; seen];
+        for (t, weight) in weights.iter_mut().enumerate() {
+            *weight = scale * sum2(q, ks.row(k, t), |q, k| q * k);
+        }
+        let largest = max(&weights);
+        for weight in weights.iter_mut() {
+            *weight = exp(*weight - largest);
+        }
+        let sum = sum1(&weights, |x| x);
+        for (t, weight) in weights.iter().enumerate() {
+            let weight = weight / sum;
+            for (out, v) in out.iter_mut().zip(vs.row(v, t)) {
+                *out += weight * v;
+            }
+        }
+        largest + sum.ln()
+    }
 }
 
 vectorized! {

@@ -6,13 +6,14 @@
 
 mod attention;
 mod cross_entropy;
+mod decode;
 mod product;
 mod rows;
 mod simd;
 
 use burn::backend::Flex;
 use burn::tensor::ops::{FloatTensor, IntTensor};
-use burn::tensor::{DType, Shape, TensorData};
+use burn::tensor::{DType, Shape, TensorData, TensorMetadata};
 use burn_flex::{FlexTensor, Layout};
 
 use super::{AdamWStep, AttentionSaved, LlamaBackend, LossSpec, reference};
@@ -20,10 +21,21 @@ use crate::Precision;
 
 impl LlamaBackend for Flex {
     fn project(x: FlexTensor, weight: FlexTensor, precision: Precision) -> FlexTensor {
+        if decode::takes(&x, &weight) {
+            return decode::project(x, weight);
+        }
         if !is_f32(&[&x, &weight]) {
             return reference::project::<Flex>(x, weight, precision);
         }
         product::product(&x, false, &weight, true, precision)
+    }
+
+    fn project_quantized(x: FlexTensor, values: FlexTensor, scales: FlexTensor) -> FlexTensor {
+        let [rows, _] = x.shape().dims();
+        if rows > decode::ROWS || !is_f32(&[&x, &scales]) || values.dtype() != DType::I8 {
+            return Self::project(x, reference::dequantize::<Flex>(values, scales), Precision::F32);
+        }
+        decode::project_q8(x, values, scales)
     }
 
     fn project_backward_input(grad: FlexTensor, weight: FlexTensor, precision: Precision) -> FlexTensor {

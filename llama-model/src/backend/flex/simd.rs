@@ -47,7 +47,7 @@ pub(super) fn has_avx512() -> bool {
 }
 
 /// Lanes of the partial sums: enough for two AVX-512 registers. A fixed number, so that sums do not depend on the CPU.
-const LANES: usize = 32;
+pub(super) const LANES: usize = 32;
 
 /// `Σ f(a[i], b[i])` in [`LANES`] partial sums, so that the compiler may vectorise it.
 #[inline(always)]
@@ -83,8 +83,8 @@ pub(super) fn max(a: &[f32]) -> f32 {
 }
 
 #[inline(always)]
-fn tree_sum(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
+pub(super) fn tree_sum<const N: usize>(mut lanes: [f32; N]) -> f32 {
+    let mut width = N / 2;
     while width > 0 {
         for lane in 0..width {
             lanes[lane] += lanes[lane + width];

@@ -1,0 +1,65 @@
+//! What the benches share: arguments, medians, and where results go.
+#![allow(dead_code)]
+
+use std::io::Write;
+use std::time::Duration;
+
+use llama::model::{BackendTask, Device};
+
+/// Arguments of a bench.
+pub struct Arguments {
+    all: Vec<String>,
+    /// `--device`
+    pub device: Device,
+    /// `cargo test --benches` runs every bench once, to see that it works.
+    pub smoke: bool,
+}
+
+impl Arguments {
+    /// The value after a name.
+    pub fn value(&self, name: &str) -> Option<String> {
+        self.all.iter().position(|arg| arg == name).and_then(|at| self.all.get(at + 1)).cloned()
+    }
+
+    /// Whether `--size` asks for this one, or for none.
+    pub fn selects(&self, size: &str) -> bool {
+        self.value("--size").is_none_or(|only| only == size) && (!self.smoke || size == "tiny")
+    }
+}
+
+/// Runs a bench on the device of `--device`.
+pub fn run<T: BackendTask>(task: impl FnOnce(Arguments) -> T) {
+    let all: Vec<String> = std::env::args().collect();
+    let smoke = !all.iter().any(|arg| arg == "--bench");
+    let mut args = Arguments { all, device: Device::Flex, smoke };
+    let result = args.value("--device").unwrap_or_else(|| "flex".into()).parse::<Device>().and_then(|device| {
+        args.device = device;
+        device.run(task(args))
+    });
+    if let Err(error) = result {
+        eprintln!("{error}");
+        std::process::exit(2);
+    }
+}
+
+/// Appends a line to the file of `--json`, if one is asked for.
+pub fn append(args: &Arguments, line: &serde_json::Value) {
+    let Some(path) = args.value("--json") else { return };
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
+    if let Err(error) = file.and_then(|mut file| writeln!(file, "{line}")) {
+        eprintln!("{path}: {error}");
+    }
+}
+
+/// Median in milliseconds.
+pub fn median(mut times: Vec<Duration>) -> f64 {
+    times.sort();
+    times[times.len() / 2].as_secs_f64() * 1e3
+}
+
+/// Resident memory of the process in bytes, where the system tells (Linux): `VmRSS` now, `VmHWM` the most so far.
+pub fn memory(field: &str) -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok()).unwrap_or(0.0) * 1024.0
+}

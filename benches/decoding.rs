@@ -1,0 +1,151 @@
+//! Decoding token by token with a cache: tokens per second, and the share of what reading the weights allows.
+//!
+//! ```sh
+//! cargo bench --bench decoding                                  # every size and weight format, on the CPU
+//! cargo bench --bench decoding -- --size 110m --weights q8
+//! cargo bench --bench decoding -- --json results.jsonl          # also as JSON lines
+//! ```
+//!
+//! The memory's bandwidth is measured in the same run, on the host: it bounds the CPU's figures only.
+#![recursion_limit = "256"]
+
+use std::time::Instant;
+
+use llama::model::generate::{GenerateOptions, Generation, Sampling};
+use llama::model::{BackendTask, LlamaBackend, LlamaConfig, TrainBackend, WeightFormat};
+
+#[path = "common/mod.rs"]
+mod common;
+use common::{Arguments, append, median};
+
+/// Tokens of the prompt.
+const PROMPT: usize = 64;
+
+fn main() {
+    common::run(|args| Decoding { args });
+}
+
+struct Decoding {
+    args: Arguments,
+}
+
+fn sizes() -> Vec<(&'static str, LlamaConfig)> {
+    let billion = LlamaConfig {
+        vocab_size: 32_000,
+        d_model: 2048,
+        n_layers: 22,
+        n_heads: 32,
+        n_kv_heads: 4,
+        head_dim: 64,
+        d_ff: 5632,
+        max_seq_len: 2048,
+        ..LlamaConfig::tiny(32_000)
+    };
+    vec![
+        ("tiny", LlamaConfig::tiny(512)),
+        ("15m", LlamaConfig::small_15m()),
+        ("110m", LlamaConfig::small_110m()),
+        ("1.1b", LlamaConfig { tied_head: false, ..billion }),
+    ]
+}
+
+/// Bytes that one token reads of the weights: all matrices, but of untied embeddings only a row.
+fn bytes_per_token(config: &LlamaConfig, format: WeightFormat) -> f64 {
+    let head = (config.vocab_size * config.d_model) as u64;
+    let blocks = config.num_params() - head * if config.tied_head { 1 } else { 2 };
+    let per_weight = match format {
+        WeightFormat::F32 => 4.0,
+        WeightFormat::Bf16 => 2.0,
+        WeightFormat::Q8 => 1.125,
+    };
+    (blocks + head) as f64 * per_weight
+}
+
+impl BackendTask for Decoding {
+    type Output = ();
+
+    fn run<B: TrainBackend>(self, device: B::Device) {
+        println!("| size | weights | device | ms a token | tokens/s | GB/s | memory GB/s | share | resident MB |");
+        println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- |");
+        for (name, config) in sizes() {
+            if !self.args.selects(name) {
+                continue;
+            }
+            for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Q8] {
+                if self.args.value("--weights").is_some_and(|only| only != format.to_string()) {
+                    continue;
+                }
+                self.measure::<B::InnerBackend>(name, &config, format, &device);
+            }
+        }
+    }
+}
+
+impl Decoding {
+    fn measure<B: LlamaBackend>(&self, name: &str, config: &LlamaConfig, format: WeightFormat, device: &B::Device) {
+        let model = config.init::<B>(0, device).expect("the size is a valid model");
+        let model = model.with_weights(format).expect("the sizes are multiples of 32");
+        let steps = if self.args.smoke { 2 } else { 48 };
+        let options = GenerateOptions { max_new_tokens: steps, sampling: Sampling::greedy(), ..Default::default() };
+        let prompt: Vec<u32> = (0..PROMPT as u32).map(|i| i % config.vocab_size as u32).collect();
+        let mut bandwidths = vec![bandwidth(self.args.smoke)];
+        let mut generation = Generation::new(&model, config, &[prompt], options, device).expect("it fits");
+        generation.next();
+        let mut times = Vec::new();
+        let mut start = Instant::now();
+        while generation.next().is_some() {
+            times.push(start.elapsed());
+            start = Instant::now();
+        }
+        bandwidths.push(bandwidth(self.args.smoke));
+        let memory = bandwidths.iter().sum::<f64>() / bandwidths.len() as f64;
+        let ms = median(times);
+        let read = bytes_per_token(config, format) / ms * 1e3;
+        println!(
+            "| {name} | {format} | {} | {ms:.2} | {:.1} | {:.1} | {:.1} | {:.0}% | {:.0} |",
+            self.args.device,
+            1e3 / ms,
+            read / 1e9,
+            memory / 1e9,
+            100.0 * read / memory,
+            common::memory("VmRSS") / 1e6
+        );
+        append(
+            &self.args,
+            &serde_json::json!({
+                "bench": "decoding", "size": name, "weights": format.to_string(), "device": self.args.device.to_string(),
+                "tokens_per_second": 1e3 / ms, "bytes_per_second": read, "memory_bytes_per_second": memory,
+            }),
+        );
+    }
+}
+
+/// Bytes a second that all threads read from memory: the best of a few passes over a buffer that no cache holds.
+fn bandwidth(smoke: bool) -> f64 {
+    let len = if smoke { 1 << 20 } else { 1 << 27 };
+    let data = vec![1u64; len];
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let pass = || {
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            for part in data.chunks(len.div_ceil(threads)) {
+                scope.spawn(move || {
+                    // Four places at a time, so that the hardware fetches ahead at each.
+                    let quarter = part.len() / 4;
+                    let mut sums = [0u64; 32];
+                    for at in (0..quarter / 8 * 8).step_by(8) {
+                        for stream in 0..4 {
+                            let block = &part[stream * quarter + at..][..8];
+                            for (sum, x) in sums[8 * stream..].iter_mut().zip(block) {
+                                *sum ^= *x;
+                            }
+                        }
+                    }
+                    std::hint::black_box(sums)
+                });
+            }
+        });
+        (len * 8) as f64 / start.elapsed().as_secs_f64()
+    };
+    (0..3).map(|_| pass()).fold(0.0, f64::max)
+}
