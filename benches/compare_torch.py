@@ -5,7 +5,7 @@
     python3 benches/compare_torch.py                      # every size
     python3 benches/compare_torch.py --size 15m --rounds 3
 
-Both sides train the same LLaMA (f32, AdamW on all parameters, one global clip at 1.0) on the same shapes. PyTorch is
+Both sides train the same LLaMA (f32 weights, AdamW on all parameters, one global clip at 1.0) on the same shapes. PyTorch is
 a plain model with scaled_dot_product_attention and fused AdamW, eager and compiled, with glibc told to keep its memory
 (without that it is slower). A cell is the median step of a process; the table has the best of a side's processes, so that
 neither side is shown on a bad moment of the machine.
@@ -25,7 +25,7 @@ KEEP_MEMORY = {
 }
 
 
-def torch_step(size, compiled, steps):
+def torch_step(size, compiled, steps, precision):
     import torch
     import torch.nn as nn
     import torch.nn.functional as F
@@ -92,11 +92,14 @@ def torch_step(size, compiled, steps):
         return F.cross_entropy(model(x).view(-1, vocab), y.view(-1))
 
     loss_of = torch.compile(loss_of) if compiled else loss_of
+    bf16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
     times = []
     for step in range(2 + steps):
         x, y = torch.randint(0, vocab, (2, batch, seq_len))
         start = time.perf_counter()
-        loss_of(x, y).backward()
+        with bf16:
+            loss = loss_of(x, y)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -114,12 +117,13 @@ def run(command, env=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, help="only this size")
+    parser.add_argument("--precision", choices=["f32", "bf16"], default="f32", help="bf16: PyTorch's autocast")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a PyTorch process")
     parser.add_argument("--one", nargs=2, metavar=("SIZE", "MODE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        return torch_step(args.one[0], args.one[1] == "compile", args.steps)
+        return torch_step(args.one[0], args.one[1] == "compile", args.steps, args.precision)
 
     os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
     run(["cargo", "bench", "--bench", "training", "--no-run"])
@@ -130,11 +134,12 @@ def main():
         for _ in range(args.rounds):
             with tempfile.TemporaryDirectory() as folder:
                 path = os.path.join(folder, "results.jsonl")
-                run(["cargo", "bench", "--bench", "training", "--", "--size", size, "--json", path])
+                run(["cargo", "bench", "--bench", "training", "--", "--size", size, "--precision", args.precision, "--json", path])
                 with open(path) as results:
                     found["ours"].append(json.loads(results.readline()))
             for mode in ("eager", "compile"):
                 command = [sys.executable, os.path.join("benches", os.path.basename(__file__)), "--steps", str(args.steps)]
+                command += ["--precision", args.precision]
                 found[mode].append(json.loads(run(command + ["--one", size, mode], KEEP_MEMORY)))
         rate = {side: max(r["tokens_per_second"] for r in results) for side, results in found.items()}
         memory = {side: min(r["memory_bytes"] for r in results) / 1e6 for side, results in found.items()}

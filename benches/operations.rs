@@ -3,43 +3,46 @@
 //! ```sh
 //! cargo bench --bench operations                       # on the CPU
 //! cargo bench --bench operations --features cuda -- --device cuda
+//! cargo bench --bench operations -- --json results.jsonl   # also as JSON lines
 //! ```
 //!
 //! A row names operation, shape, dtype and device. Data is made outside the timer, the device is synchronised before
 //! the clock stops, and the two sides alternate, so that a change in the machine's load meets both.
 #![recursion_limit = "256"]
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::{Distribution, Int, Tensor};
 use llama::model::backend::ops::{primitive, tensor};
-use llama::model::backend::{LlamaBackend, ops, reference};
-use llama::model::{BackendTask, Device, TrainBackend};
+use llama::model::backend::{LlamaBackend, LossSpec, ops, reference};
+use llama::model::{BackendTask, Precision, TrainBackend};
 
 const EPS: f64 = 1e-5;
 
+#[path = "common/mod.rs"]
+mod common;
+use common::{Arguments, append, median};
+
 fn main() {
-    let args: Vec<String> = std::env::args().collect();
-    let value = |name: &str| args.iter().position(|arg| arg == name).and_then(|at| args.get(at + 1)).cloned();
-    let device: Device = match value("--device").unwrap_or_else(|| "flex".into()).parse() {
-        Ok(device) => device,
-        Err(error) => {
-            eprintln!("{error}");
-            std::process::exit(2);
-        }
-    };
-    // `cargo test --benches` runs every bench once, to see that it works.
-    let smoke = !args.iter().any(|arg| arg == "--bench");
-    if let Err(error) = device.run(Operations { device, smoke }) {
-        eprintln!("{error}");
-        std::process::exit(1);
-    }
+    common::run(|args| Operations { args });
 }
 
 struct Operations {
-    device: Device,
-    smoke: bool,
+    args: Arguments,
+}
+
+impl Operations {
+    fn report(&self, name: &str, shape: &str, plain: f64, ours: f64) {
+        println!("| {name} | {shape} | f32 | {} | {plain:.2} | {ours:.2} | {:.1} |", self.args.device, plain / ours);
+        append(
+            &self.args,
+            &serde_json::json!({
+                "bench": "operations", "operation": name, "shape": shape, "device": self.args.device.to_string(),
+                "plain_ms": plain, "ours_ms": ours,
+            }),
+        );
+    }
 }
 
 /// A function of float tensors whose result is summed and differentiated.
@@ -51,7 +54,7 @@ impl BackendTask for Operations {
     fn run<B: TrainBackend>(self, device: B::Device) {
         println!("| operation | shape | dtype | device | plain ms | ours ms | ratio |");
         println!("| --- | --- | --- | --- | --- | --- | --- |");
-        let (tokens, d_model, d_ff, vocab) = if self.smoke { (8, 16, 32, 64) } else { (2048, 512, 1376, 32_000) };
+        let (tokens, d_model, d_ff, vocab) = if self.args.smoke { (8, 16, 32, 64) } else { (2048, 512, 1376, 32_000) };
         let bench = |name: &str, shapes: &[[usize; 2]], ours: Op<B>, plain: Op<B>| {
             let inputs: Vec<Tensor<B, 2>> = shapes
                 .iter()
@@ -66,7 +69,7 @@ impl BackendTask for Operations {
                 start.elapsed()
             };
             let (mut ours_times, mut plain_times) = (Vec::new(), Vec::new());
-            let rounds = if self.smoke { 1 } else { 15 };
+            let rounds = if self.args.smoke { 1 } else { 15 };
             step(ours);
             step(plain);
             for _ in 0..rounds {
@@ -75,17 +78,15 @@ impl BackendTask for Operations {
             }
             let (ours, plain) = (median(ours_times), median(plain_times));
             let shape: Vec<String> = shapes.iter().map(|[a, b]| format!("{a}x{b}")).collect();
-            println!(
-                "| {name} | {} | f32 | {} | {plain:.2} | {ours:.2} | {:.1} |",
-                shape.join(" "),
-                self.device,
-                plain / ours
-            );
+            self.report(name, &shape.join(" "), plain, ours);
         };
 
-        bench("linear", &[[tokens, d_model], [d_ff, d_model]], &|x| ops::linear(x[0].clone(), x[1].clone()), &|x| {
-            x[0].clone().matmul(x[1].clone().transpose())
-        });
+        bench(
+            "linear",
+            &[[tokens, d_model], [d_ff, d_model]],
+            &|x| ops::linear(x[0].clone(), x[1].clone(), Precision::F32),
+            &|x| x[0].clone().matmul(x[1].clone().transpose()),
+        );
         bench(
             "rms_norm",
             &[[tokens, d_model], [1, d_model]],
@@ -126,7 +127,9 @@ impl BackendTask for Operations {
         bench(
             "linear_cross_entropy",
             &[[tokens, d_model], [vocab, d_model]],
-            &|x| ops::linear_cross_entropy(x[0].clone(), x[1].clone(), targets.clone()).unsqueeze(),
+            &|x| {
+                ops::linear_cross_entropy(x[0].clone(), x[1].clone(), targets.clone(), LossSpec::default()).unsqueeze()
+            },
             &|x| {
                 let logits = x[0].clone().matmul(x[1].clone().transpose());
                 let log_probs = burn::tensor::activation::log_softmax(logits, 1);
@@ -166,7 +169,7 @@ fn update<B: TrainBackend>(run: &Operations, len: usize, device: &B::Device) {
     };
     let mut states = [0, 1].map(|_| Some([random(), random(), random()]));
     let mut times = [Vec::new(), Vec::new()];
-    for round in 0..if run.smoke { 2 } else { 16 } {
+    for round in 0..if run.args.smoke { 2 } else { 16 } {
         for (which, times) in times.iter_mut().enumerate() {
             let time = time(which == 1, &mut states[which]);
             if round > 0 {
@@ -175,11 +178,5 @@ fn update<B: TrainBackend>(run: &Operations, len: usize, device: &B::Device) {
         }
     }
     let [plain, ours] = times.map(median);
-    println!("| adamw | {len} | f32 | {} | {plain:.2} | {ours:.2} | {:.1} |", run.device, plain / ours);
-}
-
-/// Median in milliseconds.
-fn median(mut times: Vec<Duration>) -> f64 {
-    times.sort();
-    times[times.len() / 2].as_secs_f64() * 1e3
+    run.report("adamw", &len.to_string(), plain, ours);
 }

@@ -4,37 +4,29 @@
 //! ```sh
 //! cargo bench --bench training                                   # every size, on the CPU
 //! cargo bench --bench training -- --size 15m --device flex
+//! cargo bench --bench training -- --precision bf16 --recompute full
+//! cargo bench --bench training -- --size 60m --lengths           # speed and memory by sequence length, one sequence
 //! cargo bench --bench training -- --json results.jsonl           # also as JSON lines
 //! ```
 #![recursion_limit = "256"]
 
-use std::io::Write;
 use std::time::Instant;
 
 use burn::train::TrainStep;
 use llama::data::loader::TokenBatch;
-use llama::model::{BackendTask, Device, LlamaConfig, TrainBackend};
+use llama::model::{BackendTask, Compute, LlamaConfig, ModelError, Precision, Recompute, TrainBackend};
 use llama::train::{AdamW, GradientList, OptimizerConfig, Pretrainer, measure_peak_flops};
 
+#[path = "common/mod.rs"]
+mod common;
+use common::{Arguments, append, median, memory};
+
 fn main() {
-    let args: Vec<String> = std::env::args().collect();
-    let value = |name: &str| args.iter().position(|arg| arg == name).and_then(|at| args.get(at + 1)).cloned();
-    let result = value("--device").unwrap_or_else(|| "flex".into()).parse().and_then(|device: Device| {
-        // `cargo test --benches` runs every bench once, to see that it works.
-        let smoke = !args.iter().any(|arg| arg == "--bench");
-        device.run(Training { device, smoke, size: value("--size"), json: value("--json") })
-    });
-    if let Err(error) = result {
-        eprintln!("{error}");
-        std::process::exit(2);
-    }
+    common::run(|args| Training { args });
 }
 
 struct Training {
-    device: Device,
-    smoke: bool,
-    size: Option<String>,
-    json: Option<String>,
+    args: Arguments,
 }
 
 /// Name, model, sequence length, sequences.
@@ -60,63 +52,89 @@ impl BackendTask for Training {
     type Output = ();
 
     fn run<B: TrainBackend>(self, device: B::Device) {
+        let compute = match compute(&self.args) {
+            Ok(compute) => compute,
+            Err(error) => {
+                eprintln!("{error}");
+                std::process::exit(2);
+            }
+        };
         let peak = measure_peak_flops::<B::InnerBackend>(&device);
         println!("measured matrix-product peak: {:.0} GFLOP/s", peak / 1e9);
-        println!("| size | parameters | seq_len x batch | dtype | device | tokens/s | of peak | memory MB |");
-        println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
+        println!(
+            "| size | parameters | seq_len x batch | precision | recompute | device | tokens/s | of peak | memory MB |"
+        );
+        println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- |");
         for (name, config, seq_len, batch) in sizes() {
-            if self.size.as_deref().is_some_and(|size| size != name) || (self.smoke && name != "tiny") {
+            if !self.args.selects(name) {
                 continue;
             }
-            let mut model =
-                Pretrainer { llama: config.init::<B>(0, &device).expect("the size is a valid model"), z_loss: 0.0 };
-            let mut optimizer = AdamW::<B>::new(OptimizerConfig::default());
-            let ids: Vec<i32> = (0..batch * seq_len).map(|i| (i * 7919 % config.vocab_size) as i32).collect();
-            let data = TokenBatch { inputs: ids.clone(), targets: ids, batch, seq_len };
-            let (warmup, steps) = if self.smoke { (0, 1) } else { (2, 10) };
-            let mut times = Vec::new();
-            for step in 0..warmup + steps {
-                let start = Instant::now();
-                let output = TrainStep::step(&model, data.clone());
-                let mut grads = GradientList::default();
-                grads.accumulate::<B, _>(&model, output.grads);
-                let per_token = 1.0 / output.item.tokens as f64;
-                let scale = optimizer.clip_factor(grads.norm() * per_token) * per_token;
-                model = optimizer.update(1e-4, model, grads, scale);
-                B::sync(&device).expect("the device answers");
-                if step >= warmup {
-                    times.push(start.elapsed().as_secs_f64());
-                }
-            }
-            times.sort_by(f64::total_cmp);
-            let rate = (batch * seq_len) as f64 / times[times.len() / 2];
-            let share = rate * config.flops_per_token(seq_len).training() / peak;
-            let memory = memory();
-            println!(
-                "| {name} | {} | {seq_len} x {batch} | f32 | {} | {rate:.0} | {:.0}% | {:.0} |",
-                config.num_params(),
-                self.device,
-                100.0 * share,
-                memory / 1e6
-            );
-            if let Some(path) = &self.json {
-                let line = serde_json::json!({
-                    "size": name, "parameters": config.num_params(), "seq_len": seq_len, "batch": batch, "dtype": "f32",
-                    "device": self.device.to_string(), "tokens_per_second": rate, "share_of_peak": share,
-                    "peak_flops": peak, "memory_bytes": memory,
-                });
-                let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
-                if let Err(error) = file.and_then(|mut file| writeln!(file, "{line}")) {
-                    eprintln!("{path}: {error}");
-                }
+            // Memory is the most so far, so lengths grow.
+            let lengths = [512, 1024, 2048, 4096, 8192].map(|len| (len, 1));
+            let shapes = if self.args.flag("--lengths") { lengths.to_vec() } else { vec![(seq_len, batch)] };
+            for shape in shapes {
+                let config = LlamaConfig { max_seq_len: config.max_seq_len.max(shape.0), ..config.clone() };
+                self.measure::<B>(name, &config, shape, compute, peak, &device);
             }
         }
     }
 }
 
-/// Most resident memory of the process so far in bytes, where the system tells (Linux).
-fn memory() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok()).unwrap_or(0.0) * 1024.0
+/// `--precision` and `--recompute`, by the names of the training configuration.
+fn compute(args: &Arguments) -> Result<Compute, ModelError> {
+    let precision = args.value("--precision").map_or(Ok(Precision::default()), |name| name.parse())?;
+    let recompute = args.value("--recompute").map_or(Ok(Recompute::default()), |name| name.parse())?;
+    Ok(Compute { precision, recompute })
+}
+
+impl Training {
+    fn measure<B: TrainBackend>(
+        &self,
+        name: &str,
+        config: &LlamaConfig,
+        (seq_len, batch): (usize, usize),
+        compute: Compute,
+        peak: f64,
+        device: &B::Device,
+    ) {
+        let llama = config.init::<B>(0, device).expect("the size is a valid model").with_compute(compute);
+        let mut model = Pretrainer { llama, z_loss: 0.0 };
+        let mut optimizer = AdamW::<B>::new(OptimizerConfig::default());
+        let ids: Vec<i32> = (0..batch * seq_len).map(|i| (i * 7919 % config.vocab_size) as i32).collect();
+        let data = TokenBatch { inputs: ids.clone(), targets: ids, batch, seq_len };
+        let (warmup, steps) = if self.args.smoke { (0, 1) } else { (2, self.args.number("--steps").unwrap_or(10)) };
+        let mut times = Vec::new();
+        for step in 0..warmup + steps {
+            let start = Instant::now();
+            let output = TrainStep::step(&model, data.clone());
+            let mut grads = GradientList::default();
+            grads.accumulate::<B, _>(&model, output.grads);
+            let per_token = 1.0 / output.item.tokens as f64;
+            let scale = optimizer.clip_factor(grads.norm() * per_token) * per_token;
+            model = optimizer.update(1e-4, model, grads, scale);
+            B::sync(device).expect("the device answers");
+            if step >= warmup {
+                times.push(start.elapsed());
+            }
+        }
+        let rate = (batch * seq_len) as f64 / median(times) * 1e3;
+        let share = rate * config.flops_per_token(seq_len).training() / peak;
+        println!(
+            "| {name} | {} | {seq_len} x {batch} | {} | {} | {} | {rate:.0} | {:.0}% | {:.0} |",
+            config.num_params(),
+            compute.precision,
+            compute.recompute,
+            self.args.device,
+            100.0 * share,
+            memory("VmHWM") / 1e6
+        );
+        append(
+            &self.args,
+            &serde_json::json!({
+                "bench": "training", "size": name, "parameters": config.num_params(), "seq_len": seq_len, "batch": batch,
+                "precision": compute.precision, "recompute": compute.recompute, "device": self.args.device.to_string(),
+                "tokens_per_second": rate, "share_of_peak": share, "peak_flops": peak, "memory_bytes": memory("VmHWM"),
+            }),
+        );
+    }
 }

@@ -19,7 +19,7 @@ use clap::{Parser, ValueEnum};
 use llama::data::prepare::{PrepareOptions, PrepareReport, prepare, train_tokenizer};
 use llama::data::tokenizer::{Tokenizer, TrainOptions};
 use llama::model::generate::{GenerateOptions, Generation, Sampling};
-use llama::model::{BackendTask, Device, Llama, LlamaBackend, LlamaConfig, TrainBackend};
+use llama::model::{BackendTask, Device, Llama, LlamaBackend, LlamaConfig, Precision, Recompute, TrainBackend};
 use llama::train::checkpoint::{self, TOKENIZER_FILE};
 use llama::train::{Display, Interrupter, PretrainConfig, Stop, pretrain};
 use serde::{Deserialize, Serialize};
@@ -77,6 +77,12 @@ struct Args {
     /// Peak learning rate
     #[arg(long)]
     lr: Option<f64>,
+    /// Precision of the products with weights: f32 or bf16
+    #[arg(long)]
+    precision: Option<Precision>,
+    /// What a block keeps for its backward: none (all is kept), selective, or full (least memory)
+    #[arg(long)]
+    recompute: Option<Recompute>,
     /// Steps between checkpoints
     #[arg(long)]
     checkpoint_every: Option<u64>,
@@ -176,6 +182,8 @@ fn configuration(args: &Args) -> Result<PretrainConfig> {
     set(&mut config.batch.sequences, &args.sequences);
     set(&mut config.batch.accumulation, &args.accumulation);
     set(&mut config.schedule.peak_lr, &args.lr);
+    set(&mut config.compute.precision, &args.precision);
+    set(&mut config.compute.recompute, &args.recompute);
     set(&mut config.run.checkpoint_every, &args.checkpoint_every);
     set(&mut config.run.eval_every, &args.eval_every);
     set(&mut config.seed, &args.seed);

@@ -21,6 +21,16 @@ impl Arguments {
         self.all.iter().position(|arg| arg == name).and_then(|at| self.all.get(at + 1)).cloned()
     }
 
+    /// Whether a flag is there.
+    pub fn flag(&self, name: &str) -> bool {
+        self.all.iter().any(|arg| arg == name)
+    }
+
+    /// The number after a name.
+    pub fn number(&self, name: &str) -> Option<usize> {
+        self.value(name)?.parse().ok()
+    }
+
     /// Whether `--size` asks for this one, or for none.
     pub fn selects(&self, size: &str) -> bool {
         self.value("--size").is_none_or(|only| only == size) && (!self.smoke || size == "tiny")

@@ -3,6 +3,32 @@
 
 use serde::{Deserialize, Serialize};
 
+/// The names of a choice, for command lines.
+macro_rules! names {
+    ($type:ident, $what:literal, $($variant:ident = $name:literal),*) => {
+        impl std::fmt::Display for $type {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(match self { $(Self::$variant => $name),* })
+            }
+        }
+
+        impl std::str::FromStr for $type {
+            type Err = crate::ModelError;
+
+            fn from_str(name: &str) -> Result<Self, Self::Err> {
+                match name {
+                    $($name => Ok(Self::$variant),)*
+                    _ => Err(crate::ModelError::Config {
+                        field: $what,
+                        reason: format!("cannot be `{name}`: choose one of {}", [$($name),*].join(", ")),
+                    }),
+                }
+            }
+        }
+    };
+}
+pub(crate) use names;
+
 /// Precision of the matrix products with weights. Weights, activations, statistics, losses, gradients and optimizer state
 /// are f32 in every case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +41,8 @@ pub enum Precision {
     /// products, never slower on the CPU.
     Bf16,
 }
+
+names!(Precision, "precision", F32 = "f32", Bf16 = "bf16");
 
 /// What the forward of a block keeps for its backward (paper, section 2.4). Gradients are the same bit for bit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,6 +57,8 @@ pub enum Recompute {
     /// The block's input alone. The backward runs the forward again, a third more arithmetic.
     Full,
 }
+
+names!(Recompute, "recompute", None = "none", Selective = "selective", Full = "full");
 
 /// The settings of a model: [`Llama::with_compute`](crate::Llama::with_compute).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

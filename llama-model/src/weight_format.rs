@@ -1,13 +1,11 @@
 //! Weights in fewer bytes, for generation: decoding is limited by the memory they are read from.
 
-use std::fmt;
-use std::str::FromStr;
-
 use burn::module::{Param, ParamId};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 
 use crate::backend::QUANT_BLOCK;
+use crate::compute::names;
 use crate::weights::{ParamMap, map_params};
 use crate::{Block, Linear, Llama, LlamaBackend, ModelError};
 
@@ -23,28 +21,7 @@ pub enum WeightFormat {
     Q8,
 }
 
-impl fmt::Display for WeightFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-            Self::Q8 => "q8",
-        })
-    }
-}
-
-impl FromStr for WeightFormat {
-    type Err = ModelError;
-
-    fn from_str(name: &str) -> Result<Self, ModelError> {
-        match name {
-            "f32" => Ok(Self::F32),
-            "bf16" => Ok(Self::Bf16),
-            "q8" => Ok(Self::Q8),
-            _ => Err(ModelError::Generation(format!("unknown weight format `{name}`: choose f32, bf16 or q8"))),
-        }
-    }
-}
+names!(WeightFormat, "weights", F32 = "f32", Bf16 = "bf16", Q8 = "q8");
 
 impl<B: LlamaBackend> Llama<B> {
     /// The model with its matrices in another format, for inference. Not reversible: the rounding stays.

@@ -146,7 +146,7 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f32) -
                     let out = out_ptr.slice(((b * q_len + row) * n_heads + head) * head_dim, head_dim);
                     (out, lse_ptr.slice(index * q_len + row, 1))
                 };
-                lse[0] = attend(out, qs.row(q, row), &ks, k, &vs, v, sizes.visible(row), scale);
+                lse[0] = attend(out, qs.row(q, row), (&ks, k), (&vs, v), sizes.visible(row), scale);
             }
         };
         if batch * n_heads * sizes.kv_len * head_dim < PARALLEL {
@@ -267,16 +267,14 @@ vectorized! {
     fn attend<'a>(
         out: &'a mut [f32],
         q: &'a [f32],
-        ks: &'a Heads<'a>,
-        k: Matrix,
-        vs: &'a Heads<'a>,
-        v: Matrix,
+        keys: (&'a Heads<'a>, Matrix),
+        vals: (&'a Heads<'a>, Matrix),
         seen: usize,
         scale: f32,
     ) -> f32 {
         let mut weights = vec![0.0f32; seen];
         for (t, weight) in weights.iter_mut().enumerate() {
-            *weight = scale * sum2(q, ks.row(k, t), |q, k| q * k);
+            *weight = scale * sum2(q, keys.0.row(keys.1, t), |q, k| q * k);
         }
         let largest = max(&weights);
         for weight in weights.iter_mut() {
@@ -285,7 +283,7 @@ vectorized! {
         let sum = sum1(&weights, |x| x);
         for (t, weight) in weights.iter().enumerate() {
             let weight = weight / sum;
-            for (out, v) in out.iter_mut().zip(vs.row(v, t)) {
+            for (out, v) in out.iter_mut().zip(vals.0.row(vals.1, t)) {
                 *out += weight * v;
             }
         }
