@@ -29,25 +29,6 @@ struct Training {
     args: Arguments,
 }
 
-/// Name, model, sequence length, sequences.
-fn sizes() -> Vec<(&'static str, LlamaConfig, usize, usize)> {
-    let tiny = LlamaConfig {
-        d_model: 128,
-        n_layers: 4,
-        n_heads: 4,
-        n_kv_heads: 4,
-        head_dim: 32,
-        d_ff: 352,
-        ..LlamaConfig::tiny(512)
-    };
-    vec![
-        ("tiny", tiny, 256, 8),
-        ("15m", LlamaConfig::small_15m(), 256, 8),
-        ("60m", LlamaConfig::small_60m(), 512, 4),
-        ("110m", LlamaConfig::small_110m(), 1024, 1),
-    ]
-}
-
 impl BackendTask for Training {
     type Output = ();
 
@@ -65,7 +46,7 @@ impl BackendTask for Training {
             "| size | parameters | seq_len x batch | precision | recompute | device | tokens/s | of peak | memory MB |"
         );
         println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- |");
-        for (name, config, seq_len, batch) in sizes() {
+        for (name, config, seq_len, batch) in common::sizes() {
             if !self.args.selects(name) {
                 continue;
             }

@@ -4,7 +4,7 @@
 use std::io::Write;
 use std::time::Duration;
 
-use llama::model::{BackendTask, Device};
+use llama::model::{BackendTask, Device, LlamaConfig};
 
 /// Arguments of a bench.
 pub struct Arguments {
@@ -39,6 +39,7 @@ impl Arguments {
 
 /// Runs a bench on the device of `--device`.
 pub fn run<T: BackendTask>(task: impl FnOnce(Arguments) -> T) {
+    llama::model::keep_freed_memory();
     let all: Vec<String> = std::env::args().collect();
     let smoke = !all.iter().any(|arg| arg == "--bench");
     let mut args = Arguments { all, device: Device::Flex, smoke };
@@ -72,4 +73,23 @@ pub fn memory(field: &str) -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok()).unwrap_or(0.0) * 1024.0
+}
+
+/// The sizes that training is measured on: name, model, sequence length, sequences.
+pub fn sizes() -> Vec<(&'static str, LlamaConfig, usize, usize)> {
+    let tiny = LlamaConfig {
+        d_model: 128,
+        n_layers: 4,
+        n_heads: 4,
+        n_kv_heads: 4,
+        head_dim: 32,
+        d_ff: 352,
+        ..LlamaConfig::tiny(512)
+    };
+    vec![
+        ("tiny", tiny, 256, 8),
+        ("15m", LlamaConfig::small_15m(), 256, 8),
+        ("60m", LlamaConfig::small_60m(), 512, 4),
+        ("110m", LlamaConfig::small_110m(), 1024, 1),
+    ]
 }

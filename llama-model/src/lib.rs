@@ -41,6 +41,7 @@ mod compute;
 mod config;
 mod error;
 mod init;
+mod memory;
 mod weight_format;
 
 pub use backend::{LlamaBackend, TrainBackend};
@@ -48,6 +49,7 @@ pub use compute::{Compute, Precision, Recompute};
 pub use config::{FlopCount, LlamaConfig, RopeScaling};
 pub use device::{BackendTask, Device};
 pub use error::ModelError;
+pub use memory::keep_freed_memory;
 pub use modules::{
     Attention, Block, Embedding, FeedForward, KvCache, Linear, Llama, Quantized, RmsNorm, RotaryEmbedding,
 };

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::product::{Matrix, PRODUCT, Product, multiply};
 use super::simd::{exp, max, sum1, sum2, vectorized};
-use super::{Strided, contiguous, from_values, values};
+use super::{Buffer, Strided, contiguous, values};
 use crate::backend::AttentionSaved;
 use burn::backend::Flex;
 
@@ -129,8 +129,8 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f32) -
     let sizes = Sizes::new(&q, &k);
     let Sizes { batch, q_len, n_heads, head_dim, .. } = sizes;
     let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
-    let mut out = vec![0.0f32; batch * q_len * n_heads * head_dim];
-    let mut lse = vec![0.0f32; batch * n_heads * q_len];
+    let mut out = Buffer::zeros(batch * q_len * n_heads * head_dim);
+    let mut lse = Buffer::zeros(batch * n_heads * q_len);
     let scaled = Product { factor: scale, ..PRODUCT };
     let (out_ptr, lse_ptr) = (Output(out.as_mut_ptr()), Output(lse.as_mut_ptr()));
     if q_len < FEW {
@@ -154,7 +154,7 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f32) -
         } else {
             (0..batch * n_heads).into_par_iter().for_each(head);
         }
-        return (from_values(out, q.shape()), from_values(lse, Shape::new([batch, n_heads, q_len])));
+        return (out.into_tensor(q.shape()), lse.into_tensor(Shape::new([batch, n_heads, q_len])));
     }
     (0..batch * n_heads).into_par_iter().for_each_init(
         || vec![0.0f32; Q_TILE * K_TILE],
@@ -199,7 +199,7 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f32) -
             }
         },
     );
-    (from_values(out, q.shape()), from_values(lse, Shape::new([batch, n_heads, q_len])))
+    (out.into_tensor(q.shape()), lse.into_tensor(Shape::new([batch, n_heads, q_len])))
 }
 
 pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTensor; 3] {
@@ -211,9 +211,9 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
     let Sizes { batch, q_len, kv_len, n_heads, n_kv_heads, head_dim } = sizes;
     let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
     let (outs, grads, lse) = (Heads::new(&out), Heads::new(&grad), values(&lse));
-    let mut d_q = vec![0.0f32; batch * q_len * n_heads * head_dim];
-    let mut d_k = vec![0.0f32; batch * kv_len * n_kv_heads * head_dim];
-    let mut d_v = vec![0.0f32; batch * kv_len * n_kv_heads * head_dim];
+    let mut d_q = Buffer::zeros(batch * q_len * n_heads * head_dim);
+    let mut d_k = Buffer::zeros(batch * kv_len * n_kv_heads * head_dim);
+    let mut d_v = Buffer::zeros(batch * kv_len * n_kv_heads * head_dim);
     let (scaled, sum) = (Product { factor: scale, ..PRODUCT }, Product { add: true, ..PRODUCT });
     let [d_q_ptr, d_k_ptr, d_v_ptr] = [&mut d_q, &mut d_k, &mut d_v].map(|x| Output(x.as_mut_ptr()));
     // A task has a key head and all query heads of its group, so it alone writes the key head's gradient.
@@ -259,7 +259,7 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
             }
         },
     );
-    [from_values(d_q, q.shape()), from_values(d_k, k.shape()), from_values(d_v, v.shape())]
+    [d_q.into_tensor(q.shape()), d_k.into_tensor(k.shape()), d_v.into_tensor(v.shape())]
 }
 
 vectorized! {

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::product::{Matrix, PRODUCT, Product, multiply};
 use super::simd::{exp, max, sum1, vectorized};
-use super::{contiguous, from_values, values};
+use super::{Buffer, contiguous, scalar, values};
 use crate::backend::{IGNORE_TARGET, LossSpec};
 
 /// Logits of a chunk: 32 MB.
@@ -48,7 +48,8 @@ impl<'a> Head<'a> {
     /// Calls `each` with first row, hidden states, targets and logits of every chunk.
     fn chunks(&self, mut each: impl FnMut(usize, Matrix, &[i64], &mut [f32])) {
         let rows = self.rows();
-        let mut logits = vec![0.0f32; rows * self.vocab_size];
+        // SAFETY: the product fills it first.
+        let mut logits = unsafe { Buffer::unwritten(rows * self.vocab_size) };
         let head = Matrix::rows(self.head, self.vocab_size, self.d_model).transposed();
         for (index, targets) in self.targets.chunks(rows).enumerate() {
             let first = index * rows;
@@ -102,12 +103,12 @@ fn chunk_losses(logits: &mut [f32], targets: &[i64], head: &Head, losses: &mut [
 pub(super) fn token_losses(hidden: FlexTensor, head: FlexTensor, targets: FlexTensor, spec: LossSpec) -> FlexTensor {
     let (hidden, head_tensor) = (contiguous(hidden), contiguous(head));
     let head = Head::new(&hidden, &head_tensor, targets, spec);
-    let mut losses = vec![0.0f32; head.targets.len()];
+    let mut losses = Buffer::zeros(head.targets.len());
     head.chunks(|first, _, targets, logits| {
         chunk_losses(logits, targets, &head, &mut losses[first..][..targets.len()], false);
     });
     let tokens = losses.len();
-    from_values(losses, Shape::new([tokens]))
+    losses.into_tensor(Shape::new([tokens]))
 }
 
 pub(super) fn with_grads(hidden: FlexTensor, head: FlexTensor, targets: FlexTensor, spec: LossSpec) -> [FlexTensor; 3] {
@@ -115,8 +116,8 @@ pub(super) fn with_grads(hidden: FlexTensor, head: FlexTensor, targets: FlexTens
     let head = Head::new(&hidden, &head_tensor, targets, spec);
     let (tokens, d_model, vocab_size) = (head.targets.len(), head.d_model, head.vocab_size);
     let mut losses = vec![0.0f32; tokens];
-    let mut d_hidden = vec![0.0f32; tokens * d_model];
-    let mut d_head = vec![0.0f32; vocab_size * d_model];
+    // Without tokens nothing would fill them.
+    let (mut d_hidden, mut d_head) = (Buffer::zeros(tokens * d_model), Buffer::zeros(vocab_size * d_model));
     let weight = Matrix::rows(head.head, vocab_size, d_model);
     head.chunks(|first, hidden, targets, logits| {
         chunk_losses(logits, targets, &head, &mut losses[first..][..targets.len()], true);
@@ -131,8 +132,8 @@ pub(super) fn with_grads(hidden: FlexTensor, head: FlexTensor, targets: FlexTens
     });
     let loss: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
     [
-        from_values(vec![loss as f32], Shape::new([1])),
-        from_values(d_hidden, Shape::new([tokens, d_model])),
-        from_values(d_head, Shape::new([vocab_size, d_model])),
+        scalar(loss as f32),
+        d_hidden.into_tensor(Shape::new([tokens, d_model])),
+        d_head.into_tensor(Shape::new([vocab_size, d_model])),
     ]
 }

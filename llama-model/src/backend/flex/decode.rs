@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::product::Output;
 use super::simd::{LANES, tree_sum, vectorized};
-use super::{contiguous, from_values, values};
+use super::{Buffer, contiguous, values};
 use crate::backend::QUANT_BLOCK;
 
 /// Rows of the input up to which this beats the product of blocks.
@@ -72,7 +72,7 @@ fn whole(x: FlexTensor) -> FlexTensor {
 fn multiply(x: &FlexTensor, weight: Stored, d_out: usize) -> FlexTensor {
     let [rows, d_in] = x.shape().dims();
     let xs = values(x);
-    let mut out = vec![0.0f32; rows * d_out];
+    let mut out = Buffer::zeros(rows * d_out);
     let target = Output(out.as_mut_ptr());
     let tasks = (d_out * d_in / TASK).clamp(1, 4 * rayon::current_num_threads());
     let task = |task: usize| {
@@ -85,7 +85,7 @@ fn multiply(x: &FlexTensor, weight: Stored, d_out: usize) -> FlexTensor {
     } else {
         (0..tasks).into_par_iter().with_max_len(1).for_each(task)
     }
-    from_values(out, Shape::new([rows, d_out]))
+    out.into_tensor(Shape::new([rows, d_out]))
 }
 
 /// Fills the columns from `start` on.

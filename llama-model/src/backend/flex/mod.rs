@@ -5,6 +5,7 @@
 //! for bit.
 
 mod attention;
+mod buffer;
 mod cross_entropy;
 mod decode;
 mod product;
@@ -13,9 +14,10 @@ mod simd;
 
 use burn::backend::Flex;
 use burn::tensor::ops::{FloatTensor, IntTensor};
-use burn::tensor::{DType, Shape, TensorData, TensorMetadata};
+use burn::tensor::{DType, TensorData, TensorMetadata};
 use burn_flex::{FlexTensor, Layout};
 
+use self::buffer::Buffer;
 use super::{AdamWStep, AttentionSaved, LlamaBackend, LossSpec, reference};
 use crate::Precision;
 
@@ -162,8 +164,8 @@ fn values(x: &FlexTensor) -> &[f32] {
     x.storage::<f32>()
 }
 
-fn from_values(values: Vec<f32>, shape: Shape) -> FlexTensor {
-    FlexTensor::from_data(TensorData::new(values, shape))
+fn scalar(value: f32) -> FlexTensor {
+    FlexTensor::from_data(TensorData::new(vec![value], [1]))
 }
 
 /// A view of a tensor's elements with strides.

@@ -5,7 +5,7 @@ use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::simd::{sigmoid, sum1, sum2, vectorized};
-use super::{contiguous, from_values, values};
+use super::{Buffer, contiguous, scalar, values};
 use crate::backend::AdamWStep;
 
 /// Elements a thread takes at a time: small enough to share evenly, large enough to hide the hand-over. Fixed, so that
@@ -22,14 +22,15 @@ pub(super) fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f32) -> (FlexTens
     let shape = x.shape();
     let [rows, width] = shape.dims();
     let (xs, weights) = (values(&x), values(&weight));
-    let (mut out, mut inv_rms) = (vec![0.0f32; rows * width], vec![0.0f32; rows]);
+    // SAFETY: every row is written.
+    let (mut out, mut inv_rms) = unsafe { (Buffer::unwritten(rows * width), Buffer::unwritten(rows)) };
     let block = rows_per_block(width);
     out.par_chunks_mut(block * width).zip(inv_rms.par_chunks_mut(block)).zip(xs.par_chunks(block * width)).for_each(
         |((out, inv_rms), x)| {
             rms_norm_rows(out, inv_rms, x, weights, eps);
         },
     );
-    (from_values(out, shape), from_values(inv_rms, Shape::new([rows, 1])))
+    (out.into_tensor(shape), inv_rms.into_tensor(Shape::new([rows, 1])))
 }
 
 vectorized! {
@@ -54,7 +55,8 @@ pub(super) fn rms_norm_backward(
     let shape = x.shape();
     let [rows, width] = shape.dims();
     let (xs, weights, invs, grads) = (values(&x), values(&weight), values(&inv_rms), values(&grad));
-    let mut d_x = vec![0.0f32; rows * width];
+    // SAFETY: every row is written.
+    let mut d_x = unsafe { Buffer::unwritten(rows * width) };
     let block = rows_per_block(width);
     // Each block sums its own part of the weight's gradient; the parts are then added in their order.
     let parts: Vec<Vec<f32>> = d_x
@@ -64,11 +66,11 @@ pub(super) fn rms_norm_backward(
         .zip(invs.par_chunks(block))
         .map(|(((d_x, x), grad), inv)| rms_norm_backward_rows(d_x, x, grad, inv, weights))
         .collect();
-    let mut d_weight = vec![0.0f32; width];
+    let mut d_weight = Buffer::zeros(width);
     for part in parts {
         d_weight.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
-    (from_values(d_x, shape), from_values(d_weight, Shape::new([width])))
+    (d_x.into_tensor(shape), d_weight.into_tensor(Shape::new([width])))
 }
 
 vectorized! {
@@ -135,12 +137,13 @@ vectorized! {
 
 pub(super) fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
     let (gate, up) = (contiguous(gate), contiguous(up));
-    let mut out = vec![0.0f32; values(&gate).len()];
+    // SAFETY: every element is written.
+    let mut out = unsafe { Buffer::unwritten(values(&gate).len()) };
     out.par_chunks_mut(BLOCK)
         .zip(values(&gate).par_chunks(BLOCK))
         .zip(values(&up).par_chunks(BLOCK))
         .for_each(|((out, gate), up)| swiglu_block(out, gate, up));
-    from_values(out, gate.shape())
+    out.into_tensor(gate.shape())
 }
 
 vectorized! {
@@ -154,7 +157,8 @@ vectorized! {
 pub(super) fn swiglu_backward(gate: FlexTensor, up: FlexTensor, grad: FlexTensor) -> (FlexTensor, FlexTensor) {
     let [gate, up, grad] = [gate, up, grad].map(contiguous);
     let len = values(&gate).len();
-    let (mut d_gate, mut d_up) = (vec![0.0f32; len], vec![0.0f32; len]);
+    // SAFETY: every element is written.
+    let (mut d_gate, mut d_up) = unsafe { (Buffer::unwritten(len), Buffer::unwritten(len)) };
     let inputs =
         values(&gate).par_chunks(BLOCK).zip(values(&up).par_chunks(BLOCK)).zip(values(&grad).par_chunks(BLOCK));
     d_gate
@@ -162,7 +166,7 @@ pub(super) fn swiglu_backward(gate: FlexTensor, up: FlexTensor, grad: FlexTensor
         .zip(d_up.par_chunks_mut(BLOCK))
         .zip(inputs)
         .for_each(|((d_gate, d_up), ((gate, up), grad))| swiglu_backward_block(d_gate, d_up, gate, up, grad));
-    (from_values(d_gate, gate.shape()), from_values(d_up, gate.shape()))
+    (d_gate.into_tensor(gate.shape()), d_up.into_tensor(gate.shape()))
 }
 
 vectorized! {
@@ -223,7 +227,7 @@ vectorized! {
 pub(super) fn sum_of_squares(x: FlexTensor) -> FlexTensor {
     let x = contiguous(x);
     let parts: Vec<f64> = values(&x).par_chunks(BLOCK).map(|block| f64::from(sum_of_squares_block(block))).collect();
-    from_values(vec![parts.iter().sum::<f64>() as f32], Shape::new([1]))
+    scalar(parts.iter().sum::<f64>() as f32)
 }
 
 vectorized! {

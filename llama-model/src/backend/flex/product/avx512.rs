@@ -1,33 +1,22 @@
-//! Matrix products for AVX-512, in f32 and with operands rounded to bf16.
-//!
-//! The usual three levels (Goto and van de Geijn, 2008): a task owns a block of the result; it packs a block of `a` for
-//! the second-level cache, then, strip by strip, 32 columns of `b`, and runs over both with a kernel that holds 14 x 32
-//! sums in registers. Tasks share nothing, so they need no barrier, and how they are cut depends on shapes and the number
-//! of threads but never changes the order of a sum.
+//! Register kernels for AVX-512, in f32 and with operands rounded to bf16: 14 x 32 sums in registers.
 
 use std::arch::x86_64::*;
-use std::cell::RefCell;
 use std::marker::PhantomData;
 
-use rayon::prelude::*;
+use super::Matrix;
+use super::blocks::{Kernel, Span, Target};
 
-use super::{Matrix, Output, Product};
-
-/// Rows of the register tile.
+/// Rows of the register target.
 const MR: usize = 14;
 /// Columns of the register tile, two vectors.
 const NR: usize = 32;
-/// Rows of a task's block, at most: with [`KC`] a packed block of 1 MB.
+/// Rows of a packed block: 1 MB with all its terms.
 const MC: usize = 36 * MR;
-/// Columns of a task's block, at most.
-const NC: usize = 1024;
-/// Terms of a sum that are packed at a time.
-const KC: usize = 512;
 /// Steps that panels are fetched ahead of their use.
 const AHEAD: usize = 16;
 
 /// How packed panels hold their operands: 4-byte lanes of one f32 or of two bf16, and what the kernel does with them.
-trait Format {
+pub(super) trait Format {
     /// Terms of the sum in a lane.
     const TERMS: usize;
     /// Lanes of `16 · TERMS` terms that are neighbours in memory, the first `count` of which exist.
@@ -38,7 +27,7 @@ trait Format {
     unsafe fn multiply_add(a: __m512, b: __m512, sum: __m512) -> __m512;
 }
 
-fn mask(count: usize) -> __mmask16 {
+pub(super) fn mask(count: usize) -> __mmask16 {
     if count >= 16 { !0 } else { (1 << count) - 1 }
 }
 
@@ -126,7 +115,7 @@ impl Format for Pairs {
 
 /// Columns become rows.
 #[inline(always)]
-unsafe fn transpose(x: [__m512; 16]) -> [__m512; 16] {
+pub(super) unsafe fn transpose(x: [__m512; 16]) -> [__m512; 16] {
     unsafe {
         let low = |a, b| _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
         let high = |a, b| _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
@@ -156,73 +145,72 @@ unsafe fn transpose(x: [__m512; 16]) -> [__m512; 16] {
     }
 }
 
-/// Packs `width` rows of `x` from column `terms.0` to `terms.1` as a panel: for each lane's worth of terms, `W` lanes, one
-/// for each row, those past `width` zero.
+/// Packs rows of `x` in panels of `W`: for each lane's worth of terms, `W` lanes, one for each row, those of rows that do
+/// not exist zero.
 ///
 /// # Safety
-/// The rows and columns must be inside the matrix, the panel have room, and the CPU have the instructions.
+/// The rows and terms must be inside the matrix, the panels have room, and the CPU have the instructions.
 #[inline(always)]
-unsafe fn pack<F: Format, const W: usize>(panel: *mut f32, x: Matrix, row: usize, width: usize, terms: (usize, usize)) {
-    let count = terms.1 - terms.0;
-    let steps = count.div_ceil(F::TERMS);
+pub(super) unsafe fn pack<F: Format, const W: usize>(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
+    let steps = terms.1.div_ceil(F::TERMS);
+    let panel = |first: usize| panels.wrapping_add(first * steps);
+    let firsts = || (0..rows.1).step_by(W);
     unsafe {
         if x.row_stride == 1 {
+            // Rows are neighbours in memory, so all of them are read for a step before the next.
             for step in 0..steps {
                 let term = step * F::TERMS;
-                let src = x.at(row, terms.0 + term);
-                for i in (0..W).step_by(16) {
-                    let have = mask(width.saturating_sub(i));
-                    let lanes = F::across(src.wrapping_add(i), x.col_stride, have, count - term);
-                    _mm512_mask_storeu_ps(panel.add(step * W + i), mask(W - i), lanes);
+                let src = x.at(rows.0, terms.0 + term);
+                for first in firsts() {
+                    let lanes = panel(first).wrapping_add(step * W);
+                    for i in (0..W).step_by(16) {
+                        let have = mask(rows.1.saturating_sub(first + i));
+                        let values = F::across(src.wrapping_add(first + i), x.col_stride, have, terms.1 - term);
+                        _mm512_mask_storeu_ps(lanes.add(i), mask(W - i), values);
+                    }
                 }
             }
         } else if x.col_stride == 1 {
-            for step in (0..steps).step_by(16) {
-                let term = step * F::TERMS;
-                for i in (0..W).step_by(16) {
-                    let mut rows = [_mm512_setzero_ps(); 16];
-                    for (r, lanes) in rows.iter_mut().enumerate() {
-                        if i + r < width {
-                            let src = x.at(row + i + r, terms.0 + term);
-                            *lanes = F::along(src, count - term);
-                            _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(32 * F::TERMS).cast());
+            for first in firsts() {
+                let width = W.min(rows.1 - first);
+                for step in (0..steps).step_by(16) {
+                    let term = step * F::TERMS;
+                    for i in (0..W).step_by(16) {
+                        let mut values = [_mm512_setzero_ps(); 16];
+                        for (r, values) in values.iter_mut().enumerate() {
+                            if i + r < width {
+                                let src = x.at(rows.0 + first + i + r, terms.0 + term);
+                                *values = F::along(src, terms.1 - term);
+                                _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(32 * F::TERMS).cast());
+                            }
                         }
-                    }
-                    for (s, lanes) in transpose(rows).into_iter().enumerate() {
-                        if step + s < steps {
-                            _mm512_mask_storeu_ps(panel.add((step + s) * W + i), mask(W - i), lanes);
+                        for (s, values) in transpose(values).into_iter().enumerate() {
+                            if step + s < steps {
+                                let lanes = panel(first).add((step + s) * W + i);
+                                _mm512_mask_storeu_ps(lanes, mask(W - i), values);
+                            }
                         }
                     }
                 }
             }
         } else {
             // No view of a tensor that is a matrix gets here with strides of its own in both directions often.
-            for step in 0..steps {
-                for i in 0..W {
-                    let mut pair = [0.0f32; 16];
-                    for (t, value) in pair.iter_mut().enumerate().take(F::TERMS.min(count - step * F::TERMS)) {
-                        if i < width {
-                            *value = *x.at(row + i, terms.0 + step * F::TERMS + t);
+            for first in firsts() {
+                for (step, i) in (0..steps).flat_map(|step| (0..W).map(move |i| (step, i))) {
+                    let mut values = [0.0f32; 16];
+                    for (t, value) in values.iter_mut().enumerate().take(F::TERMS.min(terms.1 - step * F::TERMS)) {
+                        if first + i < rows.1 {
+                            *value = *x.at(rows.0 + first + i, terms.0 + step * F::TERMS + t);
                         }
                     }
-                    _mm512_mask_storeu_ps(panel.add(step * W + i), 1, F::along(pair.as_ptr(), F::TERMS));
+                    _mm512_mask_storeu_ps(panel(first).add(step * W + i), 1, F::along(values.as_ptr(), F::TERMS));
                 }
             }
         }
     }
 }
 
-/// Where a kernel's sums go.
-#[derive(Clone, Copy)]
-struct Tile {
-    out: *mut f32,
-    row_stride: isize,
-    cols: usize,
-    factor: f32,
-    add: bool,
-}
-
-type Kernel = unsafe fn(usize, *const f32, *const f32, Tile);
+type Body = unsafe fn(usize, *const f32, *const f32, Target);
 
 /// `R` rows and `V` vectors of columns of the result, over `steps` lanes of both panels.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
@@ -230,9 +218,9 @@ unsafe fn dot_kernel<F: Format, const R: usize, const V: usize>(
     steps: usize,
     a: *const f32,
     b: *const f32,
-    tile: Tile,
+    target: Target,
 ) {
-    unsafe { kernel::<F, R, V>(steps, a, b, tile) }
+    unsafe { kernel::<F, R, V>(steps, a, b, target) }
 }
 
 #[target_feature(enable = "avx512f")]
@@ -240,9 +228,9 @@ unsafe fn plain_kernel<F: Format, const R: usize, const V: usize>(
     steps: usize,
     a: *const f32,
     b: *const f32,
-    tile: Tile,
+    target: Target,
 ) {
-    unsafe { kernel::<F, R, V>(steps, a, b, tile) }
+    unsafe { kernel::<F, R, V>(steps, a, b, target) }
 }
 
 #[inline(always)]
@@ -250,10 +238,10 @@ unsafe fn kernel<F: Format, const R: usize, const V: usize>(
     steps: usize,
     mut a: *const f32,
     mut b: *const f32,
-    tile: Tile,
+    target: Target,
 ) {
     unsafe {
-        let row = |i: usize| tile.out.wrapping_offset(i as isize * tile.row_stride);
+        let row = |i: usize| target.out.wrapping_offset(i as isize * target.row_stride);
         for i in 0..R {
             for v in 0..V {
                 _mm_prefetch::<_MM_HINT_T0>(row(i).wrapping_add(16 * v).cast());
@@ -276,11 +264,11 @@ unsafe fn kernel<F: Format, const R: usize, const V: usize>(
             a = a.add(MR);
             b = b.add(NR);
         }
-        let factor = _mm512_set1_ps(tile.factor);
+        let factor = _mm512_set1_ps(target.factor);
         for (i, sums) in sums.iter().enumerate() {
             for (v, sum) in sums.iter().enumerate() {
-                let (out, mask) = (row(i).wrapping_add(16 * v), mask(tile.cols.saturating_sub(16 * v)));
-                let result = if tile.add {
+                let (out, mask) = (row(i).wrapping_add(16 * v), mask(target.cols.saturating_sub(16 * v)));
+                let result = if target.add {
                     _mm512_fmadd_ps(*sum, factor, _mm512_maskz_loadu_ps(mask, out))
                 } else {
                     _mm512_mul_ps(*sum, factor)
@@ -296,78 +284,14 @@ struct Kernels<F>(PhantomData<F>);
 
 macro_rules! kernels {
     ($name:ident: $($rows:literal)*) => {
-        [[$($name::<F, $rows, 1> as Kernel),*], [$($name::<F, $rows, 2> as Kernel),*]]
+        [[$($name::<F, $rows, 1> as Body),*], [$($name::<F, $rows, 2> as Body),*]]
     };
 }
 
 impl<F: Format> Kernels<F> {
-    const PLAIN: [[Kernel; MR]; 2] = kernels!(plain_kernel: 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
-    const DOT: [[Kernel; MR]; 2] = kernels!(dot_kernel: 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
-    const TABLE: &[[Kernel; MR]; 2] = if F::TERMS == 2 { &Self::DOT } else { &Self::PLAIN };
-}
-
-#[target_feature(enable = "avx512f")]
-unsafe fn plain_block<F: Format>(block: &Block, packed: *mut f32) {
-    unsafe { block.compute::<F>(packed) }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn dot_block<F: Format>(block: &Block, packed: *mut f32) {
-    unsafe { block.compute::<F>(packed) }
-}
-
-/// A task: rows `row..row + rows` and columns `col..col + cols` of the result.
-struct Block {
-    product: Product,
-    out: Output,
-    out_row_stride: isize,
-    a: Matrix,
-    b: Matrix,
-    row: usize,
-    rows: usize,
-    col: usize,
-    cols: usize,
-    terms: usize,
-}
-
-impl Block {
-    #[inline(always)]
-    unsafe fn compute<F: Format>(&self, packed_a: *mut f32) {
-        let packed_b = packed_a.wrapping_add(MC * KC);
-        let columns = self.b.transposed();
-        for start in (0..self.a.cols).step_by(self.terms) {
-            let terms = (start, self.a.cols.min(start + self.terms));
-            let steps = (terms.1 - terms.0).div_ceil(F::TERMS);
-            for i in (0..self.rows).step_by(MR) {
-                // SAFETY: rows and terms are inside `a`, the buffer holds MC · KC terms.
-                unsafe {
-                    pack::<F, MR>(packed_a.add(i * steps), self.a, self.row + i, MR.min(self.rows - i), terms);
-                }
-            }
-            for j in (0..self.cols).step_by(NR) {
-                let cols = NR.min(self.cols - j);
-                // SAFETY: columns and terms are inside `b`.
-                unsafe { pack::<F, NR>(packed_b, columns, self.col + j, cols, terms) };
-                for i in (0..self.rows).step_by(MR) {
-                    let tile = Tile {
-                        out: self.out.at(self.row + i, self.out_row_stride, self.col + j),
-                        row_stride: self.out_row_stride,
-                        cols,
-                        factor: self.product.factor,
-                        add: self.product.add || start > 0,
-                    };
-                    let kernel = Kernels::<F>::TABLE[usize::from(cols > 16)][MR.min(self.rows - i) - 1];
-                    // SAFETY: both panels were just packed; the tile is this task's own.
-                    unsafe { kernel(steps, packed_a.add(i * steps), packed_b, tile) };
-                }
-            }
-        }
-    }
-}
-
-thread_local! {
-    /// A thread's packed block and strip.
-    static PACKED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    const PLAIN: [[Body; MR]; 2] = kernels!(plain_kernel: 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+    const DOT: [[Body; MR]; 2] = kernels!(dot_kernel: 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+    const TABLE: &[[Body; MR]; 2] = if F::TERMS == 2 { &Self::DOT } else { &Self::PLAIN };
 }
 
 /// Whether the CPU has a bf16 dot product.
@@ -382,42 +306,46 @@ pub(super) fn fast_dot() -> bool {
     has_dot() && __cpuid(0).ebx == u32::from_le_bytes(*b"Auth")
 }
 
-/// [`multiply`](super::multiply) in a format.
-///
-/// # Safety
-/// As there; the CPU must have the format's instructions.
-#[allow(private_bounds)]
-pub(super) unsafe fn multiply<F: Format>(out: Output, out_row_stride: isize, a: Matrix, b: Matrix, product: Product) {
-    let (m, n, k) = (a.rows, b.cols, a.cols);
-    let threads = if product.threads { rayon::current_num_threads() } else { 1 };
-    let even = |len: usize, blocks: usize, unit: usize| len.div_ceil(blocks).next_multiple_of(unit);
-    let nc = even(n, n.div_ceil(NC), NR);
-    let col_blocks = n.div_ceil(nc);
-    // Two tasks or more for each thread where there are rows enough, and a number that threads share evenly.
-    let wanted = if threads > 1 { (2 * threads).div_ceil(col_blocks).min(m.div_ceil(4 * MR)) } else { 1 };
-    let mut row_blocks = m.div_ceil(MC).max(wanted);
-    if !col_blocks.is_multiple_of(threads) {
-        row_blocks = row_blocks.next_multiple_of(threads);
+impl<F: Format> Kernel for F {
+    const ROWS: usize = MR;
+    const COLS: usize = NR;
+    const TERMS: usize = F::TERMS;
+    const BLOCK: usize = MC;
+
+    fn lanes(terms: usize) -> usize {
+        terms.div_ceil(F::TERMS)
     }
-    let mc = even(m, row_blocks, MR);
-    let row_blocks = m.div_ceil(mc);
-    let terms = even(k, k.div_ceil(KC), F::TERMS);
-    let task = |task: usize| {
-        let (row, col) = (task % row_blocks * mc, task / row_blocks * nc);
-        let (rows, cols) = (mc.min(m - row), nc.min(n - col));
-        let block = Block { product, out, out_row_stride, a, b, row, rows, col, cols, terms };
-        // Taken out, so that a nested call, which there is none, would only allocate.
-        let mut buffer = PACKED.take();
-        buffer.resize((MC + NR) * KC + 16, 0.0);
-        let packed = buffer.as_mut_ptr();
-        let packed = packed.wrapping_add(packed.align_offset(64));
-        // SAFETY: the caller's promise; the buffer has room for both panels after its aligned start.
-        unsafe { if F::TERMS == 2 { dot_block::<F>(&block, packed) } else { plain_block::<F>(&block, packed) } }
-        PACKED.set(buffer);
-    };
-    if threads > 1 {
-        (0..row_blocks * col_blocks).into_par_iter().with_max_len(1).for_each(task);
-    } else {
-        (0..row_blocks * col_blocks).for_each(task);
+
+    unsafe fn pack_a(panels: *mut f32, a: Matrix, rows: Span, terms: Span) {
+        unsafe { pack_for::<F, MR>(panels, a, rows, terms) }
     }
+
+    unsafe fn pack_b(strips: *mut f32, b: Matrix, cols: Span, terms: Span) {
+        unsafe { pack_for::<F, NR>(strips, b, cols, terms) }
+    }
+
+    unsafe fn strip(panels: *const f32, strip: *const f32, terms: usize, target: Target) {
+        let steps = Self::lanes(terms);
+        for i in (0..target.rows).step_by(MR) {
+            let rows = MR.min(target.rows - i);
+            let out = target.out.wrapping_offset(i as isize * target.row_stride);
+            let body = Kernels::<F>::TABLE[usize::from(target.cols > 16)][rows - 1];
+            // SAFETY: the caller's promise.
+            unsafe { body(steps, panels.add(i * steps), strip, Target { out, rows, ..target }) };
+        }
+    }
+}
+
+/// [`pack`] compiled for the format's instructions.
+unsafe fn pack_for<F: Format, const W: usize>(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
+    #[target_feature(enable = "avx512f")]
+    unsafe fn plain<F: Format, const W: usize>(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
+        unsafe { pack::<F, W>(panels, x, rows, terms) }
+    }
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn dot<F: Format, const W: usize>(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
+        unsafe { pack::<F, W>(panels, x, rows, terms) }
+    }
+    // SAFETY: the caller's promise.
+    unsafe { if F::TERMS == 2 { dot::<F, W>(panels, x, rows, terms) } else { plain::<F, W>(panels, x, rows, terms) } }
 }

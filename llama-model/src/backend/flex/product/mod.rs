@@ -1,15 +1,20 @@
 //! Matrix products of strided views: a transposed matrix costs no copy.
 //!
-//! Kernels of our own where the CPU has AVX-512 (`avx512`), the `gemm` crate elsewhere.
+//! Kernels of our own where the CPU has AVX-512 (`avx512`) or a matrix unit (`amx`), the `gemm` crate elsewhere.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod blocks;
 
 use burn::tensor::Shape;
 use burn_flex::FlexTensor;
 use gemm::Parallelism;
 
-use super::{Strided, from_values, simd};
+use self::blocks::multiply as by;
+use super::{Buffer, Strided, simd};
 use crate::Precision;
 
 /// Below this many multiply-adds one thread is faster.
@@ -95,11 +100,13 @@ pub(super) unsafe fn multiply(out: *mut f32, out_row_stride: isize, a: Matrix, b
         // SAFETY: the caller's promise, and the CPU was asked.
         return unsafe {
             match product.precision {
-                Precision::F32 => avx512::multiply::<avx512::Single>(out, out_row_stride, a, b, product),
+                Precision::F32 => by::<avx512::Single>(out, out_row_stride, a, b, product),
+                #[cfg(target_os = "linux")]
+                Precision::Bf16 if amx::available() => by::<amx::MatrixUnit>(out, out_row_stride, a, b, product),
                 Precision::Bf16 if avx512::fast_dot() => {
-                    avx512::multiply::<avx512::Pairs>(out, out_row_stride, a, b, product);
+                    by::<avx512::Pairs>(out, out_row_stride, a, b, product);
                 }
-                Precision::Bf16 => avx512::multiply::<avx512::Rounded>(out, out_row_stride, a, b, product),
+                Precision::Bf16 => by::<avx512::Rounded>(out, out_row_stride, a, b, product),
             }
         };
     }
@@ -157,18 +164,16 @@ pub(super) fn product(
     let a = if transpose_a { Matrix::of(&a).transposed() } else { Matrix::of(&a) };
     let b = if transpose_b { Matrix::of(&b).transposed() } else { Matrix::of(&b) };
     assert_eq!(a.cols, b.rows, "product of [{}, {}] and [{}, {}]", a.rows, a.cols, b.rows, b.cols);
-    let mut out = Vec::with_capacity(a.rows * b.cols);
     let how = Product { threads: true, precision, ..PRODUCT };
     // SAFETY: both matrices are views of tensors that live through the call; `out` has room for the product, which is
-    // written whole.
-    unsafe {
+    // written whole unless there is nothing to sum.
+    let out = unsafe {
+        let len = a.rows * b.cols;
+        let mut out = if a.cols > 0 { Buffer::unwritten(len) } else { Buffer::zeros(len) };
         multiply(out.as_mut_ptr(), b.cols as isize, a, b, how);
-        if a.cols == 0 {
-            out.resize(a.rows * b.cols, 0.0);
-        }
-        out.set_len(a.rows * b.cols);
-    }
-    from_values(out, Shape::new([a.rows, b.cols]))
+        out
+    };
+    out.into_tensor(Shape::new([a.rows, b.cols]))
 }
 
 #[cfg(test)]
@@ -190,7 +195,16 @@ mod tests {
 
     /// Every layout of both operands, sizes around the tiles' and the blocks' edges, one thread and several.
     fn check(name: &str, body: Body, round: fn(f32) -> f32) {
-        let sizes = [(1, 1, 1), (14, 32, 3), (15, 33, 17), (13, 16, 31), (29, 70, 513), (300, 41, 20), (61, 1100, 9)];
+        let sizes = [
+            (1, 1, 1),
+            (14, 32, 3),
+            (15, 33, 17),
+            (13, 16, 31),
+            (29, 70, 513),
+            (300, 41, 20),
+            (61, 1100, 9),
+            (64, 64, 600),
+        ];
         for (m, n, k) in sizes {
             // Room for a stride of two in both directions.
             let (a_data, b_data) = (noise(4 * m * k, 1), noise(4 * k * n, 2));
@@ -233,11 +247,15 @@ mod tests {
         #[cfg(target_arch = "x86_64")]
         {
             if simd::has_avx512() {
-                check("avx512", avx512::multiply::<avx512::Single>, |x| x);
-                check("avx512, rounded", avx512::multiply::<avx512::Rounded>, to_bf16);
+                check("avx512", by::<avx512::Single>, |x| x);
+                check("avx512, rounded", by::<avx512::Rounded>, to_bf16);
             }
             if avx512::has_dot() {
-                check("avx512, pairs", avx512::multiply::<avx512::Pairs>, to_bf16);
+                check("avx512, pairs", by::<avx512::Pairs>, to_bf16);
+            }
+            #[cfg(target_os = "linux")]
+            if amx::available() {
+                check("amx", by::<amx::MatrixUnit>, to_bf16);
             }
         }
     }

@@ -1,0 +1,252 @@
+//! Matrix products with operands rounded to bf16 on Intel's matrix unit (AMX, from Sapphire Rapids): eight times the
+//! multiply-adds that the vectors of the same core do in f32.
+//!
+//! The unit multiplies tiles of 16 rows: of `a`, rows of 32 terms;
+//! of `b`, pairs of terms of 16 columns; it adds to 16 x 16 sums in f32. Its instructions are written in assembly, since
+//! Rust's intrinsics for them are not stable.
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+use std::sync::OnceLock;
+
+use super::Matrix;
+use super::avx512::{Format, Pairs, has_dot, mask, pack, transpose};
+use super::blocks::{Kernel, Span, Target};
+
+/// Rows and columns of a hardware tile of sums, and pairs of terms in a step.
+const TILE: usize = 16;
+/// Rows and columns that the kernel sums at a time, two by two tiles; also terms in a step.
+const UNIT: usize = 2 * TILE;
+/// Lanes (pairs of terms) of a tile of `a`, and of half a step of `b`.
+const TILE_LANES: usize = TILE * TILE;
+
+/// Whether the CPU has the unit and the system lets this process use it.
+pub(super) fn available() -> bool {
+    /// `ARCH_REQ_XCOMP_PERM` for the tiles' data: the state is large, so Linux saves it only for those who ask.
+    const REQUEST_PERMISSION: libc::c_long = 0x1023;
+    const TILE_DATA: libc::c_long = 18;
+    const BF16: u32 = 1 << 22;
+    const TILES: u32 = 1 << 24;
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| {
+        let features = __cpuid_count(7, 0).edx & (BF16 | TILES);
+        // SAFETY: the call changes nothing but this permission, for all threads of the process.
+        let granted = || unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) } == 0;
+        has_dot() && features == BF16 | TILES && granted()
+    })
+}
+
+/// The shapes of the eight tile registers, all of 16 rows of 64 bytes.
+#[repr(C, align(64))]
+struct TileConfig {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+static TILES: TileConfig = TileConfig {
+    palette: 1,
+    start_row: 0,
+    reserved: [0; 14],
+    row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
+};
+
+/// The kernel; the unit must be [`available`].
+pub(super) struct MatrixUnit;
+
+impl Kernel for MatrixUnit {
+    const ROWS: usize = UNIT;
+    const COLS: usize = UNIT;
+    const TERMS: usize = UNIT;
+    const BLOCK: usize = 1024;
+
+    fn lanes(terms: usize) -> usize {
+        terms.div_ceil(UNIT) * TILE
+    }
+
+    unsafe fn pack_a(panels: *mut f32, a: Matrix, rows: Span, terms: Span) {
+        unsafe { pack_rows(panels, a, rows, terms) }
+    }
+
+    unsafe fn pack_b(strips: *mut f32, b: Matrix, cols: Span, terms: Span) {
+        unsafe { pack_columns(strips, b, cols, terms) }
+    }
+
+    unsafe fn strip(panels: *const f32, strip: *const f32, terms: usize, target: Target) {
+        unsafe { multiply_strip(panels, strip, terms.div_ceil(UNIT), target) }
+    }
+
+    unsafe fn begin() {
+        // SAFETY: the tile registers are this thread's; the compiler never uses them.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &TILES, options(nostack, readonly)) }
+    }
+
+    unsafe fn end() {
+        // SAFETY: as above.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) }
+    }
+}
+
+/// Rows as tiles of 16: for each step of 32 terms, 16 rows of them.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn pack_rows(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
+    let steps = terms.1.div_ceil(UNIT);
+    let firsts = (0..rows.1.next_multiple_of(UNIT)).step_by(TILE);
+    let tile = |first: usize, step: usize| panels.wrapping_add((first / TILE * steps + step) * TILE_LANES);
+    let pack_tile = |first: usize, step: usize| {
+        let (count, left) = (TILE.min(rows.1.saturating_sub(first)), terms.1 - step * UNIT);
+        let (row, term, tile) = (rows.0 + first, terms.0 + step * UNIT, tile(first, step));
+        // SAFETY: the caller's promise; only what is inside the matrix is read.
+        unsafe {
+            let mut lanes = [_mm512_setzero_ps(); TILE];
+            if x.col_stride == 1 {
+                for (r, lanes) in lanes.iter_mut().enumerate().take(count) {
+                    let src = x.at(row + r, term);
+                    *lanes = Pairs::along(src, left);
+                    _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(2 * UNIT).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(2 * UNIT + 16).cast());
+                }
+            } else if count > 0 {
+                // Pairs of terms of neighbouring rows, then turned round.
+                pack::<Pairs, TILE>(tile, x, (row, count), (term, left.min(UNIT)));
+                for (pair, lanes) in lanes.iter_mut().enumerate().take(left.min(UNIT).div_ceil(2)) {
+                    *lanes = _mm512_load_ps(tile.add(pair * TILE));
+                }
+                lanes = transpose(lanes);
+            }
+            for (r, lanes) in lanes.into_iter().enumerate() {
+                _mm512_store_ps(tile.add(r * TILE), lanes);
+            }
+        }
+    };
+    // In the order that they have in memory.
+    if x.row_stride == 1 {
+        (0..steps).for_each(|step| firsts.clone().for_each(|first| pack_tile(first, step)));
+    } else {
+        firsts.for_each(|first| (0..steps).for_each(|step| pack_tile(first, step)));
+    }
+}
+
+/// Columns as strips of 32: for each pair of terms, 32 columns of it, up to a whole step.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn pack_columns(strips: *mut f32, x: Matrix, cols: Span, terms: Span) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let lanes = MatrixUnit::lanes(terms.1);
+        let pairs = terms.1.div_ceil(2);
+        if pairs == lanes {
+            return pack::<Pairs, UNIT>(strips, x, cols, terms);
+        }
+        for first in (0..cols.1).step_by(UNIT) {
+            let strip = strips.add(first * lanes);
+            pack::<Pairs, UNIT>(strip, x, (cols.0 + first, UNIT.min(cols.1 - first)), terms);
+            strip.add(pairs * UNIT).write_bytes(0, (lanes - pairs) * UNIT);
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn multiply_strip(panels: *const f32, strip: *const f32, steps: usize, target: Target) {
+    #[repr(align(64))]
+    struct Sums([f32; UNIT * UNIT]);
+    let mut sums = Sums([0.0; UNIT * UNIT]);
+    for i in (0..target.rows).step_by(UNIT) {
+        let upper = panels.wrapping_add(i / TILE * steps * TILE_LANES);
+        let lower = upper.wrapping_add(steps * TILE_LANES);
+        let out = target.out.wrapping_offset(i as isize * target.row_stride);
+        let rows = UNIT.min(target.rows - i);
+        // SAFETY: the caller's promise; sums that are not written as they are have a place of their own.
+        unsafe {
+            if rows == UNIT && target.cols == UNIT && target.factor == 1.0 {
+                kernel(steps, upper, lower, strip, out, target.row_stride, target.add);
+            } else {
+                kernel(steps, upper, lower, strip, sums.0.as_mut_ptr(), UNIT as isize, false);
+                for (r, sums) in sums.0.chunks_exact(UNIT).enumerate().take(rows) {
+                    finish_row(out.wrapping_offset(r as isize * target.row_stride), sums, target);
+                }
+            }
+        }
+    }
+}
+
+/// A row of sums to its place.
+#[inline(always)]
+unsafe fn finish_row(out: *mut f32, sums: &[f32], target: Target) {
+    unsafe {
+        let factor = _mm512_set1_ps(target.factor);
+        for at in (0..target.cols).step_by(TILE) {
+            let (mask, out) = (mask(target.cols - at), out.wrapping_add(at));
+            let before = if target.add { _mm512_maskz_loadu_ps(mask, out) } else { _mm512_setzero_ps() };
+            let result = _mm512_fmadd_ps(_mm512_loadu_ps(sums.as_ptr().add(at)), factor, before);
+            _mm512_mask_storeu_ps(out, mask, result);
+        }
+    }
+}
+
+/// 32 rows and columns of sums over `steps` of 32 terms.
+///
+/// # Safety
+/// The panels must hold the steps and `out` be writable; the tile registers must be configured.
+#[inline(always)]
+unsafe fn kernel(
+    steps: usize,
+    upper: *const f32,
+    lower: *const f32,
+    b: *const f32,
+    out: *mut f32,
+    out_row_stride: isize,
+    add: bool,
+) {
+    // Sums are in tmm0 to tmm3, tiles of `a` in tmm4 and tmm5, of `b` in tmm6 and tmm7.
+    let stride = 4 * out_row_stride;
+    let (right, below) = (out.wrapping_add(TILE), out.wrapping_offset(TILE as isize * out_row_stride));
+    let below_right = below.wrapping_add(TILE);
+    // SAFETY: the caller's promise.
+    unsafe {
+        if add {
+            asm!(
+                "tileloadd tmm0, [{0} + {4}]",
+                "tileloadd tmm1, [{1} + {4}]",
+                "tileloadd tmm2, [{2} + {4}]",
+                "tileloadd tmm3, [{3} + {4}]",
+                in(reg) out, in(reg) right, in(reg) below, in(reg) below_right, in(reg) stride,
+                options(nostack, readonly),
+            );
+        } else {
+            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
+        }
+        asm!(
+            "2:",
+            "tileloadd tmm4, [{upper} + {row}]",
+            "tileloadd tmm6, [{b} + 2*{row}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b} + 2*{row} + 64]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{lower} + {row}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {upper}, 1024",
+            "add {lower}, 1024",
+            "add {b}, 2048",
+            "dec {steps}",
+            "jnz 2b",
+            upper = inout(reg) upper => _,
+            lower = inout(reg) lower => _,
+            b = inout(reg) b => _,
+            steps = inout(reg) steps => _,
+            row = in(reg) 64usize,
+            options(nostack, readonly),
+        );
+        asm!(
+            "tilestored [{0} + {4}], tmm0",
+            "tilestored [{1} + {4}], tmm1",
+            "tilestored [{2} + {4}], tmm2",
+            "tilestored [{3} + {4}], tmm3",
+            in(reg) out, in(reg) right, in(reg) below, in(reg) below_right, in(reg) stride,
+            options(nostack),
+        );
+    }
+}

@@ -1,0 +1,189 @@
+//! The levels above a register kernel (Goto and van de Geijn, 2008): a task packs a block of `a` for the second-level
+//! cache and runs strips of `b` past it. How a product is cut depends on its shape and the number of threads, but never
+//! changes the order of a sum.
+
+use std::cell::RefCell;
+use std::thread::LocalKey;
+
+use rayon::prelude::*;
+
+use super::{Matrix, Output, Product};
+
+/// Start and length of a stretch of rows, columns or terms.
+pub(super) type Span = (usize, usize);
+
+/// Where the sums of one strip go.
+#[derive(Clone, Copy)]
+pub(super) struct Target {
+    pub out: *mut f32,
+    pub row_stride: isize,
+    pub rows: usize,
+    pub cols: usize,
+    pub factor: f32,
+    pub add: bool,
+}
+
+/// A register kernel and the form it takes its operands in: panels of [`ROWS`](Self::ROWS) rows of `a` and strips of
+/// [`COLS`](Self::COLS) columns of `b`, in lanes of four bytes.
+pub(super) trait Kernel {
+    /// Rows of its register tile.
+    const ROWS: usize;
+    /// Columns of its register tile.
+    const COLS: usize;
+    /// Terms of a sum that it takes together.
+    const TERMS: usize;
+    /// Rows of `a` that are packed at a time, at most: a multiple of [`ROWS`](Self::ROWS).
+    const BLOCK: usize;
+    /// Lanes of a packed row or column of so many terms.
+    fn lanes(terms: usize) -> usize;
+
+    /// Packs rows of `a`, in whole panels; what is missing of the last is zero.
+    ///
+    /// # Safety
+    /// For this and the others: all that is named must exist, the panels have room, and the CPU have the instructions.
+    unsafe fn pack_a(panels: *mut f32, a: Matrix, rows: Span, terms: Span);
+    /// Packs columns of `b`, given as its transpose's rows, in whole strips; what is missing of the last is zero.
+    unsafe fn pack_b(strips: *mut f32, b: Matrix, cols: Span, terms: Span);
+    /// The products of all panels with one strip.
+    unsafe fn strip(panels: *const f32, strip: *const f32, terms: usize, target: Target);
+    /// What a task does before its first strip and after its last.
+    unsafe fn begin() {}
+    unsafe fn end() {}
+}
+
+/// Terms of a sum that are packed at a time, at most.
+pub(super) const TERMS: usize = 512;
+/// Columns of `b` that a task packs for itself at a time.
+const OWN_COLS: usize = 256;
+/// Lanes of `b` up to which all tasks share one packed copy.
+const SHARED_LANES: usize = 1 << 22;
+/// Rows below which a shared copy is not worth the wait for it.
+const SHARED_ROWS: usize = 512;
+
+/// The cut of a product into tasks.
+struct Cut {
+    rows: usize,
+    cols: usize,
+    row_blocks: usize,
+    col_blocks: usize,
+    terms: usize,
+    /// All tasks use the same packed `b`.
+    shared: bool,
+}
+
+impl Cut {
+    fn new<K: Kernel>((m, n, k): (usize, usize, usize), threads: usize) -> Self {
+        let even = |len: usize, blocks: usize, unit: usize| len.div_ceil(blocks).next_multiple_of(unit);
+        let terms = even(k, k.div_ceil(TERMS), K::TERMS);
+        let mut row_blocks = m.div_ceil(K::BLOCK);
+        let mut col_blocks = 1;
+        let shared = threads > 1 && m >= SHARED_ROWS && n.next_multiple_of(K::COLS) * K::lanes(terms) <= SHARED_LANES;
+        if shared {
+            // Two tasks for each thread or more, in a number that threads share evenly.
+            row_blocks = row_blocks.max(2 * threads).next_multiple_of(threads);
+        } else if threads > 1 {
+            // As many rows as can be, since every task packs its columns.
+            let wanted = (n / OWN_COLS).clamp(threads, 4 * threads).div_ceil(row_blocks);
+            col_blocks = wanted.next_multiple_of(threads).min(n.div_ceil(K::COLS));
+        }
+        let rows = even(m, row_blocks, K::ROWS);
+        let cols = if shared { n } else { even(n, col_blocks, K::COLS) };
+        Self { rows, cols, row_blocks: m.div_ceil(rows), col_blocks: n.div_ceil(cols), terms, shared }
+    }
+}
+
+/// [`multiply`](super::multiply) by a kernel.
+///
+/// # Safety
+/// As there; the CPU must have the kernel's instructions.
+pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: Matrix, b: Matrix, product: Product) {
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    let threads = if product.threads { rayon::current_num_threads() } else { 1 };
+    let cut = Cut::new::<K>((m, n, k), threads);
+    let columns = b.transposed();
+    let own_lanes = K::BLOCK.min(cut.rows) * K::lanes(cut.terms);
+    let starts = || (0..k).step_by(cut.terms);
+    let terms_from = |start: usize| (start, cut.terms.min(k - start));
+    // A block of the result, over the terms from `start` on.
+    let task = |index: usize, start: usize, shared: Option<Output>| {
+        let (row, col) = (index % cut.row_blocks * cut.rows, index / cut.row_blocks * cut.cols);
+        let (rows, cols) = (cut.rows.min(m - row), cut.cols.min(n - col));
+        let terms = terms_from(start);
+        let lanes = K::lanes(terms.1);
+        let own_cols = if shared.is_some() { cols } else { OWN_COLS.min(cols) };
+        let own_strips = if shared.is_some() { 0 } else { own_cols.next_multiple_of(K::COLS) * lanes };
+        with_buffer(&OWN, own_lanes + own_strips, |panels| unsafe {
+            // SAFETY: the caller's promise; the buffer has room for the panels and for own strips behind them.
+            K::begin();
+            K::pack_a(panels, a, (row, rows), terms);
+            for first in (0..cols).step_by(own_cols) {
+                let width = own_cols.min(cols - first);
+                let strips = match shared {
+                    Some(strips) => strips.0,
+                    None => {
+                        let strips = panels.add(own_lanes);
+                        K::pack_b(strips, columns, (col + first, width), terms);
+                        strips
+                    }
+                };
+                for j in (0..width).step_by(K::COLS) {
+                    let target = Target {
+                        out: out.at(row, out_row_stride, col + first + j),
+                        row_stride: out_row_stride,
+                        rows,
+                        cols: K::COLS.min(width - j),
+                        factor: product.factor,
+                        add: product.add || start > 0,
+                    };
+                    K::strip(panels, strips.add(j * lanes), terms.1, target);
+                }
+            }
+            K::end();
+        });
+    };
+    let count = cut.row_blocks * cut.col_blocks;
+    if !cut.shared {
+        let task = |index: usize| starts().for_each(|start| task(index, start, None));
+        if threads > 1 {
+            (0..count).into_par_iter().with_max_len(1).for_each(task);
+        } else {
+            (0..count).for_each(task);
+        }
+        return;
+    }
+    let part = n.div_ceil(4 * threads).next_multiple_of(K::COLS);
+    for start in starts() {
+        let terms = terms_from(start);
+        let lanes = K::lanes(terms.1);
+        with_buffer(&SHARED, n.next_multiple_of(K::COLS) * lanes, |strips| {
+            let strips = Output(strips);
+            (0..n.div_ceil(part)).into_par_iter().with_max_len(1).for_each(|index| {
+                let cols = (index * part, part.min(n - index * part));
+                // SAFETY: the columns are inside `b`, the part of the buffer is this task's own.
+                unsafe { K::pack_b(strips.at(0, 0, cols.0 * lanes), columns, cols, terms) };
+            });
+            (0..count).into_par_iter().with_max_len(1).for_each(|index| task(index, start, Some(strips)));
+        });
+    }
+}
+
+type Buffer = RefCell<Vec<f32>>;
+
+thread_local! {
+    /// What a task packs for itself.
+    static OWN: Buffer = const { RefCell::new(Vec::new()) };
+    /// What a product packs for all its tasks.
+    static SHARED: Buffer = const { RefCell::new(Vec::new()) };
+}
+
+/// Lends one of the thread's buffers, of at least `len` lanes and aligned to 64 bytes.
+fn with_buffer(buffer: &'static LocalKey<Buffer>, len: usize, each: impl FnOnce(*mut f32)) {
+    // Taken out: a thread that waits for tasks may take up another product's.
+    let mut lanes = buffer.take();
+    if lanes.len() < len + 16 {
+        lanes = vec![0.0; len + 16];
+    }
+    let start = lanes.as_mut_ptr();
+    each(start.wrapping_add(start.align_offset(64)));
+    buffer.set(lanes);
+}
