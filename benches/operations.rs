@@ -15,7 +15,7 @@ use std::time::Instant;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::{Distribution, Int, Tensor};
 use llama::model::backend::ops::{primitive, tensor};
-use llama::model::backend::{LlamaBackend, LossSpec, ops, reference};
+use llama::model::backend::{AttentionSpec, LlamaBackend, LossSpec, ops, reference};
 use llama::model::{BackendTask, Precision, TrainBackend};
 
 const EPS: f64 = 1e-5;
@@ -116,10 +116,14 @@ impl BackendTask for Operations {
         bench(
             "causal_attention",
             &[[tokens, d_model], [tokens, d_model], [tokens, d_model]],
-            &|x| ops::causal_attention(split(&x[0]), split(&x[1]), split(&x[2])).reshape([tokens, d_model]),
+            &|x| {
+                ops::causal_attention(split(&x[0]), split(&x[1]), split(&x[2]), Precision::F32)
+                    .reshape([tokens, d_model])
+            },
             &|x| {
                 let [q, k, v] = [0, 1, 2].map(|i| primitive(split(&x[i])));
-                let out = reference::causal_attention::<B>(q, k, v, (heads as f64).powf(-0.5)).0;
+                let spec = AttentionSpec::new(heads, Precision::F32);
+                let out = reference::causal_attention::<B>(q, k, v, spec).0;
                 tensor::<B, 4>(out).reshape([tokens, d_model])
             },
         );

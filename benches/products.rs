@@ -61,7 +61,7 @@ impl BackendTask for Products {
                         let [x, w, grad] = [&x, &w, &grad].map(|tensor| primitive(tensor.clone()));
                         let out = match form {
                             0 => B::InnerBackend::project(x, w, precision),
-                            1 => B::InnerBackend::project_backward_input(grad, w, precision),
+                            1 => B::InnerBackend::project_backward_input(vec![(grad, w)], precision),
                             _ => B::InnerBackend::project_backward_weight(grad, x, precision),
                         };
                         tensor::<B::InnerBackend, 2>(out)

@@ -5,7 +5,7 @@ use burn::backend::{Autodiff, Flex};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use llama::model::backend::ops::{primitive, tensor};
-use llama::model::backend::{AdamWStep, AttentionSaved, LlamaBackend, LossSpec, ops, reference};
+use llama::model::backend::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, ops, reference};
 use llama::model::{Precision, TrainBackend};
 
 use crate::support::{close, device_test, floats, noise, scale, tolerance};
@@ -120,12 +120,12 @@ impl Case for Attention {
     }
     fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
         let [q, k, v] = self.shapes(x);
-        flat(ops::causal_attention(q, k, v))
+        flat(ops::causal_attention(q, k, v, Precision::F32))
     }
     fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
         let [q, k, v] = self.shapes(x).map(primitive);
-        let scale = (self.head_dim as f64).powf(-0.5);
-        flat(tensor::<B, 4>(reference::causal_attention::<B>(q, k, v, scale).0))
+        let spec = AttentionSpec::new(self.head_dim, Precision::F32);
+        flat(tensor::<B, 4>(reference::causal_attention::<B>(q, k, v, spec).0))
     }
 }
 
@@ -246,9 +246,13 @@ device_test! {
         let weight = primitive(random::<Inner<B>, 1>([33], 3, DType::F32, &device));
         let (x, grad) = (f32s([7, 33], 1), f32s([7, 33], 2));
         let (_, inv_rms) = Inner::<B>::rms_norm(x.clone(), weight.clone(), EPS);
-        let ours = Inner::<B>::rms_norm_backward(x.clone(), weight.clone(), inv_rms.clone(), grad.clone());
-        let default = reference::rms_norm_backward::<Inner<B>>(x, weight, inv_rms, grad);
-        same("rms_norm", vec![one(ours.0), one(ours.1)], vec![one(default.0), one(default.1)]);
+        for residual in [None, Some(f32s([7, 33], 10))] {
+            let saved = (x.clone(), weight.clone(), inv_rms.clone(), grad.clone());
+            let ours = Inner::<B>::rms_norm_backward(saved.0, saved.1, saved.2, saved.3, residual.clone());
+            let saved = (x.clone(), weight.clone(), inv_rms.clone(), grad.clone());
+            let default = reference::rms_norm_backward::<Inner<B>>(saved.0, saved.1, saved.2, saved.3, residual);
+            same("rms_norm", vec![one(ours.0), one(ours.1)], vec![one(default.0), one(default.1)]);
+        }
 
         let (gate, up, grad) = (f32s([7, 33], 4), f32s([7, 33], 5), f32s([7, 33], 6));
         let ours = Inner::<B>::swiglu_backward(gate.clone(), up.clone(), grad.clone());
@@ -256,24 +260,36 @@ device_test! {
         same("swiglu", vec![one(ours.0), one(ours.1)], vec![one(default.0), one(default.1)]);
 
         let (x, weight, grad) = (f32s([7, 33], 7), f32s([5, 33], 8), f32s([7, 5], 9));
+        let pairs = vec![(grad.clone(), weight), (f32s([7, 4], 11), f32s([4, 33], 12))];
         let ours = vec![
-            one(Inner::<B>::project_backward_input(grad.clone(), weight.clone(), Precision::F32)),
+            one(Inner::<B>::project_backward_input(pairs.clone(), Precision::F32)),
             one(Inner::<B>::project_backward_weight(grad.clone(), x.clone(), Precision::F32)),
         ];
         let default = vec![
-            one(reference::project_backward_input::<Inner<B>>(grad.clone(), weight, Precision::F32)),
+            one(reference::project_backward_input::<Inner<B>>(pairs, Precision::F32)),
             one(reference::project_backward_weight::<Inner<B>>(grad, x, Precision::F32)),
         ];
         same("project", ours, default);
 
         let (q, k, v) = (heads([2, 9, 4, 8], 1), heads([2, 20, 2, 8], 2), heads([2, 20, 2, 8], 3));
-        let (out, lse) = Inner::<B>::causal_attention(q.clone(), k.clone(), v.clone(), 0.3);
-        let (_, default_lse) = reference::causal_attention::<Inner<B>>(q.clone(), k.clone(), v.clone(), 0.3);
+        let spec = AttentionSpec { scale: 0.3, precision: Precision::F32 };
+        let (out, lse) = Inner::<B>::causal_attention(q.clone(), k.clone(), v.clone(), spec);
+        let (_, default_lse) = reference::causal_attention::<Inner<B>>(q.clone(), k.clone(), v.clone(), spec);
         same("attention: lse", vec![one(lse.clone())], vec![one(default_lse)]);
-        let saved = AttentionSaved { q, k, v, out, lse, scale: 0.3 };
+        let saved = AttentionSaved { q, k, v, out, lse, spec };
         let ours = Inner::<B>::causal_attention_backward(saved.clone(), heads([2, 9, 4, 8], 4));
         let default = reference::causal_attention_backward::<Inner<B>>(saved, heads([2, 9, 4, 8], 4));
         same("attention", ours.map(one).into(), default.map(one).into());
+
+        let (grad, ids) = (f32s([600, 12], 1), targets::<Inner<B>>(600, 40, &device).clamp_min(0).into_primitive());
+        let ours = Inner::<B>::token_embedding_backward(grad.clone(), ids.clone(), 40);
+        let default = reference::token_embedding_backward::<Inner<B>>(grad.clone(), ids, 40);
+        same("embedding", vec![one(ours)], vec![one(default)]);
+        for factor in [1.0, 0.3] {
+            let factor = primitive(Tensor::<Inner<B>, 1>::full([1], factor, &device));
+            let ours = Inner::<B>::scale(grad.clone(), factor.clone());
+            same("scale", vec![one(ours)], vec![one(reference::scale::<Inner<B>>(grad.clone(), factor))]);
+        }
 
         let (hidden, head) = (f32s([600, 12], 1), f32s([40, 12], 2));
         let ids = targets::<Inner<B>>(600, 40, &device).into_primitive();

@@ -10,10 +10,31 @@ use burn::tensor::backend::AutodiffBackend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 
 use super::block::{self, BlockSaved};
-use super::{AdamWStep, AttentionSaved, BlockSpec, BlockWeights, LlamaBackend, LossSpec};
+use super::{AdamWStep, AttentionSaved, AttentionSpec, BlockSpec, BlockWeights, LlamaBackend, LossSpec};
 use crate::Precision;
 
 impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
+    fn token_embedding(weight: FloatTensor<Self>, tokens: IntTensor<Self>) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct EmbeddingBackward;
+        impl<B: LlamaBackend> Backward<B, 1> for EmbeddingBackward {
+            type State = (IntTensor<B>, usize);
+
+            fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let grad = grads.consume::<B>(&ops.node);
+                let (tokens, vocab_size) = ops.state;
+                let d_weight = B::token_embedding_backward(grad, tokens, vocab_size);
+                register::<B, 1>(grads, ops.parents.map(|p| p.map(|n| n.id)), [d_weight]);
+            }
+        }
+        let vocab_size = weight.primitive.shape()[0];
+        let out = B::token_embedding(weight.primitive, tokens.clone());
+        match EmbeddingBackward.prepare::<C>([weight.node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((tokens, vocab_size), out),
+            OpsKind::UnTracked(prep) => prep.finish(out),
+        }
+    }
+
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
         #[derive(Debug)]
         struct ProjectBackward;
@@ -28,7 +49,7 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
                     grads.register::<B>(node.id, B::project_backward_weight(grad.clone(), x, precision));
                 }
                 if let Some(node) = x_node {
-                    grads.register::<B>(node.id, B::project_backward_input(grad, weight, precision));
+                    grads.register::<B>(node.id, B::project_backward_input(vec![(grad, weight)], precision));
                 }
             }
         }
@@ -48,7 +69,7 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
             fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
                 let grad = grads.consume::<B>(&ops.node);
                 let (x, weight, inv_rms) = ops.state;
-                let (d_x, d_weight) = B::rms_norm_backward(x, weight, inv_rms, grad);
+                let (d_x, d_weight) = B::rms_norm_backward(x, weight, inv_rms, grad, None);
                 register::<B, 2>(grads, ops.parents.map(|p| p.map(|n| n.id)), [d_x, d_weight]);
             }
         }
@@ -93,7 +114,7 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
-        scale: f64,
+        spec: AttentionSpec,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         #[derive(Debug)]
         struct AttentionBackward;
@@ -109,12 +130,12 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
                 );
             }
         }
-        let (out, lse) = B::causal_attention(q.primitive.clone(), k.primitive.clone(), v.primitive.clone(), scale);
+        let (out, lse) = B::causal_attention(q.primitive.clone(), k.primitive.clone(), v.primitive.clone(), spec);
         let constant = <Self as AutodiffBackend>::from_inner(lse.clone());
         let out = match AttentionBackward.prepare::<C>([q.node, k.node, v.node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let (q, k, v) = (q.primitive, k.primitive, v.primitive);
-                prep.finish(AttentionSaved { q, k, v, out: out.clone(), lse, scale }, out)
+                prep.finish(AttentionSaved { q, k, v, out: out.clone(), lse, spec }, out)
             }
             OpsKind::UnTracked(prep) => prep.finish(out),
         };
@@ -169,10 +190,7 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
             fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
                 let grad = grads.consume::<B>(&ops.node);
                 // The gradients were made with the forward, for a loss gradient of 1.
-                let scaled = ops.state.map(|d| {
-                    let scale = B::float_cast(B::float_reshape(grad.clone(), [1, 1].into()), d.dtype().into());
-                    B::float_mul(d, scale)
-                });
+                let scaled = ops.state.map(|d| B::scale(d, grad.clone()));
                 register::<B, 2>(grads, ops.parents.map(|p| p.map(|n| n.id)), scaled);
             }
         }

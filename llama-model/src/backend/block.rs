@@ -12,7 +12,7 @@ use burn::tensor::TensorMetadata;
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
 
-use super::{AttentionSaved, LlamaBackend};
+use super::{AttentionSaved, AttentionSpec, LlamaBackend};
 use crate::{Compute, Recompute};
 
 /// The nine parameters of a block, or one thing for each of them.
@@ -114,9 +114,9 @@ impl<B: LlamaBackend> Activations<B> {
         let attention_norm = B::rms_norm(x.clone(), weights.attention_norm.clone(), eps);
         let n = &attention_norm.0;
         let (q, k, v) = (rotary(heads(n, &weights.wq)), rotary(heads(n, &weights.wk)), heads(n, &weights.wv));
-        let scale = 1.0 / (head_dim as f64).sqrt();
-        let (out, lse) = B::causal_attention(q.clone(), k.clone(), v.clone(), scale);
-        let attention = AttentionSaved { q, k, v, out, lse, scale };
+        let attention_spec = AttentionSpec::new(head_dim, precision);
+        let (out, lse) = B::causal_attention(q.clone(), k.clone(), v.clone(), attention_spec);
+        let attention = AttentionSaved { q, k, v, out, lse, spec: attention_spec };
         let h = B::float_add(B::project(attention.rows(), weights.wo.clone(), precision), x);
 
         let ffn_norm = B::rms_norm(h.clone(), weights.ffn_norm.clone(), eps);
@@ -184,8 +184,9 @@ pub fn backward<B: LlamaBackend>(
     grad: FloatTensor<B>,
 ) -> (FloatTensor<B>, BlockWeights<Option<FloatTensor<B>>>) {
     let precision = spec.compute.precision;
-    let input = |grad: &FloatTensor<B>, weight: &FloatTensor<B>| {
-        B::project_backward_input(grad.clone(), weight.clone(), precision)
+    let input = |pairs: &[(&FloatTensor<B>, &FloatTensor<B>)]| {
+        let pairs = pairs.iter().map(|(grad, weight)| ((*grad).clone(), (*weight).clone())).collect();
+        B::project_backward_input(pairs, precision)
     };
     let weight = |wanted: bool, grad: &FloatTensor<B>, x: &FloatTensor<B>| {
         wanted.then(|| B::project_backward_weight(grad.clone(), x.clone(), precision))
@@ -196,18 +197,17 @@ pub fn backward<B: LlamaBackend>(
     let w2 = weight(wanted.w2, &grad, &inner.product());
     let Activations { attention_norm, attention, h, ffn_norm, gate, up, product } = inner;
     drop(product);
-    let (d_gate, d_up) = B::swiglu_backward(gate, up, input(&grad, &weights.w2));
+    let (d_gate, d_up) = B::swiglu_backward(gate, up, input(&[(&grad, &weights.w2)]));
     let (m, inv_rms) = ffn_norm.unwrap_or_else(|| B::rms_norm(h.clone(), weights.ffn_norm.clone(), spec.eps));
     let (w1, w3) = (weight(wanted.w1, &d_gate, &m), weight(wanted.w3, &d_up, &m));
     drop(m);
-    let d_m = B::float_add(input(&d_gate, &weights.w1), input(&d_up, &weights.w3));
+    let d_m = input(&[(&d_gate, &weights.w1), (&d_up, &weights.w3)]);
     drop((d_gate, d_up));
-    let (d_h, ffn_norm) = B::rms_norm_backward(h, weights.ffn_norm.clone(), inv_rms, d_m);
-    let d_h = B::float_add(d_h, grad);
+    let (d_h, ffn_norm) = B::rms_norm_backward(h, weights.ffn_norm.clone(), inv_rms, d_m, Some(grad));
 
     // Attention.
     let wo = weight(wanted.wo, &d_h, &attention.rows());
-    let d_out = B::float_reshape(input(&d_h, &weights.wo), attention.out.shape());
+    let d_out = B::float_reshape(input(&[(&d_h, &weights.wo)]), attention.out.shape());
     let [d_q, d_k, d_v] = B::causal_attention_backward(attention, d_out);
     let turn_back = |d| rows::<B>(B::rotary(d, spec.cos.clone(), spec.sin.clone(), true));
     let (d_q, d_k, d_v) = (turn_back(d_q), turn_back(d_k), rows::<B>(d_v));
@@ -215,10 +215,8 @@ pub fn backward<B: LlamaBackend>(
         attention_norm.unwrap_or_else(|| B::rms_norm(x.clone(), weights.attention_norm.clone(), spec.eps));
     let (wq, wk, wv) = (weight(wanted.wq, &d_q, &n), weight(wanted.wk, &d_k, &n), weight(wanted.wv, &d_v, &n));
     drop(n);
-    let d_n = B::float_add(input(&d_q, &weights.wq), input(&d_k, &weights.wk));
-    let d_n = B::float_add(d_n, input(&d_v, &weights.wv));
-    let (d_x, attention_norm) = B::rms_norm_backward(x, weights.attention_norm.clone(), inv_rms, d_n);
-    let d_x = B::float_add(d_x, d_h);
+    let d_n = input(&[(&d_q, &weights.wq), (&d_k, &weights.wk), (&d_v, &weights.wv)]);
+    let (d_x, attention_norm) = B::rms_norm_backward(x, weights.attention_norm.clone(), inv_rms, d_n, Some(d_h));
 
     let norms = [wanted.attention_norm.then_some(attention_norm), wanted.ffn_norm.then_some(ffn_norm)];
     let [attention_norm, ffn_norm] = norms;

@@ -62,6 +62,22 @@ pub const QUANT_BLOCK: usize = 32;
 /// Target of a position that takes no part in the loss.
 pub const IGNORE_TARGET: i64 = -100;
 
+/// How attention is computed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionSpec {
+    /// Factor of the scores.
+    pub scale: f64,
+    /// Precision of the products; softmax and its statistics are in f32 or wider.
+    pub precision: Precision,
+}
+
+impl AttentionSpec {
+    /// Scores divided by the root of the head's width.
+    pub fn new(head_dim: usize, precision: Precision) -> Self {
+        Self { scale: 1.0 / (head_dim as f64).sqrt(), precision }
+    }
+}
+
 /// How the loss is computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LossSpec {
@@ -75,6 +91,23 @@ pub struct LossSpec {
 /// LLaMA's fused operations. Shapes and ranks are part of the contract; `ops` reshapes where a module has more
 /// dimensions. All float tensors of a call have one dtype.
 pub trait LlamaBackend: Backend {
+    /// A row of `weight` for each token.
+    ///
+    /// # Shapes
+    /// `weight [vocab_size, d_model]`, `tokens [tokens]`, result `[tokens, d_model]`.
+    fn token_embedding(weight: FloatTensor<Self>, tokens: IntTensor<Self>) -> FloatTensor<Self> {
+        Self::float_select(weight, 0, tokens)
+    }
+
+    /// Gradient of [`token_embedding`](Self::token_embedding) for its weight of `vocab_size` rows.
+    fn token_embedding_backward(
+        grad: FloatTensor<Self>,
+        tokens: IntTensor<Self>,
+        vocab_size: usize,
+    ) -> FloatTensor<Self> {
+        reference::token_embedding_backward::<Self>(grad, tokens, vocab_size)
+    }
+
     /// `x · weightᵀ`, with the weight stored as in the released checkpoints, in the dtype of `x` or a shorter one.
     ///
     /// # Shapes
@@ -96,13 +129,15 @@ pub trait LlamaBackend: Backend {
         Self::project(x, reference::dequantize::<Self>(values, scales), Precision::F32)
     }
 
-    /// Gradient of [`project`](Self::project) for its input: `grad · weight`.
+    /// Gradient of [`project`](Self::project) for its input, summed over the weights that read it: `Σ grad · weight`.
+    ///
+    /// # Shapes
+    /// One pair or more of `grad [tokens, d_out]` and `weight [d_out, d_in]`; result `[tokens, d_in]`.
     fn project_backward_input(
-        grad: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
+        pairs: Vec<(FloatTensor<Self>, FloatTensor<Self>)>,
         precision: Precision,
     ) -> FloatTensor<Self> {
-        reference::project_backward_input::<Self>(grad, weight, precision)
+        reference::project_backward_input::<Self>(pairs, precision)
     }
 
     /// Gradient of [`project`](Self::project) for its weight: `gradᵀ · x`.
@@ -124,14 +159,16 @@ pub trait LlamaBackend: Backend {
         reference::rms_norm::<Self>(x, weight, eps)
     }
 
-    /// Gradients of [`rms_norm`](Self::rms_norm) for `x` and `weight`.
+    /// Gradients of [`rms_norm`](Self::rms_norm) for `x` and `weight`; `residual`, the gradient that reaches `x` past the
+    /// norm, is added to the first.
     fn rms_norm_backward(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         inv_rms: FloatTensor<Self>,
         grad: FloatTensor<Self>,
+        residual: Option<FloatTensor<Self>>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        reference::rms_norm_backward::<Self>(x, weight, inv_rms, grad)
+        reference::rms_norm_backward::<Self>(x, weight, inv_rms, grad, residual)
     }
 
     /// Turns the pairs `(x[i], x[i + head_dim / 2])` of every head by the angles of its position. With
@@ -161,9 +198,9 @@ pub trait LlamaBackend: Backend {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
-        scale: f64,
+        spec: AttentionSpec,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        reference::causal_attention::<Self>(q, k, v, scale)
+        reference::causal_attention::<Self>(q, k, v, spec)
     }
 
     /// Gradients of [`causal_attention`](Self::causal_attention) for `q`, `k` and `v`.
@@ -223,6 +260,11 @@ pub trait LlamaBackend: Backend {
         reference::linear_cross_entropy_with_grads::<Self>(hidden, head, targets, spec)
     }
 
+    /// `x · factor`, for a factor `[1]`.
+    fn scale(x: FloatTensor<Self>, factor: FloatTensor<Self>) -> FloatTensor<Self> {
+        reference::scale::<Self>(x, factor)
+    }
+
     /// A whole transformer block; see [`mod@block`].
     ///
     /// # Shapes
@@ -268,6 +310,6 @@ pub struct AttentionSaved<B: Backend> {
     pub out: FloatTensor<B>,
     /// The forward's log-sum-exp per query.
     pub lse: FloatTensor<B>,
-    /// Factor of the scores.
-    pub scale: f64,
+    /// What the forward was called with.
+    pub spec: AttentionSpec,
 }

@@ -4,7 +4,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Int, Tensor, TensorPrimitive};
 
-use super::{BlockSpec, BlockWeights, LlamaBackend, LossSpec, QUANT_BLOCK, reference};
+use super::{AttentionSpec, BlockSpec, BlockWeights, LlamaBackend, LossSpec, QUANT_BLOCK, reference};
 use crate::{Compute, Precision};
 
 /// A primitive as a tensor.
@@ -23,6 +23,16 @@ fn fold<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, 2> {
     let dims = x.dims();
     let features = dims[D - 1];
     x.reshape([dims[..D - 1].iter().product(), features])
+}
+
+/// A row of `weight` for each token.
+///
+/// # Shapes
+/// `weight [vocab_size, d_model]`, `tokens [batch, seq_len]`, result `[batch, seq_len, d_model]`.
+pub fn embedding<B: LlamaBackend>(weight: Tensor<B, 2>, tokens: Tensor<B, 2, Int>) -> Tensor<B, 3> {
+    let ([batch, seq_len], [_, d_model]) = (tokens.dims(), weight.dims());
+    let tokens = tokens.reshape([batch * seq_len]).into_primitive();
+    tensor::<B, 2>(B::token_embedding(primitive(weight), tokens)).reshape([batch, seq_len, d_model])
 }
 
 /// `x · weightᵀ`, for a weight in the dtype of `x` or a shorter one.
@@ -106,15 +116,20 @@ pub fn rotary<B: LlamaBackend>(x: Tensor<B, 4>, cos: Tensor<B, 2>, sin: Tensor<B
 ///
 /// # Panics
 /// If the shapes do not fit or there are more queries than keys.
-pub fn causal_attention<B: LlamaBackend>(q: Tensor<B, 4>, k: Tensor<B, 4>, v: Tensor<B, 4>) -> Tensor<B, 4> {
+pub fn causal_attention<B: LlamaBackend>(
+    q: Tensor<B, 4>,
+    k: Tensor<B, 4>,
+    v: Tensor<B, 4>,
+    precision: Precision,
+) -> Tensor<B, 4> {
     let [batch, q_len, n_heads, head_dim] = q.dims();
     let [k_batch, kv_len, n_kv_heads, k_dim] = k.dims();
     assert_eq!(k.dims(), v.dims(), "attention: keys and values have different shapes");
     assert_eq!((batch, head_dim), (k_batch, k_dim), "attention: queries and keys do not fit");
     assert!(n_heads % n_kv_heads == 0, "attention: {n_heads} query heads cannot share {n_kv_heads} key heads");
     assert!(q_len <= kv_len, "attention: {q_len} queries but only {kv_len} keys");
-    let scale = 1.0 / (head_dim as f64).sqrt();
-    tensor(B::causal_attention(primitive(q), primitive(k), primitive(v), scale).0)
+    let spec = AttentionSpec::new(head_dim, precision);
+    tensor(B::causal_attention(primitive(q), primitive(k), primitive(v), spec).0)
 }
 
 /// `silu(gate) · up` (Shazeer, SwiGLU).

@@ -6,7 +6,7 @@ use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Int, Tensor, TensorMetadata, activation};
 
 use super::ops::{primitive, tensor};
-use super::{AdamWStep, AttentionSaved, IGNORE_TARGET, LossSpec, QUANT_BLOCK};
+use super::{AdamWStep, AttentionSaved, AttentionSpec, IGNORE_TARGET, LossSpec, QUANT_BLOCK};
 use crate::Precision;
 
 /// Rows of logits that exist at once in the chunked cross entropy.
@@ -42,12 +42,15 @@ fn product<B: Backend>(a: FloatTensor<B>, b: FloatTensor<B>, precision: Precisio
 }
 
 /// [`LlamaBackend::project_backward_input`](super::LlamaBackend::project_backward_input).
+///
+/// # Panics
+/// Without pairs.
 pub fn project_backward_input<B: Backend>(
-    grad: FloatTensor<B>,
-    weight: FloatTensor<B>,
+    pairs: Vec<(FloatTensor<B>, FloatTensor<B>)>,
     precision: Precision,
 ) -> FloatTensor<B> {
-    product::<B>(grad, weight, precision)
+    let products = pairs.into_iter().map(|(grad, weight)| product::<B>(grad, weight, precision));
+    products.reduce(B::float_add).expect("an input is read by a weight")
 }
 
 /// [`LlamaBackend::project_backward_weight`](super::LlamaBackend::project_backward_weight).
@@ -57,6 +60,28 @@ pub fn project_backward_weight<B: Backend>(
     precision: Precision,
 ) -> FloatTensor<B> {
     product::<B>(B::float_transpose(grad), x, precision)
+}
+
+fn matmul<B: Backend>(a: Tensor<B, 4>, b: Tensor<B, 4>, precision: Precision) -> Tensor<B, 4> {
+    tensor(product::<B>(primitive(a), primitive(b), precision))
+}
+
+/// [`LlamaBackend::token_embedding_backward`](super::LlamaBackend::token_embedding_backward).
+pub fn token_embedding_backward<B: Backend>(
+    grad: FloatTensor<B>,
+    tokens: IntTensor<B>,
+    vocab_size: usize,
+) -> FloatTensor<B> {
+    let grad = tensor::<B, 2>(grad);
+    let zeros = Tensor::<B, 2>::zeros([vocab_size, grad.dims()[1]], (&grad.device(), grad.dtype()));
+    B::float_select_add(primitive(zeros), 0, tokens, primitive(grad))
+}
+
+/// [`LlamaBackend::scale`](super::LlamaBackend::scale).
+pub fn scale<B: Backend>(x: FloatTensor<B>, factor: FloatTensor<B>) -> FloatTensor<B> {
+    let ones = vec![1; x.shape().num_dims()];
+    let factor = B::float_cast(B::float_reshape(factor, ones.into()), x.dtype().into());
+    B::float_mul(x, factor)
 }
 
 /// The dtype statistics are computed in: f64 stays, everything else is f32.
@@ -82,6 +107,7 @@ pub fn rms_norm_backward<B: Backend>(
     weight: FloatTensor<B>,
     inv_rms: FloatTensor<B>,
     grad: FloatTensor<B>,
+    residual: Option<FloatTensor<B>>,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (x, weight) = (tensor::<B, 2>(x), tensor::<B, 1>(weight));
     let (inv_rms, grad) = (tensor::<B, 2>(inv_rms), tensor::<B, 2>(grad));
@@ -91,8 +117,9 @@ pub fn rms_norm_backward<B: Backend>(
     let d_weight = (grad.clone() * normed.clone()).sum_dim(0).squeeze_dim::<1>(0);
     let g = grad * weight.cast(wide(dtype)).unsqueeze();
     let mean = (g.clone() * normed.clone()).mean_dim(1);
-    let d_x = (g - normed * mean) * inv_rms;
-    (primitive(d_x.cast(dtype)), primitive(d_weight.cast(dtype)))
+    let d_x = ((g - normed * mean) * inv_rms).cast(dtype);
+    let d_x = residual.map_or(d_x.clone(), |residual| d_x + tensor(residual));
+    (primitive(d_x), primitive(d_weight.cast(dtype)))
 }
 
 /// [`LlamaBackend::rotary`](super::LlamaBackend::rotary).
@@ -130,11 +157,11 @@ fn heads_first<B: Backend>(x: Tensor<B, 4>, n_heads: usize) -> Tensor<B, 4> {
 }
 
 /// Scores with the bottom-right causal mask, `[batch, n_heads, q_len, kv_len]`.
-fn masked_scores<B: Backend>(q: Tensor<B, 4>, k: Tensor<B, 4>, scale: f64) -> Tensor<B, 4> {
+fn masked_scores<B: Backend>(q: Tensor<B, 4>, k: Tensor<B, 4>, spec: AttentionSpec) -> Tensor<B, 4> {
     let [_, _, q_len, _] = q.dims();
     let [_, _, kv_len, _] = k.dims();
     let device = q.device();
-    let scores = q.matmul(k.swap_dims(2, 3)).mul_scalar(scale);
+    let scores = matmul(q, k.swap_dims(2, 3), spec.precision).mul_scalar(spec.scale);
     let rows = Tensor::<B, 1, Int>::arange(0..q_len as i64, &device).add_scalar((kv_len - q_len) as i64);
     let columns = Tensor::<B, 1, Int>::arange(0..kv_len as i64, &device);
     let future = columns
@@ -149,18 +176,18 @@ pub fn causal_attention<B: Backend>(
     q: FloatTensor<B>,
     k: FloatTensor<B>,
     v: FloatTensor<B>,
-    scale: f64,
+    spec: AttentionSpec,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (q, k, v) = (tensor::<B, 4>(q), tensor::<B, 4>(k), tensor::<B, 4>(v));
     let [batch, q_len, n_heads, _] = q.dims();
-    let scores = masked_scores(q.swap_dims(1, 2), heads_first(k, n_heads), scale);
+    let scores = masked_scores(q.swap_dims(1, 2), heads_first(k, n_heads), spec);
     let dtype = scores.dtype();
     let scores = scores.cast(wide(dtype));
     let max = scores.clone().max_dim(3);
     let exp = (scores - max.clone()).exp();
     let sum = exp.clone().sum_dim(3);
     let weights = (exp / sum.clone()).cast(dtype);
-    let out = weights.matmul(heads_first(v, n_heads)).swap_dims(1, 2);
+    let out = matmul(weights, heads_first(v, n_heads), spec.precision).swap_dims(1, 2);
     let lse = (sum.log() + max).reshape([batch, n_heads, q_len]);
     (primitive(out), primitive(lse))
 }
@@ -170,7 +197,7 @@ pub fn causal_attention<B: Backend>(
 /// With `P = exp(S - lse)`: `dV = Pᵀ dO`, `dP = dO Vᵀ`, `dS = P · (dP - rowsum(dO · O))`, `dQ = scale dS K`,
 /// `dK = scale dSᵀ Q` (Dao et al., FlashAttention, appendix B).
 pub fn causal_attention_backward<B: Backend>(saved: AttentionSaved<B>, grad: FloatTensor<B>) -> [FloatTensor<B>; 3] {
-    let AttentionSaved { q, k, v, out, lse, scale } = saved;
+    let AttentionSaved { q, k, v, out, lse, spec } = saved;
     let (q, k, v) = (tensor::<B, 4>(q), tensor::<B, 4>(k), tensor::<B, 4>(v));
     let (out, grad, lse) = (tensor::<B, 4>(out), tensor::<B, 4>(grad), tensor::<B, 3>(lse));
     let [batch, kv_len, n_kv_heads, head_dim] = k.dims();
@@ -180,13 +207,14 @@ pub fn causal_attention_backward<B: Backend>(saved: AttentionSaved<B>, grad: Flo
     let delta = (out * grad.clone()).cast(wide(dtype)).sum_dim(3).swap_dims(1, 2);
     let (q, grad) = (q.swap_dims(1, 2), grad.swap_dims(1, 2));
     let (k, v) = (heads_first(k, n_heads), heads_first(v, n_heads));
-    let scores = masked_scores(q.clone(), k.clone(), scale).cast(wide(dtype));
+    let scores = masked_scores(q.clone(), k.clone(), spec).cast(wide(dtype));
     let weights = (scores - lse.unsqueeze_dim::<4>(3)).exp();
-    let d_v = weights.clone().cast(dtype).swap_dims(2, 3).matmul(grad.clone());
-    let d_weights = grad.matmul(v.swap_dims(2, 3)).cast(wide(dtype));
-    let d_scores = (weights * (d_weights - delta)).mul_scalar(scale).cast(dtype);
-    let d_q = d_scores.clone().matmul(k);
-    let d_k = d_scores.swap_dims(2, 3).matmul(q);
+    let product = |a, b| matmul::<B>(a, b, spec.precision);
+    let d_v = product(weights.clone().cast(dtype).swap_dims(2, 3), grad.clone());
+    let d_weights = product(grad, v.swap_dims(2, 3)).cast(wide(dtype));
+    let d_scores = (weights * (d_weights - delta)).mul_scalar(spec.scale).cast(dtype);
+    let d_q = product(d_scores.clone(), k);
+    let d_k = product(d_scores.swap_dims(2, 3), q);
 
     let group_sum = |x: Tensor<B, 4>| {
         x.reshape([batch, n_kv_heads, n_heads / n_kv_heads, kv_len, head_dim])
@@ -306,7 +334,7 @@ pub fn linear_cross_entropy_with_grads<B: Backend>(
         loss = loss + chunk.losses().sum();
         let d_logits = chunk.d_logits().cast(head.dtype());
         let (d_logits, head) = (primitive(d_logits), primitive(head.clone()));
-        d_hidden.push(tensor::<B, 2>(project_backward_input::<B>(d_logits.clone(), head, spec.precision)));
+        d_hidden.push(tensor::<B, 2>(product::<B>(d_logits.clone(), head, spec.precision)));
         d_head = d_head + tensor(project_backward_weight::<B>(d_logits, primitive(hidden), spec.precision));
     }
     [primitive(loss), primitive(Tensor::cat(d_hidden, 0)), primitive(d_head)]

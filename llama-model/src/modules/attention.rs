@@ -61,7 +61,7 @@ impl<B: LlamaBackend> Attention<B> {
             Some(cache) => cache.append(k, v),
             None => (k, v),
         };
-        let out = ops::causal_attention(q, k, v);
+        let out = ops::causal_attention(q, k, v, precision);
         self.wo.forward(out.flatten::<3>(2, 3), precision)
     }
 }

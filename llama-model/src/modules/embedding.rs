@@ -3,7 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Int, Tensor};
 
-use crate::backend::LlamaBackend;
+use crate::backend::{LlamaBackend, ops};
 use crate::init::Init;
 
 /// Token embedding.
@@ -21,7 +21,7 @@ impl<B: LlamaBackend> Embedding<B> {
     /// # Shapes
     /// `tokens [batch, seq_len]`, result `[batch, seq_len, d_model]`.
     pub fn forward(&self, tokens: Tensor<B, 2, Int>) -> Tensor<B, 3> {
-        let rows = burn::tensor::module::embedding(self.weight.val(), tokens);
+        let rows = ops::embedding(self.weight.val(), tokens);
         // Weights may be stored in fewer bytes; activations are not.
         if rows.dtype() == DType::BF16 { rows.cast(DType::F32) } else { rows }
     }

@@ -10,11 +10,12 @@ use rayon::prelude::*;
 use super::product::{Matrix, PRODUCT, Product, multiply};
 use super::simd::{exp, max, sum1, sum2, vectorized};
 use super::{Buffer, Strided, contiguous, values};
-use crate::backend::AttentionSaved;
+use crate::Precision;
+use crate::backend::{AttentionSaved, AttentionSpec};
 use burn::backend::Flex;
 
-/// Queries of a tile.
-const Q_TILE: usize = 56;
+/// Queries of a tile, at most.
+const Q_TILE: usize = 128;
 /// Keys of a tile.
 const K_TILE: usize = 256;
 
@@ -32,13 +33,17 @@ struct Sizes {
     n_heads: usize,
     n_kv_heads: usize,
     head_dim: usize,
+    q_tile: usize,
 }
 
 impl Sizes {
-    fn new(q: &FlexTensor, k: &FlexTensor) -> Self {
+    fn new(q: &FlexTensor, k: &FlexTensor, precision: Precision) -> Self {
+        // A small tile wastes little on the diagonal. In bf16 products are so fast that the time is in packing keys and
+        // values for each.
+        let q_tile = if precision == Precision::F32 { 56 } else { Q_TILE };
         let [batch, q_len, n_heads, head_dim] = q.shape().dims();
         let [_, kv_len, n_kv_heads, _] = k.shape().dims();
-        Self { batch, q_len, kv_len, n_heads, n_kv_heads, head_dim }
+        Self { batch, q_len, kv_len, n_heads, n_kv_heads, head_dim, q_tile }
     }
 
     /// Query heads that share a key head.
@@ -48,8 +53,8 @@ impl Sizes {
 
     /// Tiles of queries: first query and number.
     fn q_tiles(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let q_len = self.q_len;
-        (0..q_len).step_by(Q_TILE).map(move |start| (start, Q_TILE.min(q_len - start)))
+        let Self { q_len, q_tile, .. } = *self;
+        (0..q_len).step_by(q_tile).map(move |start| (start, q_tile.min(q_len - start)))
     }
 
     /// Keys that query `i` sees: bottom-right aligned.
@@ -124,14 +129,16 @@ impl Output {
     }
 }
 
-pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f32) -> (FlexTensor, FlexTensor) {
+pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, spec: AttentionSpec) -> (FlexTensor, FlexTensor) {
+    let (scale, precision) = (spec.scale as f32, spec.precision);
     let [q, k, v] = [q, k, v].map(readable);
-    let sizes = Sizes::new(&q, &k);
+    let sizes = Sizes::new(&q, &k, precision);
     let Sizes { batch, q_len, n_heads, head_dim, .. } = sizes;
     let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
     let mut out = Buffer::zeros(batch * q_len * n_heads * head_dim);
     let mut lse = Buffer::zeros(batch * n_heads * q_len);
-    let scaled = Product { factor: scale, ..PRODUCT };
+    let plain = Product { precision, ..PRODUCT };
+    let scaled = Product { factor: scale, ..plain };
     let (out_ptr, lse_ptr) = (Output(out.as_mut_ptr()), Output(lse.as_mut_ptr()));
     if q_len < FEW {
         // Decoding: no tile of queries to share a packed key with, so keys are read where they are.
@@ -186,7 +193,7 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f32) -
                     let stride = (n_heads * head_dim) as isize;
                     // SAFETY: these rows of this head are this task's own.
                     unsafe {
-                        multiply(out_ptr.at(out_at(0)), stride, weights, v, Product { add: k_start > 0, ..PRODUCT })
+                        multiply(out_ptr.at(out_at(0)), stride, weights, v, Product { add: k_start > 0, ..plain })
                     };
                 }
                 for row in 0..rows {
@@ -203,18 +210,19 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f32) -
 }
 
 pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTensor; 3] {
-    let AttentionSaved { q, k, v, out, lse, scale } = saved;
+    let AttentionSaved { q, k, v, out, lse, spec: AttentionSpec { scale, precision } } = saved;
     let scale = scale as f32;
     let [q, k, v, out, grad] = [q, k, v, out, grad].map(readable);
     let lse = contiguous(lse);
-    let sizes = Sizes::new(&q, &k);
-    let Sizes { batch, q_len, kv_len, n_heads, n_kv_heads, head_dim } = sizes;
+    let sizes = Sizes::new(&q, &k, precision);
+    let Sizes { batch, q_len, kv_len, n_heads, n_kv_heads, head_dim, .. } = sizes;
     let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
     let (outs, grads, lse) = (Heads::new(&out), Heads::new(&grad), values(&lse));
     let mut d_q = Buffer::zeros(batch * q_len * n_heads * head_dim);
     let mut d_k = Buffer::zeros(batch * kv_len * n_kv_heads * head_dim);
     let mut d_v = Buffer::zeros(batch * kv_len * n_kv_heads * head_dim);
-    let (scaled, sum) = (Product { factor: scale, ..PRODUCT }, Product { add: true, ..PRODUCT });
+    let plain = Product { precision, ..PRODUCT };
+    let (scaled, sum) = (Product { factor: scale, ..plain }, Product { add: true, ..plain });
     let [d_q_ptr, d_k_ptr, d_v_ptr] = [&mut d_q, &mut d_k, &mut d_v].map(|x| Output(x.as_mut_ptr()));
     // A task has a key head and all query heads of its group, so it alone writes the key head's gradient.
     (0..batch * n_kv_heads).into_par_iter().for_each_init(
@@ -237,7 +245,7 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
                         // SAFETY: both buffers hold a tile.
                         unsafe {
                             multiply(weights.as_mut_ptr(), cols as isize, q, k.transposed(), scaled);
-                            multiply(d_weights.as_mut_ptr(), cols as isize, d_out, v.transposed(), PRODUCT);
+                            multiply(d_weights.as_mut_ptr(), cols as isize, d_out, v.transposed(), plain);
                         }
                         let tiles = weights.chunks_exact_mut(cols).zip(d_weights.chunks_exact_mut(cols));
                         for (row, (weights, d_scores)) in tiles.take(rows).enumerate() {

@@ -18,10 +18,17 @@ use burn::tensor::{DType, TensorData, TensorMetadata};
 use burn_flex::{FlexTensor, Layout};
 
 use self::buffer::Buffer;
-use super::{AdamWStep, AttentionSaved, LlamaBackend, LossSpec, reference};
+use super::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, reference};
 use crate::Precision;
 
 impl LlamaBackend for Flex {
+    fn token_embedding_backward(grad: FlexTensor, tokens: FlexTensor, vocab_size: usize) -> FlexTensor {
+        if !is_f32(&[&grad]) {
+            return reference::token_embedding_backward::<Flex>(grad, tokens, vocab_size);
+        }
+        rows::token_embedding_backward(grad, tokens, vocab_size)
+    }
+
     fn project(x: FlexTensor, weight: FlexTensor, precision: Precision) -> FlexTensor {
         if decode::takes(&x, &weight) {
             return decode::project(x, weight);
@@ -40,11 +47,11 @@ impl LlamaBackend for Flex {
         decode::project_q8(x, values, scales)
     }
 
-    fn project_backward_input(grad: FlexTensor, weight: FlexTensor, precision: Precision) -> FlexTensor {
-        if !is_f32(&[&grad, &weight]) {
-            return reference::project_backward_input::<Flex>(grad, weight, precision);
+    fn project_backward_input(pairs: Vec<(FlexTensor, FlexTensor)>, precision: Precision) -> FlexTensor {
+        if !pairs.iter().all(|(grad, weight)| is_f32(&[grad, weight])) {
+            return reference::project_backward_input::<Flex>(pairs, precision);
         }
-        product::product(&grad, false, &weight, false, precision)
+        product::sum_of_products(&pairs, precision)
     }
 
     fn project_backward_weight(grad: FlexTensor, x: FlexTensor, precision: Precision) -> FlexTensor {
@@ -66,11 +73,12 @@ impl LlamaBackend for Flex {
         weight: FlexTensor,
         inv_rms: FlexTensor,
         grad: FlexTensor,
+        residual: Option<FlexTensor>,
     ) -> (FlexTensor, FlexTensor) {
         if !is_f32(&[&x, &weight, &grad]) {
-            return reference::rms_norm_backward::<Flex>(x, weight, inv_rms, grad);
+            return reference::rms_norm_backward::<Flex>(x, weight, inv_rms, grad, residual);
         }
-        rows::rms_norm_backward(x, weight, inv_rms, grad)
+        rows::rms_norm_backward(x, weight, inv_rms, grad, residual)
     }
 
     fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: bool) -> FlexTensor {
@@ -80,11 +88,11 @@ impl LlamaBackend for Flex {
         rows::rotary(x, cos, sin, inverse)
     }
 
-    fn causal_attention(q: FlexTensor, k: FlexTensor, v: FlexTensor, scale: f64) -> (FlexTensor, FlexTensor) {
+    fn causal_attention(q: FlexTensor, k: FlexTensor, v: FlexTensor, spec: AttentionSpec) -> (FlexTensor, FlexTensor) {
         if !is_f32(&[&q, &k, &v]) {
-            return reference::causal_attention::<Flex>(q, k, v, scale);
+            return reference::causal_attention::<Flex>(q, k, v, spec);
         }
-        attention::forward(q, k, v, scale as f32)
+        attention::forward(q, k, v, spec)
     }
 
     fn causal_attention_backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTensor; 3] {
@@ -125,6 +133,13 @@ impl LlamaBackend for Flex {
             return reference::linear_cross_entropy_with_grads::<Flex>(hidden, head, targets, spec);
         }
         cross_entropy::with_grads(hidden, head, targets, spec)
+    }
+
+    fn scale(x: FlexTensor, factor: FlexTensor) -> FlexTensor {
+        if is_f32(&[&factor]) && values(&contiguous(factor.clone()))[0] == 1.0 {
+            return x;
+        }
+        reference::scale::<Flex>(x, factor)
     }
 
     fn adamw(

@@ -50,7 +50,9 @@ pub(super) fn rms_norm_backward(
     weight: FlexTensor,
     inv_rms: FlexTensor,
     grad: FlexTensor,
+    residual: Option<FlexTensor>,
 ) -> (FlexTensor, FlexTensor) {
+    let residual = residual.map(contiguous);
     let [x, weight, inv_rms, grad] = [x, weight, inv_rms, grad].map(contiguous);
     let shape = x.shape();
     let [rows, width] = shape.dims();
@@ -64,7 +66,11 @@ pub(super) fn rms_norm_backward(
         .zip(xs.par_chunks(block * width))
         .zip(grads.par_chunks(block * width))
         .zip(invs.par_chunks(block))
-        .map(|(((d_x, x), grad), inv)| rms_norm_backward_rows(d_x, x, grad, inv, weights))
+        .enumerate()
+        .map(|(index, (((d_x, x), grad), inv))| {
+            let residual = residual.as_ref().map_or(&[][..], |rows| &values(rows)[index * block * width..][..x.len()]);
+            rms_norm_backward_rows(d_x, x, grad, inv, weights, residual)
+        })
         .collect();
     let mut d_weight = Buffer::zeros(width);
     for part in parts {
@@ -81,6 +87,7 @@ vectorized! {
         grad: &'a [f32],
         inv_rms: &'a [f32],
         weight: &'a [f32],
+        residual: &'a [f32],
     ) -> Vec<f32> {
         let width = weight.len();
         let mut d_weight = vec![0.0f32; width];
@@ -98,8 +105,29 @@ vectorized! {
                 *d_x = (weighted - normed * mean) * inv;
             }
         }
+        // Without a residual there are no rows of it.
+        for (d_x, residual) in d_x.iter_mut().zip(residual) {
+            *d_x += residual;
+        }
         d_weight
     }
+}
+
+/// Each row of the vocabulary belongs to one thread, which adds its tokens' gradients in their order.
+pub(super) fn token_embedding_backward(grad: FlexTensor, tokens: FlexTensor, vocab_size: usize) -> FlexTensor {
+    let grad = contiguous(grad);
+    let [_, d_model] = grad.shape().dims();
+    let tokens: Vec<i64> = tokens.into_data().iter::<i64>().collect();
+    let mut d_weight = Buffer::zeros(vocab_size * d_model);
+    let share = vocab_size.div_ceil(rayon::current_num_threads());
+    d_weight.par_chunks_mut(share * d_model).enumerate().for_each(|(index, d_weight)| {
+        let first = index * share;
+        for (token, grad) in tokens.iter().zip(values(&grad).chunks_exact(d_model)) {
+            let row = (*token as usize).checked_sub(first).and_then(|row| d_weight.chunks_exact_mut(d_model).nth(row));
+            row.into_iter().flatten().zip(grad).for_each(|(sum, grad)| *sum += grad);
+        }
+    });
+    d_weight.into_tensor(Shape::new([vocab_size, d_model]))
 }
 
 pub(super) fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: bool) -> FlexTensor {

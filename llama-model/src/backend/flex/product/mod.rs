@@ -9,7 +9,7 @@ mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod blocks;
 
-use burn::tensor::Shape;
+use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 use gemm::Parallelism;
 
@@ -80,6 +80,9 @@ pub(super) struct Product {
     /// Rounding of the operands.
     pub precision: Precision,
 }
+
+/// The plain product, on all threads.
+const ON_ALL_THREADS: Product = Product { threads: true, ..PRODUCT };
 
 /// The plain product, on the calling thread.
 pub(super) const PRODUCT: Product = Product { factor: 1.0, add: false, threads: false, precision: Precision::F32 };
@@ -152,6 +155,17 @@ fn rounded(x: Matrix) -> Vec<f32> {
     (0..x.rows).flat_map(|row| (0..x.cols).map(move |col| round(row, col))).collect()
 }
 
+/// `Σ a b` of one pair of matrices or more.
+pub(super) fn sum_of_products(pairs: &[(FlexTensor, FlexTensor)], precision: Precision) -> FlexTensor {
+    let (rows, cols) = (pairs[0].0.shape()[0], pairs[0].1.shape()[1]);
+    let mut out = Buffer::zeros(0);
+    for (index, (a, b)) in pairs.iter().enumerate() {
+        let (a, b) = (Strided::new(a), Strided::new(b));
+        fill(&mut out, Matrix::of(&a), Matrix::of(&b), Product { add: index > 0, precision, ..ON_ALL_THREADS });
+    }
+    out.into_tensor(Shape::new([rows, cols]))
+}
+
 /// The product of two matrices, either transposed first.
 pub(super) fn product(
     a: &FlexTensor,
@@ -163,17 +177,22 @@ pub(super) fn product(
     let (a, b) = (Strided::new(a), Strided::new(b));
     let a = if transpose_a { Matrix::of(&a).transposed() } else { Matrix::of(&a) };
     let b = if transpose_b { Matrix::of(&b).transposed() } else { Matrix::of(&b) };
-    assert_eq!(a.cols, b.rows, "product of [{}, {}] and [{}, {}]", a.rows, a.cols, b.rows, b.cols);
-    let how = Product { threads: true, precision, ..PRODUCT };
-    // SAFETY: both matrices are views of tensors that live through the call; `out` has room for the product, which is
-    // written whole unless there is nothing to sum.
-    let out = unsafe {
-        let len = a.rows * b.cols;
-        let mut out = if a.cols > 0 { Buffer::unwritten(len) } else { Buffer::zeros(len) };
-        multiply(out.as_mut_ptr(), b.cols as isize, a, b, how);
-        out
-    };
+    let mut out = Buffer::zeros(0);
+    fill(&mut out, a, b, Product { precision, ..ON_ALL_THREADS });
     out.into_tensor(Shape::new([a.rows, b.cols]))
+}
+
+/// Writes a product into a new buffer, or adds it to what is there.
+fn fill(out: &mut Buffer, a: Matrix, b: Matrix, how: Product) {
+    assert_eq!(a.cols, b.rows, "product of [{}, {}] and [{}, {}]", a.rows, a.cols, b.rows, b.cols);
+    let len = a.rows * b.cols;
+    if !how.add {
+        // SAFETY: the product writes it whole, unless there is nothing to sum.
+        *out = if a.cols > 0 { unsafe { Buffer::unwritten(len) } } else { Buffer::zeros(len) };
+    }
+    assert_eq!(out.len(), len, "a product is added to one of another size");
+    // SAFETY: both matrices are views of tensors that live through the call, and `out` has room for the product.
+    unsafe { multiply(out.as_mut_ptr(), b.cols as isize, a, b, how) };
 }
 
 #[cfg(test)]
