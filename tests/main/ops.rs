@@ -282,9 +282,11 @@ device_test! {
         same("attention", ours.map(one).into(), default.map(one).into());
 
         let (grad, ids) = (f32s([600, 12], 1), targets::<Inner<B>>(600, 40, &device).clamp_min(0).into_primitive());
-        let ours = Inner::<B>::token_embedding_backward(grad.clone(), ids.clone(), 40);
-        let default = reference::token_embedding_backward::<Inner<B>>(grad.clone(), ids, 40);
-        same("embedding", vec![one(ours)], vec![one(default)]);
+        for sum in [None, Some(f32s([40, 12], 3))] {
+            let ours = Inner::<B>::token_embedding_backward(grad.clone(), ids.clone(), 40, sum.clone());
+            let default = reference::token_embedding_backward::<Inner<B>>(grad.clone(), ids.clone(), 40, sum);
+            same("embedding", vec![one(ours)], vec![one(default)]);
+        }
         for factor in [1.0, 0.3] {
             let factor = primitive(Tensor::<Inner<B>, 1>::full([1], factor, &device));
             let ours = Inner::<B>::scale(grad.clone(), factor.clone());

@@ -18,19 +18,19 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
         #[derive(Debug)]
         struct EmbeddingBackward;
         impl<B: LlamaBackend> Backward<B, 1> for EmbeddingBackward {
-            type State = (IntTensor<B>, usize);
+            type State = (IntTensor<B>, FloatTensor<Autodiff<B>>);
 
             fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
                 let grad = grads.consume::<B>(&ops.node);
-                let (tokens, vocab_size) = ops.state;
-                let d_weight = B::token_embedding_backward(grad, tokens, vocab_size);
+                let (tokens, weight) = ops.state;
+                let sum = grads.remove::<B>(&weight);
+                let d_weight = B::token_embedding_backward(grad, tokens, weight.primitive.shape()[0], sum);
                 register::<B, 1>(grads, ops.parents.map(|p| p.map(|n| n.id)), [d_weight]);
             }
         }
-        let vocab_size = weight.primitive.shape()[0];
-        let out = B::token_embedding(weight.primitive, tokens.clone());
-        match EmbeddingBackward.prepare::<C>([weight.node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((tokens, vocab_size), out),
+        let out = B::token_embedding(weight.primitive.clone(), tokens.clone());
+        match EmbeddingBackward.prepare::<C>([weight.node.clone()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((tokens, weight), out),
             OpsKind::UnTracked(prep) => prep.finish(out),
         }
     }

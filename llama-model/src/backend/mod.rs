@@ -99,13 +99,15 @@ pub trait LlamaBackend: Backend {
         Self::float_select(weight, 0, tokens)
     }
 
-    /// Gradient of [`token_embedding`](Self::token_embedding) for its weight of `vocab_size` rows.
+    /// Gradient of [`token_embedding`](Self::token_embedding) for its weight of `vocab_size` rows, added to `sum`, the
+    /// gradient that a tied head already gave it.
     fn token_embedding_backward(
         grad: FloatTensor<Self>,
         tokens: IntTensor<Self>,
         vocab_size: usize,
+        sum: Option<FloatTensor<Self>>,
     ) -> FloatTensor<Self> {
-        reference::token_embedding_backward::<Self>(grad, tokens, vocab_size)
+        reference::token_embedding_backward::<Self>(grad, tokens, vocab_size, sum)
     }
 
     /// `x · weightᵀ`, with the weight stored as in the released checkpoints, in the dtype of `x` or a shorter one.

@@ -71,10 +71,12 @@ pub fn token_embedding_backward<B: Backend>(
     grad: FloatTensor<B>,
     tokens: IntTensor<B>,
     vocab_size: usize,
+    sum: Option<FloatTensor<B>>,
 ) -> FloatTensor<B> {
     let grad = tensor::<B, 2>(grad);
-    let zeros = Tensor::<B, 2>::zeros([vocab_size, grad.dims()[1]], (&grad.device(), grad.dtype()));
-    B::float_select_add(primitive(zeros), 0, tokens, primitive(grad))
+    let zeros = || Tensor::<B, 2>::zeros([vocab_size, grad.dims()[1]], (&grad.device(), grad.dtype()));
+    let sum = sum.unwrap_or_else(|| primitive(zeros()));
+    B::float_select_add(sum, 0, tokens, primitive(grad))
 }
 
 /// [`LlamaBackend::scale`](super::LlamaBackend::scale).

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use super::product::{Matrix, PRODUCT, Product, multiply};
 use super::simd::{exp, max, sum1, vectorized};
 use super::{Buffer, contiguous, scalar, values};
+use crate::Precision;
 use crate::backend::{IGNORE_TARGET, LossSpec};
 
 /// Logits of a chunk: 32 MB.
@@ -42,7 +43,9 @@ impl<'a> Head<'a> {
 
     /// Rows of a chunk.
     fn rows(&self) -> usize {
-        (CHUNK / self.vocab_size).clamp(16, 512).min(self.targets.len().max(1))
+        // The faster the products, the more it costs to read the head for each chunk.
+        let chunk = if self.spec.precision == Precision::F32 { CHUNK } else { 2 * CHUNK };
+        (chunk / self.vocab_size).clamp(16, 512).min(self.targets.len().max(1))
     }
 
     /// Calls `each` with first row, hidden states, targets and logits of every chunk.

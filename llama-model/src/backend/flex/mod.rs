@@ -22,11 +22,16 @@ use super::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, re
 use crate::Precision;
 
 impl LlamaBackend for Flex {
-    fn token_embedding_backward(grad: FlexTensor, tokens: FlexTensor, vocab_size: usize) -> FlexTensor {
-        if !is_f32(&[&grad]) {
-            return reference::token_embedding_backward::<Flex>(grad, tokens, vocab_size);
+    fn token_embedding_backward(
+        grad: FlexTensor,
+        tokens: FlexTensor,
+        vocab_size: usize,
+        sum: Option<FlexTensor>,
+    ) -> FlexTensor {
+        if !is_f32(&[&grad]) || !sum.iter().all(|sum| is_f32(&[sum])) {
+            return reference::token_embedding_backward::<Flex>(grad, tokens, vocab_size, sum);
         }
-        rows::token_embedding_backward(grad, tokens, vocab_size)
+        rows::token_embedding_backward(grad, tokens, vocab_size, sum)
     }
 
     fn project(x: FlexTensor, weight: FlexTensor, precision: Precision) -> FlexTensor {

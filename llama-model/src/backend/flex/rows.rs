@@ -114,20 +114,26 @@ vectorized! {
 }
 
 /// Each row of the vocabulary belongs to one thread, which adds its tokens' gradients in their order.
-pub(super) fn token_embedding_backward(grad: FlexTensor, tokens: FlexTensor, vocab_size: usize) -> FlexTensor {
+pub(super) fn token_embedding_backward(
+    grad: FlexTensor,
+    tokens: FlexTensor,
+    vocab_size: usize,
+    sum: Option<FlexTensor>,
+) -> FlexTensor {
     let grad = contiguous(grad);
     let [_, d_model] = grad.shape().dims();
     let tokens: Vec<i64> = tokens.into_data().iter::<i64>().collect();
-    let mut d_weight = Buffer::zeros(vocab_size * d_model);
+    let zeros = || Buffer::zeros(vocab_size * d_model).into_tensor(Shape::new([vocab_size, d_model]));
+    let mut d_weight = sum.map_or_else(zeros, contiguous);
     let share = vocab_size.div_ceil(rayon::current_num_threads());
-    d_weight.par_chunks_mut(share * d_model).enumerate().for_each(|(index, d_weight)| {
+    d_weight.storage_mut::<f32>().par_chunks_mut(share * d_model).enumerate().for_each(|(index, d_weight)| {
         let first = index * share;
         for (token, grad) in tokens.iter().zip(values(&grad).chunks_exact(d_model)) {
             let row = (*token as usize).checked_sub(first).and_then(|row| d_weight.chunks_exact_mut(d_model).nth(row));
             row.into_iter().flatten().zip(grad).for_each(|(sum, grad)| *sum += grad);
         }
     });
-    d_weight.into_tensor(Shape::new([vocab_size, d_model]))
+    d_weight
 }
 
 pub(super) fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: bool) -> FlexTensor {

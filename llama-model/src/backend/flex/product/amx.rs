@@ -158,6 +158,12 @@ unsafe fn multiply_strip(panels: *const f32, strip: *const f32, steps: usize, ta
         let lower = upper.wrapping_add(steps * TILE_LANES);
         let out = target.out.wrapping_offset(i as isize * target.row_stride);
         let rows = UNIT.min(target.rows - i);
+        // The next tile of the result comes from memory while this one is summed.
+        for r in UNIT..(2 * UNIT).min(target.rows - i) {
+            let next = out.wrapping_offset(r as isize * target.row_stride);
+            _mm_prefetch::<_MM_HINT_T0>(next.cast());
+            _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(TILE).cast());
+        }
         // SAFETY: the caller's promise; sums that are not written as they are have a place of their own.
         unsafe {
             if rows == UNIT && target.cols == UNIT && target.factor == 1.0 {

@@ -57,6 +57,8 @@ pub(super) const TERMS: usize = 512;
 const OWN_COLS: usize = 256;
 /// Lanes of `b` up to which all tasks share one packed copy.
 const SHARED_LANES: usize = 1 << 22;
+/// Times that the tasks may wait for a shared copy of the next terms.
+const SHARED_CHUNKS: usize = 8;
 /// Rows below which a shared copy is not worth the wait for it.
 const SHARED_ROWS: usize = 512;
 
@@ -77,7 +79,10 @@ impl Cut {
         let terms = even(k, k.div_ceil(TERMS), K::TERMS);
         let mut row_blocks = m.div_ceil(K::BLOCK);
         let mut col_blocks = 1;
-        let shared = threads > 1 && m >= SHARED_ROWS && n.next_multiple_of(K::COLS) * K::lanes(terms) <= SHARED_LANES;
+        let shared = threads > 1
+            && m >= SHARED_ROWS
+            && k <= SHARED_CHUNKS * TERMS
+            && n.next_multiple_of(K::COLS) * K::lanes(terms) <= SHARED_LANES;
         if shared {
             // Two tasks for each thread or more, in a number that threads share evenly.
             row_blocks = row_blocks.max(2 * threads).next_multiple_of(threads);
