@@ -1,30 +1,34 @@
-//! Generates text with a trained model, token by token.
+//! Generates text with a trained model, token by token. The model may be a run of `pretrain`, a Hugging Face or Meta
+//! folder, a GGUF file or one of llama2.c.
 //!
 //! ```sh
 //! cargo run --release --example generate -- --model runs/tiny --prompt "fn main() {"
+//! cargo run --release --example generate -- --model smollm2.gguf --prompt "The capital of France is"
 //! ```
 #![recursion_limit = "256"]
 
 mod common;
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Result;
 use clap::Parser;
-use llama::data::tokenizer::{DecodeStream, Tokenizer};
+use common::{Loaded, show};
+use llama::data::tokenizer::CodecStream;
 use llama::model::generate::{GenerateOptions, Generation, Sampling};
-use llama::model::{BackendTask, Device, TrainBackend, WeightFormat, hf};
-use llama::train::checkpoint::TOKENIZER_FILE;
+use llama::model::{BackendTask, Device, TrainBackend, WeightFormat};
 
 /// Generates text with a trained model.
 #[derive(Parser)]
 #[command(about, long_about = None)]
 struct Args {
-    /// A model folder (config.json, model.safetensors, tokenizer.model), or a run folder: its newest checkpoint
+    /// A checkpoint in any format, or a run folder: its newest checkpoint
     #[arg(long, default_value = "runs/tiny")]
     model: PathBuf,
+    /// Tokenizer, where the checkpoint has none beside it: tokenizer.model or tokenizer.json
+    #[arg(long)]
+    tokenizer: Option<PathBuf>,
     /// How the text begins; several make a batch
     #[arg(long, num_args = 1.., default_values_t = [String::new()])]
     prompt: Vec<String>,
@@ -55,6 +59,7 @@ struct Args {
 }
 
 fn main() -> Result<()> {
+    llama::model::keep_freed_memory();
     let args = Args::parse();
     let device: Device = args.device.parse()?;
     device.run(Generate(args))?
@@ -67,15 +72,9 @@ impl BackendTask for Generate {
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<()> {
         let Self(args) = self;
-        let folder = common::model_folder(&args.model)?;
-        let tokenizer = Tokenizer::load(&folder.join(TOKENIZER_FILE))?;
-        let (model, config) = hf::load::<B::InnerBackend>(&folder, &device)?;
-        let model = model.with_weights(args.weights)?;
-        let prompts: Vec<Vec<u32>> = args
-            .prompt
-            .iter()
-            .map(|prompt| tokenizer.encode_document(prompt, false, &mut Default::default()))
-            .collect();
+        let Loaded { model, config, codec } =
+            common::load::<B::InnerBackend>(&args.model, args.tokenizer.as_deref(), args.weights, &device)?;
+        let prompts: Vec<Vec<u32>> = args.prompt.iter().map(|prompt| codec.encode_prompt(prompt)).collect();
         let options = GenerateOptions {
             max_new_tokens: args.max_new_tokens,
             sampling: Sampling {
@@ -85,14 +84,14 @@ impl BackendTask for Generate {
                 top_p: Some(args.top_p),
             },
             seed: args.seed,
-            stop_tokens: tokenizer.eos().into_iter().collect(),
+            stop_tokens: codec.eos.into_iter().collect(),
         };
         let start = Instant::now();
         let generation = Generation::new(&model, &config, &prompts, options, &device)?;
         let mut tokens = 0;
         // A single text appears as it is made; several are shown when they are done.
         let mut texts = vec![String::new(); prompts.len()];
-        let mut streams: Vec<DecodeStream> = prompts.iter().map(|_| DecodeStream::new(&tokenizer)).collect();
+        let mut streams: Vec<CodecStream> = prompts.iter().map(|_| codec.stream(false)).collect();
         for (text, (stream, prompt)) in texts.iter_mut().zip(streams.iter_mut().zip(&prompts)) {
             text.extend(prompt.iter().map(|&id| stream.push(id)));
         }
@@ -127,10 +126,4 @@ impl BackendTask for Generate {
         eprintln!("{tokens} tokens, {:.0} tokens/s", tokens as f64 / start.elapsed().as_secs_f64());
         Ok(())
     }
-}
-
-/// Prints without waiting for the end of the line.
-fn show(text: &str) -> Result<()> {
-    print!("{text}");
-    Ok(std::io::stdout().flush()?)
 }

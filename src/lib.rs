@@ -6,6 +6,8 @@
 //! * [`data`]: text, tokenizers, token shards, training order;
 //! * [`train`]: configuration, learner, optimizer, schedule, metrics, checkpoints.
 //!
+//! and adds what joins the first two: [`text`], the tokenizer that a checkpoint comes with, and conversations.
+//!
 //! ```
 //! # #[cfg(feature = "flex")] {
 //! use burn::backend::Flex;
@@ -31,3 +33,5 @@
 pub use llama_data as data;
 pub use llama_model as model;
 pub use llama_train as train;
+
+pub mod text;

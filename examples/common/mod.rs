@@ -1,6 +1,7 @@
 //! What the programs share: progress bars, the default corpus, checkpoints by path.
 #![allow(dead_code, reason = "each program uses a part")]
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -8,6 +9,10 @@ use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use llama::data::Progress;
 use llama::data::source::Sources;
+use llama::data::tokenizer::Codec;
+use llama::model::formats::{Checkpoint, Format};
+use llama::model::{Llama, LlamaBackend, LlamaConfig, WeightFormat};
+use llama::text;
 use llama::train::checkpoint;
 
 /// A progress bar on the terminal; silent where the output is none.
@@ -88,12 +93,51 @@ fn rust_sources() -> Result<Sources> {
     Ok(sources)
 }
 
-/// The model folder at `path`: itself, or the newest checkpoint of the run there.
-pub fn model_folder(path: &Path) -> Result<PathBuf> {
-    if path.join(llama::model::hf::CONFIG_FILE).is_file() {
+/// The checkpoint at `path`: itself, in any format, or the newest of the run there.
+pub fn checkpoint_path(path: &Path) -> Result<PathBuf> {
+    if Format::detect(path).is_ok() {
         return Ok(path.into());
     }
-    checkpoint::latest(path).with_context(|| {
-        format!("{} is neither a model folder (with config.json) nor a run folder; train one with `cargo run --release --example pretrain`", path.display())
-    })
+    if !path.exists() {
+        bail!("{} does not exist; train a model with `cargo run --release --example pretrain`", path.display());
+    }
+    // A run folder has its checkpoints below it; anything else is told what is wrong with it.
+    checkpoint::latest(path).or_else(|_| Ok(Format::detect(path).map(|_| path.into())?))
+}
+
+/// A model, its sizes, its tokenizer and where they are.
+pub struct Loaded<B: LlamaBackend> {
+    pub model: Llama<B>,
+    pub config: LlamaConfig,
+    pub codec: Codec,
+}
+
+/// Opens a checkpoint in any format with its tokenizer, or the one named, and shows its progress.
+pub fn load<B: LlamaBackend>(
+    path: &Path,
+    tokenizer: Option<&Path>,
+    weights: WeightFormat,
+    device: &B::Device,
+) -> Result<Loaded<B>> {
+    let path = checkpoint_path(path)?;
+    let codec = match tokenizer {
+        Some(file) => Codec::load(file)?,
+        None => text::codec(&path)?,
+    };
+    let checkpoint = Checkpoint::open(&path)?;
+    let config = checkpoint.config().clone();
+    if codec.vocab_size() > config.vocab_size {
+        bail!("the tokenizer has {} tokens, the model {}", codec.vocab_size(), config.vocab_size);
+    }
+    let bar = Bar::default();
+    bar.start(&format!("loading {}", path.display()), Some(config.num_params()));
+    let model = checkpoint.load::<B>(weights, device, |read| bar.advance(read))?;
+    bar.finish();
+    Ok(Loaded { model, config, codec })
+}
+
+/// Prints without waiting for the end of the line.
+pub fn show(text: &str) -> Result<()> {
+    print!("{text}");
+    Ok(std::io::stdout().flush()?)
 }

@@ -245,6 +245,32 @@ impl LlamaConfig {
         (self.n_layers * self.block_matmul_params() + norms + embeddings) as u64
     }
 
+    /// Name and shape of every parameter, by the names of the released checkpoints, in the model's order.
+    pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
+        let (d_model, d_ff) = (self.d_model, self.d_ff);
+        let mut parameters = vec![("tok_embeddings.weight".to_string(), vec![self.vocab_size, d_model])];
+        for layer in 0..self.n_layers {
+            for (name, dims) in [
+                ("attention_norm", vec![d_model]),
+                ("attention.wq", vec![self.d_q(), d_model]),
+                ("attention.wk", vec![self.d_kv(), d_model]),
+                ("attention.wv", vec![self.d_kv(), d_model]),
+                ("attention.wo", vec![d_model, self.d_q()]),
+                ("ffn_norm", vec![d_model]),
+                ("feed_forward.w1", vec![d_ff, d_model]),
+                ("feed_forward.w2", vec![d_model, d_ff]),
+                ("feed_forward.w3", vec![d_ff, d_model]),
+            ] {
+                parameters.push((format!("layers.{layer}.{name}.weight"), dims));
+            }
+        }
+        parameters.push(("norm.weight".into(), vec![d_model]));
+        if !self.tied_head {
+            parameters.push(("output.weight".into(), vec![self.vocab_size, d_model]));
+        }
+        parameters
+    }
+
     /// Parameters that take part in a matrix product for every token: `N_matmul`, all matrices without the embedding
     /// lookup.
     pub fn num_matmul_params(&self) -> u64 {

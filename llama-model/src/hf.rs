@@ -4,8 +4,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::formats::{Checkpoint, Format};
 use crate::weights;
-use crate::{Llama, LlamaBackend, LlamaConfig, ModelError, RopeScaling};
+use crate::{Llama, LlamaBackend, LlamaConfig, ModelError, RopeScaling, WeightFormat};
 
 /// Name of the configuration in a model folder.
 pub const CONFIG_FILE: &str = "config.json";
@@ -17,9 +18,8 @@ pub const WEIGHTS_FILE: &str = "model.safetensors";
 /// # Errors
 /// If a file is missing, is not what it should be or does not fit the configuration.
 pub fn load<B: LlamaBackend>(folder: &Path, device: &B::Device) -> Result<(Llama<B>, LlamaConfig), ModelError> {
-    let config = load_config(&folder.join(CONFIG_FILE))?;
-    let model = weights::load_model(config.init(0, device)?, &folder.join(WEIGHTS_FILE))?;
-    Ok((model, config))
+    let checkpoint = Checkpoint::open_as(Format::HuggingFace, folder)?;
+    Ok((checkpoint.load(WeightFormat::F32, device, |_| ())?, checkpoint.config().clone()))
 }
 
 /// Writes a model folder, each file atomically.
@@ -100,7 +100,7 @@ fn rope_scaling(rope: &Value) -> Result<Option<RopeScaling>, String> {
 }
 
 /// The configuration in the form that every version of transformers reads.
-fn to_json(config: &LlamaConfig) -> Value {
+pub(crate) fn to_json(config: &LlamaConfig) -> Value {
     let scaling = match &config.rope_scaling {
         None => Value::Null,
         Some(RopeScaling::Linear { factor }) => json!({ "rope_type": "linear", "factor": factor }),

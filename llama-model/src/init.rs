@@ -14,15 +14,20 @@ const STD: f64 = 0.02;
 
 /// Makes parameters below a path such as `layers.0.attention`.
 pub(crate) struct Init<'a, B: LlamaBackend> {
-    seed: u64,
+    /// None for zeros.
+    seed: Option<u64>,
     n_layers: usize,
     path: String,
     device: &'a B::Device,
 }
 
 impl<'a, B: LlamaBackend> Init<'a, B> {
-    pub(crate) fn new(seed: u64, n_layers: usize, device: &'a B::Device) -> Self {
+    pub(crate) fn new(seed: Option<u64>, n_layers: usize, device: &'a B::Device) -> Self {
         Self { seed, n_layers, path: String::new(), device }
+    }
+
+    pub(crate) fn device(&self) -> &'a B::Device {
+        self.device
     }
 
     /// The same below `name`.
@@ -41,7 +46,8 @@ impl<'a, B: LlamaBackend> Init<'a, B> {
     }
 
     pub(crate) fn normal(&self, dims: [usize; 2], std: f64) -> Param<Tensor<B, 2>> {
-        let mut rng = ChaCha8Rng::seed_from_u64(self.hash(self.seed));
+        let Some(seed) = self.seed else { return self.param(Tensor::zeros(dims, self.device)) };
+        let mut rng = ChaCha8Rng::seed_from_u64(self.hash(seed));
         let values: Vec<f32> = (0..dims[0] * dims[1])
             .map(|_| {
                 let z: f32 = StandardNormal.sample(&mut rng);

@@ -32,6 +32,7 @@
 
 pub mod backend;
 pub mod device;
+pub mod formats;
 pub mod generate;
 pub mod hf;
 pub mod modules;

@@ -4,7 +4,8 @@
 //! (`layers.0.attention.wq.weight`). Files use the Hugging Face names (`model.layers.0.self_attn.q_proj.weight`), so
 //! that a checkpoint's `model.safetensors` is one that other programs read. One table, `NAMES`, maps both ways.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -17,12 +18,12 @@ use memmap2::Mmap;
 use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, View};
 
+use crate::formats::TensorInfo;
 use crate::{LlamaBackend, ModelError};
 
 /// Our name and the Hugging Face name of each part; a layer's parts follow `layers.N.` and `model.layers.N.`.
-const NAMES: [(&str, &str); 3] =
-    [("tok_embeddings", "model.embed_tokens"), ("norm", "model.norm"), ("output", "lm_head")];
-const LAYER_NAMES: [(&str, &str); 9] = [
+const NAMES: [Pair; 3] = [("tok_embeddings", "model.embed_tokens"), ("norm", "model.norm"), ("output", "lm_head")];
+const LAYER_NAMES: [Pair; 9] = [
     ("attention_norm", "input_layernorm"),
     ("attention.wq", "self_attn.q_proj"),
     ("attention.wk", "self_attn.k_proj"),
@@ -34,32 +35,30 @@ const LAYER_NAMES: [(&str, &str); 9] = [
     ("feed_forward.w3", "mlp.up_proj"),
 ];
 
-/// The name in a file of the parameter with `path` in the model.
+/// The name in a Hugging Face file of the parameter with `path` in the model.
 pub fn file_name(path: &str) -> Option<String> {
-    rename(path, "layers.", "model.layers.", |(ours, theirs)| (ours, theirs))
+    rename(path, ("layers.", "model.layers."), &NAMES, &LAYER_NAMES)
 }
 
-/// The path in the model of the parameter called `name` in a file.
+/// The path in the model of the parameter called `name` in a Hugging Face file.
 pub fn model_path(name: &str) -> Option<String> {
-    rename(name, "model.layers.", "layers.", |(ours, theirs)| (theirs, ours))
+    let back = |table: &[Pair]| table.iter().map(|(ours, theirs)| (*theirs, *ours)).collect::<Vec<_>>();
+    rename(name, ("model.layers.", "layers."), &back(&NAMES), &back(&LAYER_NAMES))
 }
 
-fn rename(
-    name: &str,
-    from_layers: &str,
-    to_layers: &str,
-    direction: impl Fn((&'static str, &'static str)) -> (&'static str, &'static str),
-) -> Option<String> {
+/// One name and the other.
+pub(crate) type Pair = (&'static str, &'static str);
+
+/// A weight's other name, by a table of its parts and of those in a layer, which follow `layers.0` and `layers.1`.
+pub(crate) fn rename(name: &str, layers: Pair, parts: &[Pair], layer_parts: &[Pair]) -> Option<String> {
     let stem = name.strip_suffix(".weight")?;
-    let find = |table: &[(&'static str, &'static str)], stem: &str| {
-        table.iter().map(|pair| direction(*pair)).find(|(from, _)| *from == stem).map(|(_, to)| to)
-    };
-    if let Some(rest) = stem.strip_prefix(from_layers) {
+    let find = |table: &[Pair], stem: &str| table.iter().find(|(from, _)| *from == stem).map(|(_, to)| *to);
+    if let Some(rest) = stem.strip_prefix(layers.0) {
         let (layer, part) = rest.split_once('.')?;
         layer.parse::<usize>().ok()?;
-        return Some(format!("{to_layers}{layer}.{}.weight", find(&LAYER_NAMES, part)?));
+        return Some(format!("{}{layer}.{}.weight", layers.1, find(layer_parts, part)?));
     }
-    Some(format!("{}.weight", find(&NAMES, stem)?))
+    Some(format!("{}.weight", find(parts, stem)?))
 }
 
 /// Keeps the path of the parameter being visited.
@@ -146,17 +145,21 @@ pub fn map_params<B: Backend, M: Module<B>>(module: M, map: &mut impl ParamMap<B
     module.map(&mut Mapper { stack: PathStack::default(), map })
 }
 
+fn file_dtype(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F64 => Dtype::F64,
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
+        _ => Dtype::F32,
+    }
+}
+
 /// A tensor on its way to a file.
 struct HostTensor(TensorData);
 
 impl View for &HostTensor {
     fn dtype(&self) -> Dtype {
-        match self.0.dtype {
-            DType::F64 => Dtype::F64,
-            DType::F16 => Dtype::F16,
-            DType::BF16 => Dtype::BF16,
-            _ => Dtype::F32,
-        }
+        file_dtype(self.0.dtype)
     }
     fn shape(&self) -> &[usize] {
         self.0.shape.as_slice()
@@ -184,6 +187,59 @@ pub fn save_tensors(path: &Path, tensors: BTreeMap<String, TensorData>) -> Resul
     })
 }
 
+/// A tensor that is read when its turn to be written comes.
+struct LazyTensor<'a, F> {
+    dtype: DType,
+    dims: Vec<usize>,
+    read: F,
+    error: &'a RefCell<Option<ModelError>>,
+}
+
+impl<F: Fn() -> Result<TensorData, ModelError>> View for LazyTensor<'_, F> {
+    fn dtype(&self) -> Dtype {
+        file_dtype(self.dtype)
+    }
+    fn shape(&self) -> &[usize] {
+        &self.dims
+    }
+    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+        if self.error.borrow().is_some() {
+            return Vec::new().into();
+        }
+        let data = (self.read)().unwrap_or_else(|error| {
+            self.error.borrow_mut().get_or_insert(error);
+            TensorData::new(Vec::<f32>::new(), [0])
+        });
+        data.as_bytes().to_vec().into()
+    }
+    fn data_len(&self) -> usize {
+        self.dims.iter().product::<usize>() * self.dtype.size()
+    }
+}
+
+/// As [`save_tensors`], for tensors of one dtype that are made one by one: name, shape and a function for each.
+pub(crate) fn save_streamed<F: Fn() -> Result<TensorData, ModelError>>(
+    path: &Path,
+    dtype: DType,
+    tensors: Vec<(String, Vec<usize>, F)>,
+) -> Result<(), ModelError> {
+    let error = RefCell::new(None);
+    let lazy = |(name, dims, read)| (name, LazyTensor { dtype, dims, read, error: &error });
+    let tensors: Vec<_> = tensors.into_iter().map(lazy).collect();
+    replace(path, |file| {
+        // What transformers asks of a file that PyTorch reads.
+        let metadata = Some(HashMap::from([("format".to_string(), "pt".to_string())]));
+        let written = safetensors::serialize_to_file(tensors, metadata, file.path());
+        if let Some(error) = error.take() {
+            return Err(error);
+        }
+        written.map_err(|error| match error {
+            SafeTensorError::IoError(error) => ModelError::io(path, error),
+            error => ModelError::format(path, error),
+        })
+    })
+}
+
 /// Writes a file beside its place, flushes it to the disk and renames it into place.
 ///
 /// # Errors
@@ -193,7 +249,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), ModelError> {
 }
 
 /// Lets `write` fill a new file beside `path`, flushes it and renames it into place.
-fn replace(
+pub(crate) fn replace(
     path: &Path,
     write: impl FnOnce(&mut tempfile::NamedTempFile) -> Result<(), ModelError>,
 ) -> Result<(), ModelError> {
@@ -233,6 +289,16 @@ impl TensorFile {
     /// All tensors' names, sorted.
     pub fn names(&self) -> BTreeSet<String> {
         self.metadata.tensors().into_keys().collect()
+    }
+
+    /// What the header says of each tensor.
+    pub(crate) fn infos(&self) -> impl Iterator<Item = TensorInfo> {
+        self.metadata.tensors().into_iter().map(|(name, info)| TensorInfo {
+            name,
+            dims: info.shape.clone(),
+            dtype: format!("{:?}", info.dtype),
+            bytes: (info.data_offsets.1 - info.data_offsets.0) as u64,
+        })
     }
 
     /// A tensor with exactly this shape.

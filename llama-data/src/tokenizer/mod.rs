@@ -5,12 +5,17 @@
 //! [`Tokenizer::bytes`] needs none: its pieces are the 256 bytes.
 
 mod bpe;
+mod byte_level;
+mod codec;
+mod codec_files;
 mod pretokenize;
 mod proto;
 mod stream;
 mod train;
 
 pub use bpe::EncodeCache;
+pub use byte_level::{ByteLevel, Words};
+pub use codec::{Codec, CodecStream, RawVocabulary};
 pub use stream::DecodeStream;
 pub use train::TrainOptions;
 

@@ -35,15 +35,23 @@ impl LlamaConfig {
     /// # Errors
     /// [`ModelError::Config`] if the fields describe no model.
     pub fn init<B: LlamaBackend>(&self, seed: u64, device: &B::Device) -> Result<Llama<B>, ModelError> {
+        self.init_with(Init::new(Some(seed), self.n_layers, device))
+    }
+
+    /// A model of zeros, to be filled from a checkpoint.
+    pub(crate) fn init_empty<B: LlamaBackend>(&self, device: &B::Device) -> Result<Llama<B>, ModelError> {
+        self.init_with(Init::new(None, self.n_layers, device))
+    }
+
+    fn init_with<B: LlamaBackend>(&self, init: Init<B>) -> Result<Llama<B>, ModelError> {
         self.validate()?;
-        let init = Init::new(seed, self.n_layers, device);
         Ok(Llama {
             tok_embeddings: Embedding::new(self.vocab_size, self.d_model, init.std(), &init.at("tok_embeddings")),
             layers: (0..self.n_layers).map(|layer| Block::new(self, &init.at(&format!("layers.{layer}")))).collect(),
             norm: RmsNorm::new(self.d_model, self.norm_eps, &init.at("norm")),
             output: (!self.tied_head)
                 .then(|| Linear::new(self.d_model, self.vocab_size, init.std(), &init.at("output"))),
-            rope: RotaryEmbedding::new(self, device),
+            rope: RotaryEmbedding::new(self, init.device()),
             compute: Compute::default(),
         })
     }

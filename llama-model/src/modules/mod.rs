@@ -19,3 +19,4 @@ pub use linear::{Linear, Quantized};
 pub use llama::Llama;
 pub use rms_norm::RmsNorm;
 pub use rotary::RotaryEmbedding;
+pub(crate) use rotary::rotary_frequencies;

@@ -1,0 +1,124 @@
+//! A conversation with an instruction-tuned model, in the form of its own template.
+//!
+//! ```sh
+//! cargo run --release --example chat -- --model smollm2.gguf
+//! echo "What is the capital of France?" | cargo run --release --example chat -- --model smollm2.gguf --temperature 0
+//! ```
+//!
+//! `/new` begins a new conversation, the end of the input (Ctrl-D) ends the program.
+#![recursion_limit = "256"]
+
+mod common;
+
+use std::io::BufRead;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Parser;
+use common::{Loaded, show};
+use llama::model::generate::{GenerateOptions, Generation, Sampling};
+use llama::model::{BackendTask, Device, ModelError, TrainBackend, WeightFormat};
+use llama::text::{self, Message};
+
+/// A conversation with a model.
+#[derive(Parser)]
+#[command(about, long_about = None)]
+struct Args {
+    /// A checkpoint in any format whose tokenizer has a chat template
+    #[arg(long)]
+    model: PathBuf,
+    /// Tokenizer, where the checkpoint has none beside it
+    #[arg(long)]
+    tokenizer: Option<PathBuf>,
+    /// What the model is told before the conversation
+    #[arg(long)]
+    system: Option<String>,
+    /// Tokens of an answer, at most
+    #[arg(long, default_value_t = 512)]
+    max_new_tokens: usize,
+    /// 0 is greedy
+    #[arg(long, default_value_t = 0.8)]
+    temperature: f32,
+    /// Keeps the most likely tokens up to this probability
+    #[arg(long, default_value_t = 0.95)]
+    top_p: f32,
+    /// Above 1 makes tokens that occurred less likely
+    #[arg(long, default_value_t = 1.0)]
+    repetition_penalty: f32,
+    /// How matrices are kept in memory: f32, bf16 or q8 (8 bits in blocks of 32); fewer bytes decode faster
+    #[arg(long, default_value = "f32")]
+    weights: WeightFormat,
+    /// Seed of the random numbers
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Where to compute
+    #[arg(long, default_value = "flex", help = format!("Where to compute: {}", Device::choices().join(", ")))]
+    device: String,
+}
+
+fn main() -> Result<()> {
+    llama::model::keep_freed_memory();
+    let args = Args::parse();
+    let device: Device = args.device.parse()?;
+    device.run(Chat(args))?
+}
+
+struct Chat(Args);
+
+impl BackendTask for Chat {
+    type Output = Result<()>;
+
+    fn run<B: TrainBackend>(self, device: B::Device) -> Result<()> {
+        let Self(args) = self;
+        let Loaded { model, config, codec } =
+            common::load::<B::InnerBackend>(&args.model, args.tokenizer.as_deref(), args.weights, &device)?;
+        let system: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
+        let mut messages = system.clone();
+        // Different vocabularies end a turn in different ways.
+        let ends = ["<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>"];
+        let stop_tokens: Vec<u32> =
+            codec.eos.into_iter().chain(ends.iter().filter_map(|end| codec.special(end))).collect();
+        show("> ")?;
+        for line in std::io::stdin().lock().lines() {
+            let line = line?;
+            if line.trim() == "/new" {
+                messages = system.clone();
+            } else if !line.trim().is_empty() {
+                messages.push(Message::new("user", line));
+                let prompt = text::chat_prompt(&codec, &messages)?;
+                let options = GenerateOptions {
+                    max_new_tokens: args.max_new_tokens,
+                    sampling: Sampling {
+                        repetition_penalty: args.repetition_penalty,
+                        temperature: args.temperature,
+                        top_k: None,
+                        top_p: Some(args.top_p),
+                    },
+                    seed: args.seed + messages.len() as u64,
+                    stop_tokens: stop_tokens.clone(),
+                };
+                let mut stream = codec.stream(true);
+                let mut answer = String::new();
+                for step in Generation::new(&model, &config, &[prompt], options, &device)? {
+                    let tokens = match step {
+                        // The context is full: the answer ends here.
+                        Err(ModelError::CacheFull { .. }) => break,
+                        step => step?,
+                    };
+                    for token in tokens.into_iter().flatten() {
+                        let new = stream.push(token);
+                        show(&new)?;
+                        answer.push_str(&new);
+                    }
+                }
+                let rest = stream.finish();
+                show(&rest)?;
+                messages.push(Message::new("assistant", answer + &rest));
+                println!();
+            }
+            show("> ")?;
+        }
+        println!();
+        Ok(())
+    }
+}

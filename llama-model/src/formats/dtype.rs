@@ -1,0 +1,71 @@
+//! Types of numbers in files.
+
+use burn::tensor::{DType, TensorData};
+use half::{bf16, f16};
+
+use super::quants;
+
+/// How matrices are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FileType {
+    /// 4 bytes.
+    #[default]
+    F32,
+    /// 2 bytes, IEEE half precision.
+    F16,
+    /// 2 bytes, the upper half of an f32.
+    Bf16,
+    /// 8 bits and a scale for every 32: GGUF only.
+    Q8_0,
+    /// 4 bits and a scale for every 32: GGUF only.
+    Q4_0,
+}
+
+crate::compute::names!(FileType, "type", F32 = "f32", F16 = "f16", Bf16 = "bf16", Q8_0 = "q8_0", Q4_0 = "q4_0");
+
+impl FileType {
+    /// Burn's name of a float, none for blocks.
+    pub(super) fn float(self) -> Option<DType> {
+        match self {
+            Self::F32 => Some(DType::F32),
+            Self::F16 => Some(DType::F16),
+            Self::Bf16 => Some(DType::BF16),
+            Self::Q8_0 | Self::Q4_0 => None,
+        }
+    }
+
+    /// Bytes that so many values take.
+    pub(super) fn bytes(self, values: usize) -> usize {
+        match self {
+            Self::F32 => 4 * values,
+            Self::F16 | Self::Bf16 => 2 * values,
+            Self::Q8_0 => values / quants::BLOCK * quants::Q8_0_BYTES,
+            Self::Q4_0 => values / quants::BLOCK * quants::Q4_0_BYTES,
+        }
+    }
+
+    /// The values as they stand in a file.
+    pub(super) fn encode(self, data: TensorData) -> Vec<u8> {
+        if let Some(dtype) = self.float() {
+            return data.convert_dtype(dtype).as_bytes().to_vec();
+        }
+        let values = floats(data);
+        if self == Self::Q8_0 { quants::encode_q8_0(&values) } else { quants::encode_q4_0(&values) }
+    }
+}
+
+/// Values in f32.
+pub(super) fn floats(data: TensorData) -> Vec<f32> {
+    let data = data.convert::<f32>();
+    data.as_slice::<f32>().map(<[f32]>::to_vec).unwrap_or_default()
+}
+
+/// Little-endian bytes of a float type as data, whatever their alignment.
+pub(super) fn decode(dtype: DType, bytes: &[u8], shape: Vec<usize>) -> TensorData {
+    match dtype {
+        DType::F64 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, f64>(bytes), shape),
+        DType::F16 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, f16>(bytes), shape),
+        DType::BF16 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, bf16>(bytes), shape),
+        _ => TensorData::new(bytemuck::pod_collect_to_vec::<u8, f32>(bytes), shape),
+    }
+}

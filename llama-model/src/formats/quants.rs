@@ -1,0 +1,210 @@
+//! llama.cpp's blocks of quantised values (its `ggml-quants.c` is their definition), to floats and back.
+//!
+//! A block holds 32 values, or 256 in the `K` types, and begins or ends with its scales in half precision.
+
+use half::f16;
+
+/// Values of a block in the simple types.
+pub(super) const BLOCK: usize = 32;
+/// Values of a block in the `K` types.
+const K_BLOCK: usize = 256;
+pub(super) const Q8_0_BYTES: usize = 34;
+pub(super) const Q4_0_BYTES: usize = 18;
+
+/// A type of block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Quant {
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    Q2K,
+    Q3K,
+    Q4K,
+    Q5K,
+    Q6K,
+}
+
+impl Quant {
+    /// Values and bytes of a block.
+    pub(super) fn block(self) -> (usize, usize) {
+        match self {
+            Self::Q4_0 => (BLOCK, Q4_0_BYTES),
+            Self::Q4_1 => (BLOCK, 20),
+            Self::Q5_0 => (BLOCK, 22),
+            Self::Q5_1 => (BLOCK, 24),
+            Self::Q8_0 => (BLOCK, Q8_0_BYTES),
+            Self::Q2K => (K_BLOCK, 84),
+            Self::Q3K => (K_BLOCK, 110),
+            Self::Q4K => (K_BLOCK, 144),
+            Self::Q5K => (K_BLOCK, 176),
+            Self::Q6K => (K_BLOCK, 210),
+        }
+    }
+
+    /// The values of whole blocks.
+    pub(super) fn decode(self, bytes: &[u8]) -> Vec<f32> {
+        let (values, size) = self.block();
+        let mut out = Vec::with_capacity(bytes.len() / size * values);
+        for block in bytes.chunks_exact(size) {
+            match self {
+                Self::Q4_0 => nibbles(&block[2..], |q, _| half(block, 0) * (q as i32 - 8) as f32, &mut out),
+                Self::Q4_1 => {
+                    nibbles(&block[4..], |q, _| half(block, 0) * q as f32 + half(block, 2), &mut out);
+                }
+                Self::Q5_0 => {
+                    let high = bits(&block[2..6]);
+                    let value = |q: u32, i: usize| (q | (high >> i & 1) << 4) as i32 - 16;
+                    nibbles(&block[6..], |q, i| half(block, 0) * value(q, i) as f32, &mut out);
+                }
+                Self::Q5_1 => {
+                    let high = bits(&block[4..8]);
+                    let value = |q: u32, i: usize| q | (high >> i & 1) << 4;
+                    nibbles(&block[8..], |q, i| half(block, 0) * value(q, i) as f32 + half(block, 2), &mut out);
+                }
+                Self::Q8_0 => out.extend(block[2..].iter().map(|q| half(block, 0) * f32::from(*q as i8))),
+                Self::Q2K => q2_k(block, &mut out),
+                Self::Q3K => q3_k(block, &mut out),
+                Self::Q4K => q4_k(block, &mut out),
+                Self::Q5K => q5_k(block, &mut out),
+                Self::Q6K => q6_k(block, &mut out),
+            }
+        }
+        out
+    }
+}
+
+fn half(block: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+}
+
+fn bits(bytes: &[u8]) -> u32 {
+    u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+}
+
+/// 16 bytes as 32 values: the low halves, then the high ones.
+fn nibbles(packed: &[u8], value: impl Fn(u32, usize) -> f32, out: &mut Vec<f32>) {
+    out.extend(packed.iter().enumerate().map(|(i, byte)| value(u32::from(byte & 15), i)));
+    out.extend(packed.iter().enumerate().map(|(i, byte)| value(u32::from(byte >> 4), i + 16)));
+}
+
+/// Scales and minima in 4 bits, values in 2.
+fn q2_k(block: &[u8], out: &mut Vec<f32>) {
+    let (scales, packed) = (&block[..16], &block[16..80]);
+    let (d, min) = (half(block, 80), half(block, 82));
+    for (i, scale) in scales.iter().enumerate() {
+        let (part, shift) = (&packed[i / 8 * 32 + i % 2 * 16..][..16], i % 8 / 2 * 2);
+        let (scale, low) = (d * f32::from(scale & 15), min * f32::from(scale >> 4));
+        out.extend(part.iter().map(|q| scale * f32::from(q >> shift & 3) - low));
+    }
+}
+
+/// Scales in 6 bits, values in 2 with a third apart.
+fn q3_k(block: &[u8], out: &mut Vec<f32>) {
+    let (high, packed, scales, d) = (&block[..32], &block[32..96], &block[96..108], half(block, 108));
+    for i in 0..16 {
+        let low = if i < 8 { scales[i] & 15 } else { scales[i - 8] >> 4 };
+        let scale = (low | (scales[8 + i % 4] >> (i / 4 * 2) & 3) << 4) as i32 - 32;
+        let (part, shift) = (&packed[i / 8 * 32 + i % 2 * 16..][..16], i % 8 / 2 * 2);
+        let high = &high[i % 2 * 16..][..16];
+        out.extend(part.iter().zip(high).map(|(q, high)| {
+            let value = i32::from(q >> shift & 3) - if high >> (i / 2) & 1 == 1 { 0 } else { 4 };
+            d * scale as f32 * value as f32
+        }));
+    }
+}
+
+/// Scale and minimum number `i` of eight, in 6 bits each.
+fn scale_and_min(scales: &[u8], i: usize) -> (f32, f32) {
+    let (scale, min) = if i < 4 {
+        (scales[i] & 63, scales[i + 4] & 63)
+    } else {
+        let both = scales[i + 4];
+        (both & 15 | scales[i - 4] >> 6 << 4, both >> 4 | scales[i] >> 6 << 4)
+    };
+    (f32::from(scale), f32::from(min))
+}
+
+fn q4_k(block: &[u8], out: &mut Vec<f32>) {
+    let (d, min, scales, packed) = (half(block, 0), half(block, 2), &block[4..16], &block[16..144]);
+    for i in 0..8 {
+        let (scale, low) = scale_and_min(scales, i);
+        let part = &packed[i / 2 * 32..][..32];
+        out.extend(part.iter().map(|q| d * scale * f32::from(q >> (i % 2 * 4) & 15) - min * low));
+    }
+}
+
+fn q5_k(block: &[u8], out: &mut Vec<f32>) {
+    let (d, min, scales) = (half(block, 0), half(block, 2), &block[4..16]);
+    let (high, packed) = (&block[16..48], &block[48..176]);
+    for i in 0..8 {
+        let (scale, low) = scale_and_min(scales, i);
+        let part = packed[i / 2 * 32..][..32].iter().zip(high);
+        out.extend(part.map(|(q, high)| {
+            let value = q >> (i % 2 * 4) & 15 | (high >> i & 1) << 4;
+            d * scale * f32::from(value) - min * low
+        }));
+    }
+}
+
+fn q6_k(block: &[u8], out: &mut Vec<f32>) {
+    let (low, high, scales, d) = (&block[..128], &block[128..192], &block[192..208], half(block, 208));
+    for i in 0..8 {
+        let (section, quarter) = (i / 4, i % 4);
+        let low = &low[section * 64 + quarter % 2 * 32..][..32];
+        let high = &high[section * 32..][..32];
+        out.extend(low.iter().zip(high).enumerate().map(|(l, (low, high))| {
+            let value = i32::from(low >> (quarter / 2 * 4) & 15 | (high >> (2 * quarter) & 3) << 4) - 32;
+            let scale = scales[section * 8 + quarter * 2 + l / 16] as i8;
+            d * f32::from(scale) * value as f32
+        }));
+    }
+}
+
+/// Each block's largest value becomes 127.
+pub(super) fn encode_q8_0(values: &[f32]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(values.len() / BLOCK * Q8_0_BYTES);
+    for block in values.chunks_exact(BLOCK) {
+        let d = block.iter().fold(0.0f32, |max, x| max.max(x.abs())) / 127.0;
+        let inverse = if d > 0.0 { 1.0 / d } else { 0.0 };
+        out.extend(f16::from_f32(d).to_le_bytes());
+        out.extend(block.iter().map(|x| (x * inverse).round() as i8 as u8));
+    }
+    out
+}
+
+/// Each block's largest value becomes -8.
+pub(super) fn encode_q4_0(values: &[f32]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(values.len() / BLOCK * Q4_0_BYTES);
+    for block in values.chunks_exact(BLOCK) {
+        let largest = block.iter().fold(0.0f32, |max, x| if x.abs() > max.abs() { *x } else { max });
+        let d = largest / -8.0;
+        let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
+        let quantise = |x: f32| (x * inverse + 8.5).clamp(0.0, 15.0) as u8;
+        out.extend(f16::from_f32(d).to_le_bytes());
+        let (first, second) = block.split_at(BLOCK / 2);
+        out.extend(first.iter().zip(second).map(|(low, high)| quantise(*low) | quantise(*high) << 4));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn eight_and_four_bits_are_near_what_they_encode() {
+        let values: Vec<f32> = (0..320).map(|i| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0).collect();
+        for (quant, bytes, tolerance) in
+            [(Quant::Q8_0, encode_q8_0(&values), 0.005), (Quant::Q4_0, encode_q4_0(&values), 0.13)]
+        {
+            let decoded = quant.decode(&bytes);
+            assert_eq!(decoded.len(), values.len());
+            let worst = decoded.iter().zip(&values).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst < tolerance, "{quant:?}: {worst}");
+        }
+        assert!(Quant::Q8_0.decode(&encode_q8_0(&[0.0; 32])).iter().all(|x| *x == 0.0));
+        assert!(Quant::Q4_0.decode(&encode_q4_0(&[0.0; 32])).iter().all(|x| *x == 0.0));
+    }
+}
