@@ -11,7 +11,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use clap::Parser;
 use common::Bar;
 use llama::data::Progress;
@@ -72,7 +72,8 @@ fn main() -> Result<()> {
     let mut extras = Extras { gguf: Vec::new(), files: files.iter().map(PathBuf::as_path).collect() };
     if format == Format::Gguf {
         // A GGUF file without a vocabulary is of no use to llama.cpp.
-        extras.gguf = text::gguf_metadata(&codec?).map_err(anyhow::Error::msg)?;
+        extras.gguf =
+            text::gguf_metadata(codec.as_ref().map_err(|error| anyhow!("{error:#}"))?).map_err(anyhow::Error::msg)?;
     }
     let bar = Bar::default();
     bar.start(&format!("writing {}", args.to.display()), Some(checkpoint.config().num_params()));
@@ -85,6 +86,10 @@ fn main() -> Result<()> {
         &extras,
     )?;
     bar.finish();
+    // A vocabulary that came inside a file gets files of its own.
+    if let (Format::HuggingFace, true, Ok(codec)) = (format, files.is_empty(), &codec) {
+        codec.save(&args.to)?;
+    }
     println!("{} ({format}, {})", args.to.display(), args.dtype);
     Ok(())
 }

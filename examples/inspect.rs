@@ -9,12 +9,14 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Parser;
 use llama::model::RopeScaling;
-use llama::model::formats::Checkpoint;
+use llama::model::formats::{Checkpoint, TensorInfo};
 use llama::text;
 
 /// Shows what is in a checkpoint of any format.
@@ -33,7 +35,8 @@ fn main() -> Result<()> {
     let path = common::checkpoint_path(&args.model)?;
     let checkpoint = Checkpoint::open(&path)?;
     let config = checkpoint.config();
-    let line = |name: &str, value: String| println!("{name:<24}{value}");
+    let mut out = String::new();
+    let mut line = |name: &str, value: String| writeln!(out, "{name:<24}{value}").unwrap_or_default();
     line("path", path.display().to_string());
     line("format", checkpoint.format().to_string());
     line("parameters", format!("{} ({:.2}M)", config.num_params(), config.num_params() as f64 / 1e6));
@@ -77,10 +80,16 @@ fn main() -> Result<()> {
     line("memory for the cache", format!("{:.1} KB a token", cache / 1e3));
     line("memory to train", format!("{} for weights, gradients and moments", gigabytes(16.0)));
     if args.tensors {
-        println!("\n{:<52} {:<10} {:<18} bytes", "tensor", "type", "shape");
-        for tensor in &tensors {
-            println!("{:<52} {:<10} {:<18} {}", tensor.name, tensor.dtype, format!("{:?}", tensor.dims), tensor.bytes);
+        writeln!(out, "\n{:<52} {:<10} {:<18} bytes", "tensor", "type", "shape")?;
+        for TensorInfo { name, dims, dtype, bytes } in &tensors {
+            writeln!(out, "{name:<52} {dtype:<10} {:<18} {bytes}", format!("{dims:?}"))?;
         }
     }
-    Ok(())
+    match common::show(&out) {
+        // Whoever reads the output may have seen enough.
+        Err(error) if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) => {
+            Ok(())
+        }
+        result => result,
+    }
 }

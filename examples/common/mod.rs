@@ -138,6 +138,7 @@ pub fn load<B: LlamaBackend>(
 
 /// Prints without waiting for the end of the line.
 pub fn show(text: &str) -> Result<()> {
-    print!("{text}");
-    Ok(std::io::stdout().flush()?)
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    Ok(out.flush()?)
 }

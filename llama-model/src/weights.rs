@@ -255,7 +255,11 @@ pub(crate) fn replace(
 ) -> Result<(), ModelError> {
     let io = |error| ModelError::io(path, error);
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder).map_err(io)?;
+    let mut builder = tempfile::Builder::new();
+    // Readable as any file is; a temporary one would be its owner's alone.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.prefix(".tmp-").tempfile_in(folder).map_err(io)?;
     write(&mut file)?;
     file.as_file().sync_all().map_err(io)?;
     file.persist(path).map_err(|error| io(error.error))?;

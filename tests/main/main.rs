@@ -3,12 +3,17 @@
 //! ```sh
 //! LLAMA_TEST_DEVICE=vulkan cargo test --release --features vulkan --test main parity ops
 //! ```
+//!
+//! Tests with files that are not this project's to ship look for them in the folder of `LLAMA_TEST_DATA` and are skipped,
+//! with a word, where there is none.
 #![recursion_limit = "256"]
 
 mod behaviour;
 mod block;
+mod formats;
 mod inputs;
 mod ops;
 mod parity;
 mod programs;
 mod support;
+mod tokenizers;

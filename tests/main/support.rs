@@ -108,3 +108,13 @@ pub fn close(what: &str, found: &[f64], expected: &[f64], tolerance: f64) {
 pub fn scale(values: &[f64]) -> f64 {
     values.iter().fold(0.0, |max: f64, x| max.max(x.abs()))
 }
+
+/// A file that this project does not ship, in the folder of `LLAMA_TEST_DATA`. None, with a word, if it is not there.
+pub fn data(path: &str) -> Option<PathBuf> {
+    let folder = std::env::var_os("LLAMA_TEST_DATA").map(PathBuf::from);
+    let file = folder.map(|folder| folder.join(path)).filter(|file| file.exists());
+    if file.is_none() {
+        eprintln!("skipped: {path} is not in the folder of LLAMA_TEST_DATA");
+    }
+    file
+}

@@ -164,6 +164,11 @@ impl ByteLevel {
         &self.words
     }
 
+    /// Whether a word that is a token is not merged.
+    pub fn whole_words(&self) -> bool {
+        self.whole_words
+    }
+
     /// Tokens and merges in the form of [`from_text`](Self::from_text).
     pub fn to_text(&self) -> (Vec<String>, Vec<(String, String)>) {
         let text = |bytes: &Vec<u8>| bytes.iter().map(|byte| character(*byte)).collect::<String>();

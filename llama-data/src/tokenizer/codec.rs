@@ -22,7 +22,7 @@ pub struct Codec {
 }
 
 #[derive(Clone, Debug)]
-enum Vocabulary {
+pub(super) enum Vocabulary {
     SentencePiece(Box<Tokenizer>),
     ByteLevel(Box<ByteLevel>),
 }
@@ -190,6 +190,15 @@ impl Codec {
             Vocabulary::SentencePiece(tokenizer) => tokenizer.vocab_size(),
             Vocabulary::ByteLevel(vocabulary) => vocabulary.len(),
         }
+    }
+
+    pub(super) fn vocabulary(&self) -> &Vocabulary {
+        &self.vocabulary
+    }
+
+    /// Text and id of every special token, the longest first.
+    pub fn specials(&self) -> &[(String, u32)] {
+        &self.special
     }
 
     /// The SentencePiece tokenizer, if it is one.

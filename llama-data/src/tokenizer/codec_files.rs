@@ -5,9 +5,10 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use base64::Engine;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::byte_level::{ByteLevel, Words};
+use super::codec::Vocabulary;
 use super::{Codec, Kind, Piece, Tokenizer};
 use crate::DataError;
 
@@ -50,6 +51,39 @@ impl Codec {
         Ok(codec)
     }
 
+    /// Writes the tokenizer as a Hugging Face folder has it: `tokenizer.model` or `tokenizer.json`, and
+    /// `tokenizer_config.json`.
+    ///
+    /// # Errors
+    /// [`DataError::Io`].
+    pub fn save(&self, folder: &Path) -> Result<(), DataError> {
+        let write = |name: &str, json: Value| {
+            let path = folder.join(name);
+            std::fs::write(&path, format!("{json:#}\n")).map_err(|error| DataError::io(&path, error))
+        };
+        let class = match self.vocabulary() {
+            Vocabulary::SentencePiece(tokenizer) => {
+                tokenizer.save(&folder.join("tokenizer.model"))?;
+                "LlamaTokenizer"
+            }
+            Vocabulary::ByteLevel(vocabulary) => {
+                write("tokenizer.json", byte_level_json(self, vocabulary))?;
+                "PreTrainedTokenizerFast"
+            }
+        };
+        let text = |id: Option<u32>| id.and_then(|id| self.special_text(id));
+        let mut config = json!({
+            "tokenizer_class": class,
+            "add_bos_token": self.add_bos,
+            "bos_token": text(self.bos),
+            "eos_token": text(self.eos),
+        });
+        if let Some(template) = &self.chat_template {
+            config["chat_template"] = template.as_str().into();
+        }
+        write("tokenizer_config.json", config)
+    }
+
     /// What `tokenizer_config.json` says.
     fn configure(&mut self, json: &Value) {
         let token =
@@ -85,7 +119,7 @@ fn llama3(mut tokens: Vec<Vec<u8>>) -> Result<Codec, String> {
         "<|reserved_special_token_0|>",
         "<|reserved_special_token_1|>",
         "<|finetune_right_pad_id|>",
-        "<|step_id|>",
+        "<|reserved_special_token_2|>",
         "<|start_header_id|>",
         "<|end_header_id|>",
         "<|eom_id|>",
@@ -94,7 +128,7 @@ fn llama3(mut tokens: Vec<Vec<u8>>) -> Result<Codec, String> {
     ]
     .map(str::to_string)
     .into();
-    names.extend((2..LLAMA3_SPECIAL - names.len() + 2).map(|n| format!("<|reserved_special_token_{n}|>")));
+    names.extend((3..LLAMA3_SPECIAL - names.len() + 3).map(|n| format!("<|reserved_special_token_{n}|>")));
     // They have no bytes, so no text becomes one by merging.
     tokens.extend(std::iter::repeat_n(Vec::new(), names.len()));
     let special = names.into_iter().zip(first as u32..).collect();
@@ -152,6 +186,68 @@ fn json_codec(json: &Value) -> Result<Codec, String> {
     codec.bos = first.and_then(|text| codec.special(text)).or(codec.bos);
     codec.add_bos = first.is_some();
     Ok(codec)
+}
+
+/// A byte-level vocabulary as `tokenizer.json`.
+fn byte_level_json(codec: &Codec, vocabulary: &ByteLevel) -> Value {
+    let (mut tokens, merges) = vocabulary.to_text();
+    let added: Vec<Value> = codec
+        .specials()
+        .iter()
+        .map(|(text, id)| {
+            tokens[*id as usize] = text.clone();
+            json!({
+                "id": id, "content": text, "special": true,
+                "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+            })
+        })
+        .collect();
+    let vocab: serde_json::Map<String, Value> =
+        tokens.into_iter().zip(0u32..).map(|(text, id)| (text, id.into())).collect();
+    let words = vocabulary.words();
+    let mut steps = Vec::new();
+    if words.single_digits {
+        steps.push(json!({ "type": "Digits", "individual_digits": true }));
+    }
+    let split =
+        json!({ "type": "Split", "pattern": { "Regex": words.pattern }, "behavior": "Isolated", "invert": false });
+    steps.push(split);
+    let byte_level =
+        json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
+    steps.push(byte_level.clone());
+    let post_processor = codec.bos.filter(|_| codec.add_bos).and_then(|id| Some((id, codec.special_text(id)?)));
+    let post_processor = post_processor.map(|(id, text)| {
+        let part = |name: &str| {
+            json!([
+                { "SpecialToken": { "id": text, "type_id": 0 } },
+                { "Sequence": { "id": name, "type_id": 0 } },
+            ])
+        };
+        let special = json!({ text: { "id": text, "ids": [id], "tokens": [text] } });
+        json!({ "type": "TemplateProcessing", "single": part("A"), "pair": part("B"), "special_tokens": special })
+    });
+    json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": added,
+        "normalizer": null,
+        "pre_tokenizer": { "type": "Sequence", "pretokenizers": steps },
+        "post_processor": post_processor,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": null,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": false,
+            "byte_fallback": false,
+            "ignore_merges": vocabulary.whole_words(),
+            "vocab": vocab,
+            "merges": merges.into_iter().map(|(left, right)| json!([left, right])).collect::<Vec<_>>(),
+        },
+    })
 }
 
 /// How a byte-level vocabulary cuts words; none for other vocabularies.

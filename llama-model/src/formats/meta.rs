@@ -36,7 +36,8 @@ pub(super) struct Folder {
     parts: Vec<Part>,
 }
 
-/// How the parts of a weight make the whole.
+/// How the parts of a weight make the whole. The shapes tell: the first two LLaMAs' embeddings are cut by columns, the
+/// third's by rows.
 enum Split {
     /// Every part has all of it.
     Copied,
@@ -44,12 +45,18 @@ enum Split {
     Columns,
 }
 
-fn split(path: &str) -> Split {
-    let stem = path.strip_suffix(".weight").unwrap_or(path);
-    match stem.rsplit('.').next() {
-        Some("wq" | "wk" | "wv" | "w1" | "w3" | "output") => Split::Rows,
-        Some("wo" | "w2" | "tok_embeddings") => Split::Columns,
-        _ => Split::Copied,
+impl Split {
+    fn of(part: &[usize], whole: &[usize], count: usize) -> Option<Self> {
+        match (part, whole) {
+            _ if part == whole => Some(Self::Copied),
+            ([rows, cols], [all_rows, all_cols]) if cols == all_cols && rows.checked_mul(count) == Some(*all_rows) => {
+                Some(Self::Rows)
+            }
+            ([rows, cols], [all_rows, all_cols]) if rows == all_rows && cols.checked_mul(count) == Some(*all_cols) => {
+                Some(Self::Columns)
+            }
+            _ => None,
+        }
     }
 }
 
@@ -186,28 +193,23 @@ fn config(json: &Value, vocab_size: Option<usize>) -> Result<LlamaConfig, String
 impl Weights for Folder {
     fn weight(&self, path: &str, dims: &[usize]) -> Result<TensorData, ModelError> {
         let count = self.parts.len();
-        let split = split(path);
-        let mut part_dims = dims.to_vec();
-        match split {
-            Split::Copied => {}
-            Split::Rows => part_dims[0] /= count,
-            Split::Columns => part_dims[1] /= count,
-        }
-        let mut parts = Vec::new();
+        let mut parts: Vec<(DType, &[u8])> = Vec::new();
+        let mut part_dims: Option<&[usize]> = None;
         for part in &self.parts {
             let missing = || ModelError::MissingTensor { path: part.path.clone(), name: path.into() };
             let stored = part.tensors.get(path).ok_or_else(missing)?;
-            if stored.dims != part_dims {
-                return Err(wrong_shape(&part.path, path, &part_dims, &stored.dims));
+            let expected = *part_dims.get_or_insert(&stored.dims);
+            if stored.dims != expected {
+                return Err(wrong_shape(&part.path, path, expected, &stored.dims));
             }
-            if parts.first().is_some_and(|(first, _): &(DType, &[u8])| *first != stored.dtype) {
+            if parts.first().is_some_and(|(first, _)| *first != stored.dtype) {
                 return Err(ModelError::format(&part.path, format!("tensor `{path}` has another type than in part 0")));
             }
             parts.push((stored.dtype, &part.map[stored.range.clone()]));
         }
-        let dtype = parts[0].0;
+        let (dtype, part_dims) = (parts[0].0, part_dims.unwrap_or_default());
+        let split = Split::of(part_dims, dims, count).ok_or_else(|| wrong_shape(&self.path, path, dims, part_dims))?;
         let bytes = match split {
-            _ if count == 1 => parts[0].1.to_vec(),
             Split::Copied => parts[0].1.to_vec(),
             Split::Rows => parts.iter().flat_map(|(_, bytes)| bytes.iter().copied()).collect(),
             Split::Columns => {
@@ -220,9 +222,6 @@ impl Weights for Folder {
             }
         };
         let data = decode(dtype, &bytes, dims.to_vec());
-        if *data.shape != *dims {
-            return Err(wrong_shape(&self.path, path, dims, &data.shape));
-        }
         Ok(reorder(path, &self.config, data, Rotary::ToHalves))
     }
 }
