@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Parser;
 use common::{Loaded, show};
-use llama::model::generate::{GenerateOptions, Generation, Sampling};
+use llama::model::generate::{GenerateOptions, Generated, Generation, Sampling, Session};
 use llama::model::{BackendTask, Device, ModelError, TrainBackend, WeightFormat};
 use llama::text::{self, Message};
 
@@ -36,6 +36,9 @@ struct Args {
     /// Tokens of an answer, at most
     #[arg(long, default_value_t = 512)]
     max_new_tokens: usize,
+    /// Tokens of the conversation, at most
+    #[arg(long, default_value_t = 4096)]
+    context: usize,
     /// 0 is greedy
     #[arg(long, default_value_t = 0.8)]
     temperature: f32,
@@ -78,6 +81,8 @@ impl BackendTask for Chat {
         let ends = ["<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>"];
         let stop_tokens: Vec<u32> =
             codec.eos.into_iter().chain(ends.iter().filter_map(|end| codec.special(end))).collect();
+        // What was read of the conversation is not read again.
+        let mut session = Session::new(&config, args.context.min(config.max_seq_len), &device)?;
         show("> ")?;
         for line in std::io::stdin().lock().lines() {
             let line = line?;
@@ -96,21 +101,26 @@ impl BackendTask for Chat {
                     },
                     seed: args.seed + messages.len() as u64,
                     stop_tokens: stop_tokens.clone(),
+                    ..Default::default()
                 };
                 let mut stream = codec.stream(true);
                 let mut answer = String::new();
-                for step in Generation::new(&model, &config, &[prompt], options, &device)? {
+                let mut generation = Generation::in_session(&model, session, prompt, options, &device)?;
+                for step in &mut generation {
                     let tokens = match step {
-                        // The context is full: the answer ends here.
-                        Err(ModelError::CacheFull { .. }) => break,
+                        Err(ModelError::CacheFull { .. }) => {
+                            show("\n(the context is full; /new begins a new conversation)")?;
+                            break;
+                        }
                         step => step?,
                     };
-                    for token in tokens.into_iter().flatten() {
+                    for Generated { token, .. } in tokens.into_iter().flatten() {
                         let new = stream.push(token);
                         show(&new)?;
                         answer.push_str(&new);
                     }
                 }
+                session = generation.into_session();
                 let rest = stream.finish();
                 show(&rest)?;
                 messages.push(Message::new("assistant", answer + &rest));

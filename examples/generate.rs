@@ -12,12 +12,13 @@ mod common;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Parser;
 use common::{Loaded, show};
-use llama::data::tokenizer::CodecStream;
-use llama::model::generate::{GenerateOptions, Generation, Sampling};
+use llama::data::tokenizer::Codec;
+use llama::model::generate::{GenerateOptions, Generated, Generation, Sampling, Speculation};
 use llama::model::{BackendTask, Device, TrainBackend, WeightFormat};
+use llama::text::TextStream;
 
 /// Generates text with a trained model.
 #[derive(Parser)]
@@ -47,6 +48,18 @@ struct Args {
     /// Above 1 makes tokens that occurred less likely
     #[arg(long, default_value_t = 1.0)]
     repetition_penalty: f32,
+    /// Text that ends the generation; may be given several times
+    #[arg(long)]
+    stop: Vec<String>,
+    /// Shows each token with its log-probability instead of the text
+    #[arg(long)]
+    log_probs: bool,
+    /// A smaller checkpoint with the same vocabulary that guesses ahead (speculative decoding)
+    #[arg(long)]
+    draft: Option<PathBuf>,
+    /// Tokens that the smaller checkpoint guesses at a time
+    #[arg(long, default_value_t = 4)]
+    guesses: usize,
     /// How matrices are kept in memory: f32, bf16 or q8 (8 bits in blocks of 32); fewer bytes decode faster
     #[arg(long, default_value = "f32")]
     weights: WeightFormat,
@@ -85,45 +98,106 @@ impl BackendTask for Generate {
             },
             seed: args.seed,
             stop_tokens: codec.eos.into_iter().collect(),
+            log_probs: args.log_probs,
+            ..Default::default()
+        };
+        let draft = match &args.draft {
+            Some(path) => {
+                Some(common::load::<B::InnerBackend>(path, args.tokenizer.as_deref(), args.weights, &device)?)
+            }
+            None => None,
         };
         let start = Instant::now();
-        let generation = Generation::new(&model, &config, &prompts, options, &device)?;
-        let mut tokens = 0;
-        // A single text appears as it is made; several are shown when they are done.
-        let mut texts = vec![String::new(); prompts.len()];
-        let mut streams: Vec<CodecStream> = prompts.iter().map(|_| codec.stream(false)).collect();
-        for (text, (stream, prompt)) in texts.iter_mut().zip(streams.iter_mut().zip(&prompts)) {
-            text.extend(prompt.iter().map(|&id| stream.push(id)));
-        }
-        let alone = prompts.len() == 1;
-        if alone {
-            show(&texts[0])?;
-        }
-        for step in generation {
-            for ((text, stream), token) in texts.iter_mut().zip(&mut streams).zip(step?) {
-                if let Some(token) = token {
-                    let new = stream.push(token);
-                    tokens += 1;
-                    if alone {
-                        show(&new)?;
+        let mut shown = Shown::new(&codec, &prompts, &args);
+        shown.begin()?;
+        match (draft, &prompts[..]) {
+            (Some(draft), [prompt]) => {
+                let (target, draft) = ((&model, &config), (&draft.model, &draft.config));
+                let rounds = Speculation::new(target, draft, args.guesses, prompt.clone(), options, &device)?;
+                for new in rounds.map(|round| round.map_err(anyhow::Error::from)) {
+                    for new in new? {
+                        shown.push(0, new)?;
                     }
-                    text.push_str(&new);
+                    if shown.stopped() {
+                        break;
+                    }
+                }
+            }
+            (Some(_), _) => bail!("a draft guesses for one prompt at a time"),
+            (None, _) => {
+                for step in Generation::new(&model, &config, &prompts, options, &device)? {
+                    for (row, new) in step?.into_iter().enumerate() {
+                        if let Some(new) = new {
+                            shown.push(row, new)?;
+                        }
+                    }
+                    if shown.stopped() {
+                        break;
+                    }
                 }
             }
         }
-        for (text, stream) in texts.iter_mut().zip(streams) {
-            let rest = stream.finish();
-            if alone {
-                show(&rest)?;
-            }
-            text.push_str(&rest);
-        }
-        if alone {
-            println!();
-        } else {
-            texts.iter().for_each(|text| println!("----\n{text}"));
-        }
+        let tokens = shown.finish()?;
         eprintln!("{tokens} tokens, {:.0} tokens/s", tokens as f64 / start.elapsed().as_secs_f64());
         Ok(())
+    }
+}
+
+/// What is on the terminal. A single text appears as it is made; several are shown when they are done.
+struct Shown<'a> {
+    codec: &'a Codec,
+    texts: Vec<String>,
+    streams: Vec<TextStream<'a>>,
+    tokens: usize,
+}
+
+impl<'a> Shown<'a> {
+    fn new(codec: &'a Codec, prompts: &[Vec<u32>], args: &Args) -> Self {
+        let texts = prompts.iter().map(|prompt| codec.decode(prompt)).collect();
+        let stream = |_| TextStream::new(codec, true, args.stop.clone());
+        Self { codec, texts, streams: prompts.iter().map(stream).collect(), tokens: 0 }
+    }
+
+    fn alone(&self) -> bool {
+        self.texts.len() == 1
+    }
+
+    fn begin(&self) -> Result<()> {
+        if self.alone() { show(&self.texts[0]) } else { Ok(()) }
+    }
+
+    fn push(&mut self, row: usize, new: Generated) -> Result<()> {
+        if self.streams[row].stopped() {
+            return Ok(());
+        }
+        self.tokens += 1;
+        let mut text = self.streams[row].push(new.token);
+        if let Some(log_prob) = new.log_prob {
+            text = format!("\n{log_prob:9.4}  {:6}  {:?}", new.token, self.codec.decode_piece(new.token));
+        }
+        if self.alone() {
+            show(&text)?;
+        }
+        self.texts[row].push_str(&text);
+        Ok(())
+    }
+
+    fn stopped(&self) -> bool {
+        self.streams.iter().all(TextStream::stopped)
+    }
+
+    /// The number of tokens that were generated.
+    fn finish(self) -> Result<usize> {
+        let alone = self.alone();
+        for (mut text, stream) in self.texts.into_iter().zip(self.streams) {
+            let rest = stream.finish();
+            text.push_str(&rest);
+            if alone {
+                show(&format!("{rest}\n"))?;
+            } else {
+                show(&format!("----\n{text}\n"))?;
+            }
+        }
+        Ok(self.tokens)
     }
 }

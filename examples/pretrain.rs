@@ -18,7 +18,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
 use llama::data::prepare::{PrepareOptions, PrepareReport, prepare, train_tokenizer};
 use llama::data::tokenizer::{Tokenizer, TrainOptions};
-use llama::model::generate::{GenerateOptions, Generation, Sampling};
+use llama::model::generate::{GenerateOptions, Generation};
 use llama::model::{BackendTask, Device, Llama, LlamaBackend, LlamaConfig, Precision, Recompute, TrainBackend};
 use llama::train::checkpoint::{self, TOKENIZER_FILE};
 use llama::train::{Display, Interrupter, PretrainConfig, Stop, pretrain};
@@ -343,14 +343,10 @@ fn samples<B: LlamaBackend>(
         prompts.iter().map(|prompt| tokenizer.encode_document(prompt, false, &mut Default::default())).collect();
     let options = GenerateOptions {
         max_new_tokens: 160.min(config.max_seq_len.saturating_sub(32)),
-        sampling: Sampling::default(),
-        seed: 0,
         stop_tokens: tokenizer.eos().into_iter().collect(),
+        ..Default::default()
     };
-    let mut generated = vec![Vec::new(); prompts.len()];
-    for step in Generation::new(model, config, &tokens, options, device)? {
-        generated.iter_mut().zip(step?).for_each(|(row, token)| row.extend(token));
-    }
+    let generated = Generation::new(model, config, &tokens, options, device)?.finish()?;
     let mut text = String::new();
     for (prompt, new) in tokens.into_iter().zip(generated) {
         let all: Vec<u32> = prompt.into_iter().chain(new).collect();

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use llama_data::DataError;
-use llama_data::tokenizer::{Codec, RawVocabulary};
+use llama_data::tokenizer::{Codec, CodecStream, RawVocabulary};
 use llama_model::ModelError;
 use llama_model::formats::{Format, GgufFile, Value};
 use minijinja::{Environment, ErrorKind, context};
@@ -109,6 +109,60 @@ pub fn gguf_metadata(codec: &Codec) -> Result<Vec<(String, Value)>, String> {
     Ok(metadata.into_iter().map(|(key, value)| (key.to_string(), value)).collect())
 }
 
+/// Text of tokens as they come, up to the first of some strings.
+pub struct TextStream<'a> {
+    stream: CodecStream<'a>,
+    stops: Vec<String>,
+    /// Text that may be the beginning of a string that ends it.
+    held: String,
+    stopped: bool,
+}
+
+impl<'a> TextStream<'a> {
+    /// A stream that ends before the first of `stops`, which are not shown. `continuing` a text, the first token's space
+    /// stays.
+    pub fn new(codec: &'a Codec, continuing: bool, stops: Vec<String>) -> Self {
+        let stops = stops.into_iter().filter(|stop| !stop.is_empty()).collect();
+        Self { stream: codec.stream(continuing), stops, held: String::new(), stopped: false }
+    }
+
+    /// The text that `id` completes, but for what may belong to a string that ends it.
+    pub fn push(&mut self, id: u32) -> String {
+        let new = self.stream.push(id);
+        self.extend(&new)
+    }
+
+    /// Whether the end was found. What is pushed after it gives nothing.
+    pub fn stopped(&self) -> bool {
+        self.stopped
+    }
+
+    /// What is left when no more tokens come.
+    pub fn finish(mut self) -> String {
+        let rest = self.stream.take_rest();
+        let mut text = self.extend(&rest);
+        text.push_str(&self.held);
+        text
+    }
+
+    fn extend(&mut self, new: &str) -> String {
+        if self.stopped {
+            return String::new();
+        }
+        let mut text = std::mem::take(&mut self.held);
+        text.push_str(new);
+        if let Some(end) = self.stops.iter().filter_map(|stop| text.find(stop.as_str())).min() {
+            self.stopped = true;
+            text.truncate(end);
+            return text;
+        }
+        let may_begin = |at: usize| self.stops.iter().any(|stop| stop.starts_with(&text[at..]));
+        let first = text.char_indices().map(|(at, _)| at).find(|at| may_begin(*at)).unwrap_or(text.len());
+        self.held = text.split_off(first);
+        text
+    }
+}
+
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Message {
@@ -180,6 +234,24 @@ mod tests {
         let ids = chat_prompt(&codec, &[Message::new("user", " Hi "), Message::new("assistant", "Ho")]).unwrap();
         assert_eq!(ids[0], codec.bos.unwrap());
         assert_eq!(codec.decode(&ids), "[USER] Hi\n[ASSISTANT] Ho\n>");
+    }
+
+    #[test]
+    fn a_text_ends_before_its_stop() {
+        let codec = Codec::from(Tokenizer::bytes());
+        for (stops, expected) in [(vec!["END"], "a EN b "), (vec!["zzz"], "a EN b END é"), (vec!["b", "EN b"], "a ")] {
+            let mut stream = TextStream::new(&codec, false, stops.iter().map(|stop| stop.to_string()).collect());
+            let mut text = String::new();
+            for id in codec.encode("a EN b END é") {
+                let new = stream.push(id);
+                text.push_str(&new);
+                // Nothing is shown that is taken back later.
+                assert!(expected.starts_with(&text), "{text}");
+            }
+            assert_eq!(stream.stopped(), stops != ["zzz"]);
+            text.push_str(&stream.finish());
+            assert_eq!(text, expected);
+        }
     }
 
     #[test]

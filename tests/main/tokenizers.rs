@@ -45,9 +45,7 @@ fn llama_3s_vocabulary_gives_its_ids() {
     check("GGUF", &gguf, &cases);
     let ranks = Codec::load(&data("tok/llama3_tokenizer.model").unwrap()).unwrap();
     check("tiktoken", &ranks, &cases);
-    for (text, id) in
-        [("<|begin_of_text|>", 128_000), ("<|eot_id|>", 128_009), ("<|start_header_id|>", 128_006)]
-    {
+    for (text, id) in [("<|begin_of_text|>", 128_000), ("<|eot_id|>", 128_009), ("<|start_header_id|>", 128_006)] {
         assert_eq!(ranks.special(text), Some(id), "{text}");
         assert_eq!(gguf.special(text), Some(id), "{text}");
         assert_eq!(ranks.encode_with_special(text), [id]);

@@ -272,6 +272,16 @@ impl Codec {
         text
     }
 
+    /// The text of one token, with its space; bytes that are no character as `U+FFFD`. For showing tokens, not texts.
+    pub fn decode_piece(&self, id: u32) -> String {
+        if let Some(text) = self.special_text(id) {
+            return text.into();
+        }
+        let mut stream = self.stream(true);
+        let text = stream.push(id);
+        text + &stream.finish()
+    }
+
     /// Turns tokens into text as they come. `continuing` a text, the first token's space stays.
     pub fn stream(&self, continuing: bool) -> CodecStream<'_> {
         let state = match &self.vocabulary {
@@ -307,10 +317,15 @@ impl CodecStream<'_> {
     }
 
     /// What is left at the end: an unfinished character as `U+FFFD`.
-    pub fn finish(self) -> String {
-        match self.state {
-            State::Pieces(stream) => stream.finish(),
-            State::Bytes(_, stream) => stream.finish(),
+    pub fn finish(mut self) -> String {
+        self.take_rest()
+    }
+
+    /// The same, for a stream that is part of something else.
+    pub fn take_rest(&mut self) -> String {
+        match &mut self.state {
+            State::Pieces(stream) => stream.take_rest(),
+            State::Bytes(_, stream) => stream.take_rest(),
         }
     }
 }

@@ -48,8 +48,12 @@ impl<'a> DecodeStream<'a> {
     }
 
     /// What is left at the end: an unfinished character as `U+FFFD`.
-    pub fn finish(self) -> String {
-        self.pending.finish()
+    pub fn finish(mut self) -> String {
+        self.take_rest()
+    }
+
+    pub(super) fn take_rest(&mut self) -> String {
+        self.pending.take_rest()
     }
 }
 
@@ -63,7 +67,7 @@ impl Utf8Stream {
         self.take(false)
     }
 
-    pub(super) fn finish(mut self) -> String {
+    pub(super) fn take_rest(&mut self) -> String {
         self.take(true)
     }
 

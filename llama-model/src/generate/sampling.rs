@@ -71,6 +71,11 @@ impl Sampler {
     /// # Errors
     /// [`ModelError::Generation`] if no logit is a number.
     pub fn sample(&mut self, logits: &[f32], past: &[u32]) -> Result<u32, ModelError> {
+        Ok(self.draw(&self.distribution(logits, past)?))
+    }
+
+    /// The tokens that may be chosen and their probabilities, the most likely first.
+    pub(super) fn distribution(&self, logits: &[f32], past: &[u32]) -> Result<Vec<(u32, f64)>, ModelError> {
         let Sampling { repetition_penalty, temperature, top_k, top_p } = self.sampling;
         let mut logits = logits.to_vec();
         if repetition_penalty != 1.0 {
@@ -87,7 +92,7 @@ impl Sampler {
         let mut order: Vec<u32> = (0..logits.len() as u32).filter(|&token| !logits[token as usize].is_nan()).collect();
         let by_logit = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
         if temperature == 0.0 {
-            return order.into_iter().min_by(by_logit).ok_or_else(no_numbers);
+            return order.into_iter().min_by(by_logit).map(|token| vec![(token, 1.0)]).ok_or_else(no_numbers);
         }
         if let Some(k) = top_k.filter(|&k| k < order.len()) {
             order.select_nth_unstable_by(k - 1, by_logit);
@@ -97,31 +102,43 @@ impl Sampler {
         let &first = order.first().ok_or_else(no_numbers)?;
 
         let max = logits[first as usize];
-        let weights: Vec<f64> = order
-            .iter()
-            .map(|&token| (f64::from(logits[token as usize] - max) / f64::from(temperature)).exp())
-            .collect();
-        let total: f64 = weights.iter().sum();
-        let mut kept = weights.len();
+        let weight = |token: u32| (f64::from(logits[token as usize] - max) / f64::from(temperature)).exp();
+        let mut weights: Vec<(u32, f64)> = order.into_iter().map(|token| (token, weight(token))).collect();
         if let Some(p) = top_p {
+            let total: f64 = weights.iter().map(|(_, weight)| weight).sum();
             let mut before = 0.0;
-            kept = weights
-                .iter()
-                .take_while(|&&weight| {
-                    let keep = before / total <= f64::from(p);
-                    before += weight;
-                    keep
-                })
-                .count();
+            let kept = weights.iter().take_while(|(_, weight)| {
+                let keep = before / total <= f64::from(p);
+                before += weight;
+                keep
+            });
+            let kept = kept.count();
+            weights.truncate(kept);
         }
-        let mut left = self.rng.random::<f64>() * weights[..kept].iter().sum::<f64>();
-        for (&token, weight) in order.iter().zip(&weights[..kept]) {
+        let total: f64 = weights.iter().map(|(_, weight)| weight).sum();
+        weights.iter_mut().for_each(|(_, weight)| *weight /= total);
+        Ok(weights)
+    }
+
+    /// One of the tokens of a distribution, which need not be normalised.
+    pub(super) fn draw(&mut self, distribution: &[(u32, f64)]) -> u32 {
+        let [(first, _), rest @ ..] = distribution else { unreachable!("a distribution has a token") };
+        if rest.is_empty() {
+            return *first;
+        }
+        let mut left = self.uniform() * distribution.iter().map(|(_, weight)| weight).sum::<f64>();
+        for (token, weight) in distribution {
             left -= weight;
             if left < 0.0 {
-                return Ok(token);
+                return *token;
             }
         }
-        Ok(order[kept - 1])
+        distribution[distribution.len() - 1].0
+    }
+
+    /// A number from 0 to 1.
+    pub(super) fn uniform(&mut self) -> f64 {
+        self.rng.random()
     }
 }
 

@@ -52,7 +52,12 @@ impl<B: LlamaBackend> KvCache<B> {
 
     /// Forgets all positions.
     pub fn clear(&mut self) {
-        self.layers.iter_mut().for_each(|layer| layer.len = 0);
+        self.truncate(0);
+    }
+
+    /// Forgets the positions from `len` on.
+    pub fn truncate(&mut self, len: usize) {
+        self.layers.iter_mut().for_each(|layer| layer.len = layer.len.min(len));
     }
 
     /// Whether `[batch, seq_len]` new tokens fit.
