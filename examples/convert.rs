@@ -15,7 +15,6 @@ use anyhow::{Result, anyhow, bail};
 use clap::Parser;
 use common::Bar;
 use llama::data::Progress;
-use llama::data::tokenizer::Codec;
 use llama::model::ModelError;
 use llama::model::formats::{self, Checkpoint, Extras, FileType, Format, Weights};
 use llama::text;
@@ -64,16 +63,13 @@ fn main() -> Result<()> {
     if args.to == from {
         bail!("{} would be written over itself", from.display());
     }
-    let codec = match &args.tokenizer {
-        Some(file) => Codec::load(file).map_err(anyhow::Error::from),
-        None => text::codec(&from).map_err(anyhow::Error::from),
-    };
+    let codec = text::codec(args.tokenizer.as_deref().unwrap_or(&from));
     let files = tokenizer_files(args.tokenizer.as_deref().unwrap_or(&from));
     let mut extras = Extras { gguf: Vec::new(), files: files.iter().map(PathBuf::as_path).collect() };
     if format == Format::Gguf {
         // A GGUF file without a vocabulary is of no use to llama.cpp.
         extras.gguf =
-            text::gguf_metadata(codec.as_ref().map_err(|error| anyhow!("{error:#}"))?).map_err(anyhow::Error::msg)?;
+            text::gguf_metadata(codec.as_ref().map_err(|error| anyhow!("{error}"))?).map_err(anyhow::Error::msg)?;
     }
     let bar = Bar::default();
     bar.start(&format!("writing {}", args.to.display()), Some(checkpoint.config().num_params()));

@@ -16,6 +16,7 @@ use clap::{Args, Parser, Subcommand};
 use llama::data::prepare::{PrepareOptions, prepare, train_tokenizer};
 use llama::data::shard::Shard;
 use llama::data::tokenizer::{Tokenizer, TrainOptions};
+use llama::text;
 use llama::train::checkpoint::TOKENIZER_FILE;
 
 /// Trains tokenizers, shows what they do, and writes token shards.
@@ -55,11 +56,15 @@ enum Command {
     },
     /// Shows the tokens of a text
     Encode {
-        /// A SentencePiece BPE model [default: bytes]
+        /// tokenizer.model, tokenizer.json, a model folder or a GGUF file [default: bytes]
         #[arg(long)]
         tokenizer: Option<PathBuf>,
+        /// A file of lines, whose ids are written as lines, instead of a text
+        #[arg(long)]
+        lines: Option<PathBuf>,
         /// The text
-        text: String,
+        #[arg(required_unless_present = "lines")]
+        text: Option<String>,
     },
     /// Writes token shards for pretraining
     Shards {
@@ -98,13 +103,24 @@ fn main() -> Result<()> {
             tokenizer.save(&out)?;
             println!("{}: {} pieces", out.display(), tokenizer.vocab_size());
         }
-        Command::Encode { tokenizer, text } => {
-            let tokenizer = load(tokenizer)?;
-            let ids = tokenizer.encode(&text);
-            for &id in &ids {
-                println!("{id:>6}  {}", tokenizer.piece(id).unwrap_or_default());
+        Command::Encode { tokenizer, lines, text } => {
+            let codec = match tokenizer {
+                Some(path) => text::codec(&path)?,
+                None => Tokenizer::bytes().into(),
+            };
+            if let Some(file) = lines {
+                let lines = std::fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+                let ids = lines.lines().map(|line| codec.encode(line));
+                let line = |ids: Vec<u32>| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ") + "\n";
+                common::show(&ids.map(line).collect::<String>())?;
             }
-            println!("{} tokens for {} bytes", ids.len(), text.len());
+            if let Some(text) = text {
+                let ids = codec.encode(&text);
+                for &id in &ids {
+                    println!("{id:>6}  {:?}", codec.decode_piece(id));
+                }
+                println!("{} tokens for {} bytes", ids.len(), text.len());
+            }
         }
         Command::Shards { text, tokenizer, valid_fraction, out } => {
             let tokenizer = load(tokenizer)?;

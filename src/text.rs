@@ -32,11 +32,15 @@ pub enum TextError {
     Template(String),
 }
 
-/// The tokenizer of a checkpoint: in a GGUF file, or beside the weights (`tokenizer.json`, `tokenizer.model`).
+/// The tokenizer of a checkpoint: in a GGUF file, or beside the weights (`tokenizer.json`, `tokenizer.model`). The path may
+/// be that of such a file, too.
 ///
 /// # Errors
 /// If there is none, or it is broken.
 pub fn codec(checkpoint: &Path) -> Result<Codec, TextError> {
+    if checkpoint.extension().is_some_and(|extension| extension == "json" || extension == "model") {
+        return Ok(Codec::load(checkpoint)?);
+    }
     if checkpoint.is_file() && Format::detect(checkpoint)? == Format::Gguf {
         let file = GgufFile::open(checkpoint)?;
         let fail = |reason| TextError::Vocabulary { path: checkpoint.into(), reason };

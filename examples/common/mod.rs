@@ -121,7 +121,7 @@ pub fn load<B: LlamaBackend>(
 ) -> Result<Loaded<B>> {
     let path = checkpoint_path(path)?;
     let codec = match tokenizer {
-        Some(file) => Codec::load(file)?,
+        Some(file) => text::codec(file)?,
         None => text::codec(&path)?,
     };
     let checkpoint = Checkpoint::open(&path)?;

@@ -8,6 +8,7 @@ mod bpe;
 mod byte_level;
 mod codec;
 mod codec_files;
+mod hf_json;
 mod pretokenize;
 mod proto;
 mod stream;
