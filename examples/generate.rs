@@ -72,7 +72,7 @@ struct Args {
 }
 
 fn main() -> Result<()> {
-    llama::model::keep_freed_memory();
+    llama::model::tune_process();
     let args = Args::parse();
     let device: Device = args.device.parse()?;
     device.run(Generate(args))?

@@ -39,7 +39,7 @@ impl Arguments {
 
 /// Runs a bench on the device of `--device`.
 pub fn run<T: BackendTask>(task: impl FnOnce(Arguments) -> T) {
-    llama::model::keep_freed_memory();
+    llama::model::tune_process();
     let all: Vec<String> = std::env::args().collect();
     let smoke = !all.iter().any(|arg| arg == "--bench");
     let mut args = Arguments { all, device: Device::Flex, smoke };

@@ -42,7 +42,7 @@ mod compute;
 mod config;
 mod error;
 mod init;
-mod memory;
+mod process;
 mod weight_format;
 
 pub use backend::{LlamaBackend, TrainBackend};
@@ -50,8 +50,8 @@ pub use compute::{Compute, Precision, Recompute};
 pub use config::{FlopCount, LlamaConfig, RopeScaling};
 pub use device::{BackendTask, Device};
 pub use error::ModelError;
-pub use memory::keep_freed_memory;
 pub use modules::{
     Attention, Block, Embedding, FeedForward, KvCache, Linear, Llama, Quantized, RmsNorm, RotaryEmbedding,
 };
+pub use process::tune_process;
 pub use weight_format::WeightFormat;
