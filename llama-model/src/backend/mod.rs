@@ -131,6 +131,23 @@ pub trait LlamaBackend: Backend {
         Self::project(x, reference::dequantize::<Self>(values, scales), Precision::F32)
     }
 
+    /// [`project`](Self::project) of one input with several weights.
+    fn project_all(
+        x: FloatTensor<Self>,
+        weights: Vec<FloatTensor<Self>>,
+        precision: Precision,
+    ) -> Vec<FloatTensor<Self>> {
+        weights.into_iter().map(|weight| Self::project(x.clone(), weight, precision)).collect()
+    }
+
+    /// [`project_quantized`](Self::project_quantized) of one input with several weights.
+    fn project_quantized_all(
+        x: FloatTensor<Self>,
+        weights: Vec<(IntTensor<Self>, FloatTensor<Self>)>,
+    ) -> Vec<FloatTensor<Self>> {
+        weights.into_iter().map(|(values, scales)| Self::project_quantized(x.clone(), values, scales)).collect()
+    }
+
     /// Gradient of [`project`](Self::project) for its input, summed over the weights that read it: `Σ grad · weight`.
     ///
     /// # Shapes

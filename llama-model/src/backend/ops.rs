@@ -47,12 +47,58 @@ pub fn linear<B: LlamaBackend, const D: usize>(
     weight: Tensor<B, 2>,
     precision: Precision,
 ) -> Tensor<B, D> {
-    let mut dims = x.dims();
-    let [d_out, d_in] = weight.dims();
-    assert_eq!(dims[D - 1], d_in, "linear: the input has width {}, the weight takes {d_in}", dims[D - 1]);
-    dims[D - 1] = d_out;
-    let x = primitive(fold(x));
-    tensor::<B, 2>(B::project(x, primitive(weight), precision)).reshape(dims)
+    let [out] = linear_all(x, [weight], precision);
+    out
+}
+
+/// [`linear`] with several weights, in one go where the backend can.
+///
+/// # Panics
+/// As there.
+pub fn linear_all<B: LlamaBackend, const D: usize, const N: usize>(
+    x: Tensor<B, D>,
+    weights: [Tensor<B, 2>; N],
+    precision: Precision,
+) -> [Tensor<B, D>; N] {
+    let dims = x.dims();
+    for weight in &weights {
+        let [_, d_in] = weight.dims();
+        assert_eq!(dims[D - 1], d_in, "linear: the input has width {}, a weight takes {d_in}", dims[D - 1]);
+    }
+    let weights = weights.into_iter().map(primitive).collect();
+    unfold(B::project_all(primitive(fold(x)), weights, precision), dims)
+}
+
+/// [`linear_quantized`] with several weights, in one go where the backend can.
+///
+/// # Panics
+/// As there.
+pub fn linear_quantized_all<B: LlamaBackend, const D: usize, const N: usize>(
+    x: Tensor<B, D>,
+    weights: [(Tensor<B, 2, Int>, Tensor<B, 2>); N],
+) -> [Tensor<B, D>; N] {
+    let dims = x.dims();
+    for (values, scales) in &weights {
+        let [d_out, d_in] = values.dims();
+        assert_eq!(dims[D - 1], d_in, "linear: the input has width {}, a weight takes {d_in}", dims[D - 1]);
+        assert_eq!(scales.dims(), [d_out, d_in / QUANT_BLOCK], "linear: the scales do not fit the values");
+    }
+    let weights = weights.into_iter().map(|(values, scales)| (values.into_primitive(), primitive(scales))).collect();
+    unfold(B::project_quantized_all(primitive(fold(x)), weights), dims)
+}
+
+/// Products of `[tokens, d_out]` each, with the leading dimensions of the input.
+fn unfold<B: Backend, const D: usize, const N: usize>(
+    products: Vec<FloatTensor<B>>,
+    dims: [usize; D],
+) -> [Tensor<B, D>; N] {
+    let mut products = products.into_iter().map(|product| {
+        let product = tensor::<B, 2>(product);
+        let mut dims = dims;
+        dims[D - 1] = product.dims()[1];
+        product.reshape(dims)
+    });
+    std::array::from_fn(|_| products.next().expect("each weight has a product"))
 }
 
 /// [`linear`] for a weight in 8 bits; see [`LlamaBackend::project_quantized`].
@@ -67,13 +113,8 @@ pub fn linear_quantized<B: LlamaBackend, const D: usize>(
     values: Tensor<B, 2, Int>,
     scales: Tensor<B, 2>,
 ) -> Tensor<B, D> {
-    let mut dims = x.dims();
-    let [d_out, d_in] = values.dims();
-    assert_eq!(dims[D - 1], d_in, "linear: the input has width {}, the weight takes {d_in}", dims[D - 1]);
-    assert_eq!(scales.dims(), [d_out, d_in / QUANT_BLOCK], "linear: the scales do not fit the values");
-    dims[D - 1] = d_out;
-    let out = B::project_quantized(primitive(fold(x)), values.into_primitive(), primitive(scales));
-    tensor::<B, 2>(out).reshape(dims)
+    let [out] = linear_quantized_all(x, [(values, scales)]);
+    out
 }
 
 /// A weight in 8 bits as floats.

@@ -54,9 +54,8 @@ impl<B: LlamaBackend> Attention<B> {
             x.reshape([batch, seq_len, width / self.head_dim, self.head_dim])
         };
 
-        let q = rope.forward(heads(self.wq.forward(x.clone(), precision)), start);
-        let k = rope.forward(heads(self.wk.forward(x.clone(), precision)), start);
-        let v = heads(self.wv.forward(x, precision));
+        let [q, k, v] = Linear::forward_all([&self.wq, &self.wk, &self.wv], x, precision).map(heads);
+        let (q, k) = (rope.forward(q, start), rope.forward(k, start));
         let (k, v) = match cache {
             Some(cache) => cache.append(k, v),
             None => (k, v),

@@ -31,7 +31,7 @@ impl<B: LlamaBackend> FeedForward<B> {
     /// # Shapes
     /// `x [.., d_model]`, result as `x`.
     pub fn forward<const D: usize>(&self, x: Tensor<B, D>, precision: Precision) -> Tensor<B, D> {
-        let (gate, up) = (self.w1.forward(x.clone(), precision), self.w3.forward(x, precision));
+        let [gate, up] = Linear::forward_all([&self.w1, &self.w3], x, precision);
         self.w2.forward(ops::swiglu(gate, up), precision)
     }
 }

@@ -78,12 +78,32 @@ impl<B: LlamaBackend> Linear<B> {
         Self { weight: Param::initialized(weight_id, placeholder), quantized: Some(Quantized::new(weight)) }
     }
 
+    /// Several layers with one input, in one go where the backend can.
+    ///
+    /// # Shapes
+    /// `x [.., d_in]`, each result `[.., d_out]`.
+    pub fn forward_all<const D: usize, const N: usize>(
+        layers: [&Self; N],
+        x: Tensor<B, D>,
+        precision: Precision,
+    ) -> [Tensor<B, D>; N] {
+        if layers.iter().all(|layer| layer.quantized.is_none()) {
+            return ops::linear_all(x, layers.map(|layer| layer.weight.val()), precision);
+        }
+        let quantized = layers.map(|layer| layer.quantized.as_ref().map(|q| (q.values.clone(), q.scales.clone())));
+        if quantized.iter().all(Option::is_some) {
+            return ops::linear_quantized_all(x, quantized.map(|weight| weight.expect("all are there")));
+        }
+        layers.map(|layer| match &layer.quantized {
+            None => ops::linear(x.clone(), layer.weight.val(), precision),
+            Some(Quantized { values, scales }) => ops::linear_quantized(x.clone(), values.clone(), scales.clone()),
+        })
+    }
+
     /// # Shapes
     /// `x [.., d_in]`, result `[.., d_out]`.
     pub fn forward<const D: usize>(&self, x: Tensor<B, D>, precision: Precision) -> Tensor<B, D> {
-        match &self.quantized {
-            None => ops::linear(x, self.weight.val(), precision),
-            Some(Quantized { values, scales }) => ops::linear_quantized(x, values.clone(), scales.clone()),
-        }
+        let [out] = Self::forward_all([self], x, precision);
+        out
     }
 }

@@ -26,6 +26,15 @@ enum Stored<'a> {
 }
 
 impl<'a> Stored<'a> {
+    /// Weights there are.
+    fn len(self) -> usize {
+        match self {
+            Self::F32(w) => w.len(),
+            Self::Bf16(w) => w.len(),
+            Self::Q8(w, _) => w.len(),
+        }
+    }
+
     /// Rows `start..end`, each of `width` elements.
     fn rows(self, start: usize, end: usize, width: usize) -> Self {
         let range = start * width..end * width;
@@ -46,21 +55,31 @@ pub(super) fn takes(x: &FlexTensor, weight: &FlexTensor) -> bool {
     rows <= ROWS && x.dtype() == DType::F32 && matches!(weight.dtype(), DType::F32 | DType::BF16)
 }
 
-/// `x · weightᵀ` for a weight in f32 or bf16.
-pub(super) fn project(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
-    let (x, weight) = (contiguous(x), whole(weight));
-    let [d_out, _] = weight.shape().dims();
-    match weight.dtype() {
-        DType::BF16 => multiply(&x, Stored::Bf16(weight.storage::<bf16>()), d_out),
-        _ => multiply(&x, Stored::F32(weight.storage::<f32>()), d_out),
-    }
+/// Whether [`project_q8`] takes this product.
+pub(super) fn takes_q8(x: &FlexTensor, values: &FlexTensor, scales: &FlexTensor) -> bool {
+    let [rows, _] = x.shape().dims();
+    let f32s = [x, scales].iter().all(|tensor| tensor.dtype() == DType::F32);
+    rows <= ROWS && f32s && values.dtype() == DType::I8
+}
+
+/// `x · weightᵀ` for weights in f32 or bf16, in one go: sharing out work to threads costs as much as a small product.
+pub(super) fn project(x: FlexTensor, weights: Vec<FlexTensor>) -> Vec<FlexTensor> {
+    let (x, weights) = (contiguous(x), weights.into_iter().map(whole).collect::<Vec<_>>());
+    let stored = weights.iter().map(|weight| match weight.dtype() {
+        DType::BF16 => Stored::Bf16(weight.storage::<bf16>()),
+        _ => Stored::F32(weight.storage::<f32>()),
+    });
+    multiply(&x, &stored.collect::<Vec<_>>())
 }
 
 /// `x · weightᵀ` for 8-bit weights in blocks of [`QUANT_BLOCK`] along their rows.
-pub(super) fn project_q8(x: FlexTensor, weight: FlexTensor, scales: FlexTensor) -> FlexTensor {
-    let [d_out, _] = weight.shape().dims();
-    let (x, weight, scales) = (contiguous(x), whole(weight), contiguous(scales));
-    multiply(&x, Stored::Q8(weight.storage::<i8>(), values(&scales)), d_out)
+pub(super) fn project_q8(x: FlexTensor, weights: Vec<(FlexTensor, FlexTensor)>) -> Vec<FlexTensor> {
+    let x = contiguous(x);
+    let weights: Vec<_> = weights.into_iter().map(|(weight, scales)| (whole(weight), contiguous(scales))).collect();
+    multiply(
+        &x,
+        &weights.iter().map(|(weight, scales)| Stored::Q8(weight.storage::<i8>(), values(scales))).collect::<Vec<_>>(),
+    )
 }
 
 /// As `contiguous`, for any dtype.
@@ -69,23 +88,34 @@ fn whole(x: FlexTensor) -> FlexTensor {
     if x.is_contiguous() && x.layout().start_offset() == 0 && x.bytes().len() == len { x } else { x.to_contiguous() }
 }
 
-fn multiply(x: &FlexTensor, weight: Stored, d_out: usize) -> FlexTensor {
+/// The products of `x` with all weights. Threads share the rows of all of them.
+fn multiply(x: &FlexTensor, weights: &[Stored]) -> Vec<FlexTensor> {
     let [rows, d_in] = x.shape().dims();
     let xs = values(x);
-    let mut out = Buffer::zeros(rows * d_out);
-    let target = Output(out.as_mut_ptr());
-    let tasks = (d_out * d_in / TASK).clamp(1, 4 * rayon::current_num_threads());
+    let widths: Vec<usize> = weights.iter().map(|weight| weight.len() / d_in).collect();
+    let mut outs: Vec<Buffer> = widths.iter().map(|d_out| Buffer::zeros(rows * d_out)).collect();
+    let targets: Vec<Output> = outs.iter_mut().map(|out| Output(out.as_mut_ptr())).collect();
+    let total: usize = widths.iter().sum();
+    let tasks = (total * d_in / TASK).clamp(1, 4 * rayon::current_num_threads());
     let task = |task: usize| {
-        let (start, end) = (task * d_out / tasks, (task + 1) * d_out / tasks);
-        // SAFETY: every task has columns of its own, inside `out`.
-        unsafe { dots(target, d_out, start, xs, d_in, weight.rows(start, end, d_in)) };
+        let (start, end) = (task * total / tasks, (task + 1) * total / tasks);
+        let mut first = 0;
+        for ((weight, d_out), target) in weights.iter().zip(&widths).zip(&targets) {
+            // The part of this weight that is the task's.
+            let (from, to) = (start.max(first) - first, end.clamp(first, first + d_out) - first);
+            if from < to {
+                // SAFETY: every task has columns of its own, inside the weight's result.
+                unsafe { dots(*target, *d_out, from, xs, d_in, weight.rows(from, to, d_in)) };
+            }
+            first += d_out;
+        }
     };
     if tasks == 1 {
         task(0)
     } else {
         (0..tasks).into_par_iter().with_max_len(1).for_each(task)
     }
-    out.into_tensor(Shape::new([rows, d_out]))
+    outs.into_iter().zip(widths).map(|(out, d_out)| out.into_tensor(Shape::new([rows, d_out]))).collect()
 }
 
 /// Fills the columns from `start` on.
@@ -94,11 +124,7 @@ fn multiply(x: &FlexTensor, weight: Stored, d_out: usize) -> FlexTensor {
 /// The columns must be inside `out`, which has rows of `stride`, and nobody else's.
 unsafe fn dots(out: Output, stride: usize, start: usize, xs: &[f32], d_in: usize, weight: Stored) {
     for (row, x) in xs.chunks_exact(d_in).enumerate() {
-        let len = match weight {
-            Stored::F32(w) => w.len(),
-            Stored::Bf16(w) => w.len(),
-            Stored::Q8(w, _) => w.len(),
-        } / d_in;
+        let len = weight.len() / d_in;
         // SAFETY: the caller's promise.
         let out = unsafe { std::slice::from_raw_parts_mut(out.0.add(row * stride + start), len) };
         #[cfg(target_arch = "x86_64")]

@@ -14,7 +14,7 @@ mod simd;
 
 use burn::backend::Flex;
 use burn::tensor::ops::{FloatTensor, IntTensor};
-use burn::tensor::{DType, TensorData, TensorMetadata};
+use burn::tensor::{DType, TensorData};
 use burn_flex::{FlexTensor, Layout};
 
 use self::buffer::Buffer;
@@ -36,7 +36,7 @@ impl LlamaBackend for Flex {
 
     fn project(x: FlexTensor, weight: FlexTensor, precision: Precision) -> FlexTensor {
         if decode::takes(&x, &weight) {
-            return decode::project(x, weight);
+            return only(decode::project(x, vec![weight]));
         }
         if !is_f32(&[&x, &weight]) {
             return reference::project::<Flex>(x, weight, precision);
@@ -44,12 +44,25 @@ impl LlamaBackend for Flex {
         product::product(&x, false, &weight, true, precision)
     }
 
+    fn project_all(x: FlexTensor, weights: Vec<FlexTensor>, precision: Precision) -> Vec<FlexTensor> {
+        if weights.iter().all(|weight| decode::takes(&x, weight)) {
+            return decode::project(x, weights);
+        }
+        weights.into_iter().map(|weight| Self::project(x.clone(), weight, precision)).collect()
+    }
+
     fn project_quantized(x: FlexTensor, values: FlexTensor, scales: FlexTensor) -> FlexTensor {
-        let [rows, _] = x.shape().dims();
-        if rows > decode::ROWS || !is_f32(&[&x, &scales]) || values.dtype() != DType::I8 {
+        if !decode::takes_q8(&x, &values, &scales) {
             return Self::project(x, reference::dequantize::<Flex>(values, scales), Precision::F32);
         }
-        decode::project_q8(x, values, scales)
+        only(decode::project_q8(x, vec![(values, scales)]))
+    }
+
+    fn project_quantized_all(x: FlexTensor, weights: Vec<(FlexTensor, FlexTensor)>) -> Vec<FlexTensor> {
+        if weights.iter().all(|(values, scales)| decode::takes_q8(&x, values, scales)) {
+            return decode::project_q8(x, weights);
+        }
+        weights.into_iter().map(|(values, scales)| Self::project_quantized(x.clone(), values, scales)).collect()
     }
 
     fn project_backward_input(pairs: Vec<(FlexTensor, FlexTensor)>, precision: Precision) -> FlexTensor {
@@ -166,6 +179,11 @@ impl LlamaBackend for Flex {
         }
         rows::sum_of_squares(x)
     }
+}
+
+/// The result for one weight.
+fn only(mut results: Vec<FlexTensor>) -> FlexTensor {
+    results.pop().expect("a weight has a result")
 }
 
 fn is_f32(tensors: &[&FlexTensor]) -> bool {
