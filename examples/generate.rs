@@ -153,9 +153,9 @@ struct Shown<'a> {
 
 impl<'a> Shown<'a> {
     fn new(codec: &'a Codec, prompts: &[Vec<u32>], args: &Args) -> Self {
-        let texts = prompts.iter().map(|prompt| codec.decode(prompt)).collect();
-        let stream = |_| TextStream::new(codec, true, args.stop.clone());
-        Self { codec, texts, streams: prompts.iter().map(stream).collect(), tokens: 0 }
+        let texts: Vec<String> = prompts.iter().map(|prompt| codec.decode(prompt)).collect();
+        let stream = |text: &String| TextStream::new(codec, !text.is_empty(), args.stop.clone());
+        Self { codec, streams: texts.iter().map(stream).collect(), texts, tokens: 0 }
     }
 
     fn alone(&self) -> bool {

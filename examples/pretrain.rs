@@ -131,6 +131,7 @@ struct Prepared {
 }
 
 fn main() -> Result<()> {
+    llama::model::tune_process();
     let args = Args::parse();
     let device: Device = args.device.parse()?;
     if args.resume {

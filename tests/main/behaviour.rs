@@ -258,7 +258,7 @@ device_test! {
         let options = |prefill_chunk| GenerateOptions {
             max_new_tokens: 6, sampling: Sampling::greedy(), prefill_chunk, log_probs: true, ..Default::default()
         };
-        let expected: Vec<Generated> = Generation::new(&model, &config, &[prompt.clone()], options(512), &device)
+        let expected: Vec<Generated> = Generation::new(&model, &config, std::slice::from_ref(&prompt), options(512), &device)
             .unwrap()
             .flat_map(|step| step.unwrap().into_iter().flatten())
             .collect();
@@ -272,14 +272,14 @@ device_test! {
         close("log-probabilities", &found, losses, tolerance(1e-5, 1.0));
 
         for chunk in [1, 4, 20, 21] {
-            let found = Generation::new(&model, &config, &[prompt.clone()], options(chunk), &device).unwrap().finish();
+            let found = Generation::new(&model, &config, std::slice::from_ref(&prompt), options(chunk), &device).unwrap().finish();
             assert_eq!(found.unwrap()[0], ids, "in chunks of {chunk}");
         }
         // A conversation: the same tokens, whether its beginning is read again or not.
         let mut session = Session::new(&config, 32, &device).unwrap();
         for (turn, len) in [(1, 12), (2, 21), (3, 15), (4, 21)] {
             let part = prompt[..len].to_vec();
-            let alone = Generation::new(&model, &config, &[part.clone()], options(8), &device).unwrap().finish().unwrap();
+            let alone = Generation::new(&model, &config, std::slice::from_ref(&part), options(8), &device).unwrap().finish().unwrap();
             let mut generation = Generation::in_session(&model, session, part, options(8), &device).unwrap();
             let found: Vec<u32> = generation.by_ref().flat_map(|step| step.unwrap()[0]).map(|new| new.token).collect();
             assert_eq!(found, alone[0], "turn {turn}");
@@ -300,7 +300,7 @@ device_test! {
             max_new_tokens: 17, sampling: Sampling::greedy(), stop_tokens, ..Default::default()
         };
         let expected =
-            Generation::new(&model, &config, &[prompt.clone()], options(vec![]), &device).unwrap().finish().unwrap();
+            Generation::new(&model, &config, std::slice::from_ref(&prompt), options(vec![]), &device).unwrap().finish().unwrap();
         let speculate = |draft: usize, guesses, options| {
             let draft = (&drafts[draft].0, drafts[draft].1);
             Speculation::new((&model, &config), draft, guesses, prompt.clone(), options, &device)
@@ -357,7 +357,10 @@ fn speculation_keeps_the_distribution() {
         let options = GenerateOptions { max_new_tokens: 3, sampling, seed, ..Default::default() };
         let prompt = vec![1, 2];
         let alone = |model| {
-            Generation::new(model, &config, &[prompt.clone()], options.clone(), &device).unwrap().finish().unwrap()
+            Generation::new(model, &config, std::slice::from_ref(&prompt), options.clone(), &device)
+                .unwrap()
+                .finish()
+                .unwrap()
         };
         let (plain, other) = (alone(&model), alone(&draft));
         let (target, draft) = ((&model, &config), (&draft, &config));

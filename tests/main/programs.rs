@@ -47,7 +47,7 @@ fn resume(folder: &Path) -> Command {
 
 #[test]
 fn every_program_has_help() {
-    for name in ["pretrain", "generate", "tokenize"] {
+    for name in ["pretrain", "generate", "chat", "convert", "inspect", "tokenize"] {
         let help = run(program(name).arg("--help"));
         assert!(help.contains("Usage"), "{help}");
     }
@@ -82,6 +82,65 @@ fn pretrain_then_generate() {
     assert_eq!(batch.matches("----").count(), 2, "{batch}");
     let error = fails(program("generate").arg("--model").arg(folder.path().join("nothing")));
     assert!(error.contains("nothing") && error.contains("pretrain"), "{error}");
+    into_other_formats_and_back(&path, folder.path());
+}
+
+/// What was trained, in llama.cpp's format and in Hugging Face's from there: the same text everywhere.
+fn into_other_formats_and_back(trained: &Path, folder: &Path) {
+    let greedy = |model: &Path, extra: &[&str]| {
+        let mut command = program("generate");
+        command.args(["--prompt", "pub fn ", "--temperature", "0", "--max-new-tokens", "20"]);
+        run(command.arg("--model").arg(model).args(["--device", &device().to_string()]).args(extra))
+    };
+    let (gguf, again) = (folder.join("tiny.gguf"), folder.join("again"));
+    run(program("convert").arg(trained).arg(&gguf));
+    run(program("convert").arg(&gguf).arg(&again));
+    let expected = greedy(trained, &[]);
+    assert_eq!(greedy(&gguf, &[]), expected);
+    assert_eq!(greedy(&again, &[]), expected);
+    let guessed = greedy(&gguf, &["--draft", trained.to_str().unwrap()]);
+    assert_eq!(guessed, expected);
+    let new = expected.strip_prefix("pub fn ").and_then(|text| text.strip_suffix('\n')).unwrap();
+    let stop = &new[new.char_indices().nth(3).unwrap().0..];
+    let before = &new[..new.find(stop).unwrap()];
+    assert_eq!(greedy(&gguf, &["--stop", stop]), format!("pub fn {before}\n"));
+    let log_probs = greedy(&gguf, &["--log-probs"]);
+    assert_eq!(log_probs.lines().skip(1).filter(|line| line.trim_start().starts_with('-')).count(), 20, "{log_probs}");
+
+    let shown = run(program("inspect").arg(&gguf).arg("--tensors"));
+    for part in ["format                  gguf", "SentencePiece, 400 tokens", "blk.0.attn_q.weight", "F32"] {
+        assert!(shown.contains(part), "no `{part}` in {shown}");
+    }
+    let lines = folder.join("lines.txt");
+    std::fs::write(&lines, "pub fn new\nlet x = 1;\n").unwrap();
+    let ids = |tokenizer: &Path| {
+        run(program("tokenize").args(["encode", "--tokenizer"]).arg(tokenizer).arg("--lines").arg(&lines))
+    };
+    assert_eq!(ids(&gguf), ids(&again.join("tokenizer.json")));
+    assert_eq!(ids(&gguf), ids(&again.join("tokenizer.model")));
+
+    // A conversation in a template's form.
+    let chat = |model: &Path| {
+        let input = folder.join("input.txt");
+        std::fs::write(&input, "pub fn\n/new\nimpl\n").unwrap();
+        let mut command = program("chat");
+        command.arg("--model").arg(model).args(["--temperature", "0", "--max-new-tokens", "5"]);
+        command.args(["--device", &device().to_string(), "--context", "64"]);
+        command.stdin(std::fs::File::open(input).unwrap());
+        command
+    };
+    assert!(fails(&mut chat(&again)).contains("not made for conversations"));
+    std::fs::write(again.join("chat_template.jinja"), "{% for m in messages %}{{ m.content }}{% endfor %}").unwrap();
+    assert_eq!(run(&mut chat(&again)).matches("> ").count(), 4, "a prompt for each line, and one at the end");
+
+    for (arguments, reason) in [
+        (vec!["--type", "q9"], "q9"),
+        (vec!["--to", "onnx"], "onnx"),
+        (vec!["--to", "meta", "--type", "q8_0"], "f32, f16 or bf16"),
+    ] {
+        let error = fails(program("convert").arg(&gguf).arg(folder.join("refused")).args(arguments));
+        assert!(error.contains(reason), "{error}");
+    }
 }
 
 #[test]
@@ -161,7 +220,10 @@ fn tokenize_trains_encodes_and_shards() {
     let made = run(tokenize(&["train"]).args(text).args(["--vocab-size", "500", "--out", file]));
     assert!(made.contains("500 pieces"), "{made}");
     let encoded = run(&mut tokenize(&["encode", "--tokenizer", file, "fn x42"]));
-    assert!(encoded.contains("▁fn") && encoded.contains(" 4\n") && encoded.contains("tokens for 6 bytes"), "{encoded}");
+    assert!(
+        encoded.contains("\" fn\"\n") && encoded.contains("\"4\"\n") && encoded.contains("tokens for 6 bytes"),
+        "{encoded}"
+    );
     run(tokenize(&["shards"]).args(text).args(["--tokenizer", file, "--out"]).arg(&out));
     let shard = out.join("train-00000.bin");
     let shown = run(tokenize(&["inspect", "--tokenizer", file]).arg(&shard));
