@@ -15,9 +15,9 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Parser;
-use common::{Loaded, show};
-use llama::model::generate::{GenerateOptions, Generated, Generation, Sampling, Session};
-use llama::model::{BackendTask, Device, ModelError, TrainBackend, WeightFormat};
+use common::{Loaded, ModelArgs, SamplingArgs, show};
+use llama::model::generate::{GenerateOptions, Generated, Generation, Session};
+use llama::model::{BackendTask, Device, ModelError, TrainBackend};
 use llama::text::{self, Message};
 
 /// A conversation with a model.
@@ -27,9 +27,6 @@ struct Args {
     /// A checkpoint in any format whose tokenizer has a chat template
     #[arg(long)]
     model: PathBuf,
-    /// Tokenizer, where the checkpoint has none beside it
-    #[arg(long)]
-    tokenizer: Option<PathBuf>,
     /// What the model is told before the conversation
     #[arg(long)]
     system: Option<String>,
@@ -39,30 +36,16 @@ struct Args {
     /// Tokens of the conversation, at most
     #[arg(long, default_value_t = 4096)]
     context: usize,
-    /// 0 is greedy
-    #[arg(long, default_value_t = 0.8)]
-    temperature: f32,
-    /// Keeps the most likely tokens up to this probability
-    #[arg(long, default_value_t = 0.95)]
-    top_p: f32,
-    /// Above 1 makes tokens that occurred less likely
-    #[arg(long, default_value_t = 1.0)]
-    repetition_penalty: f32,
-    /// How matrices are kept in memory: f32, bf16 or q8 (8 bits in blocks of 32); fewer bytes decode faster
-    #[arg(long, default_value = "f32")]
-    weights: WeightFormat,
-    /// Seed of the random numbers
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Where to compute
-    #[arg(long, default_value = "flex", help = format!("Where to compute: {}", Device::choices().join(", ")))]
-    device: String,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    loading: ModelArgs,
 }
 
 fn main() -> Result<()> {
     llama::model::tune_process();
     let args = Args::parse();
-    let device: Device = args.device.parse()?;
+    let device: Device = args.loading.device.parse()?;
     device.run(Chat(args))?
 }
 
@@ -73,8 +56,7 @@ impl BackendTask for Chat {
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<()> {
         let Self(args) = self;
-        let Loaded { model, config, codec } =
-            common::load::<B::InnerBackend>(&args.model, args.tokenizer.as_deref(), args.weights, &device)?;
+        let Loaded { model, config, codec } = common::load::<B::InnerBackend>(&args.model, &args.loading, &device)?;
         let system: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
         let mut messages = system.clone();
         // Different vocabularies end a turn in different ways.
@@ -93,13 +75,8 @@ impl BackendTask for Chat {
                 let prompt = text::chat_prompt(&codec, &messages)?;
                 let options = GenerateOptions {
                     max_new_tokens: args.max_new_tokens,
-                    sampling: Sampling {
-                        repetition_penalty: args.repetition_penalty,
-                        temperature: args.temperature,
-                        top_k: None,
-                        top_p: Some(args.top_p),
-                    },
-                    seed: args.seed + messages.len() as u64,
+                    sampling: args.sampling.sampling(),
+                    seed: args.sampling.seed + messages.len() as u64,
                     stop_tokens: stop_tokens.clone(),
                     ..Default::default()
                 };

@@ -14,10 +14,10 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use clap::Parser;
-use common::{Loaded, show};
+use common::{Loaded, ModelArgs, SamplingArgs, show};
 use llama::data::tokenizer::Codec;
-use llama::model::generate::{GenerateOptions, Generated, Generation, Sampling, Speculation};
-use llama::model::{BackendTask, Device, TrainBackend, WeightFormat};
+use llama::model::generate::{GenerateOptions, Generated, Generation, Speculation};
+use llama::model::{BackendTask, Device, TrainBackend};
 use llama::text::TextStream;
 
 /// Generates text with a trained model.
@@ -27,27 +27,12 @@ struct Args {
     /// A checkpoint in any format, or a run folder: its newest checkpoint
     #[arg(long, default_value = "runs/tiny")]
     model: PathBuf,
-    /// Tokenizer, where the checkpoint has none beside it: tokenizer.model or tokenizer.json
-    #[arg(long)]
-    tokenizer: Option<PathBuf>,
     /// How the text begins; several make a batch
     #[arg(long, num_args = 1.., default_values_t = [String::new()])]
     prompt: Vec<String>,
     /// Tokens to generate, at most
     #[arg(long, default_value_t = 200)]
     max_new_tokens: usize,
-    /// 0 is greedy
-    #[arg(long, default_value_t = 0.8)]
-    temperature: f32,
-    /// Keeps the k most likely tokens
-    #[arg(long)]
-    top_k: Option<usize>,
-    /// Keeps the most likely tokens up to this probability
-    #[arg(long, default_value_t = 0.95)]
-    top_p: f32,
-    /// Above 1 makes tokens that occurred less likely
-    #[arg(long, default_value_t = 1.0)]
-    repetition_penalty: f32,
     /// Text that ends the generation; may be given several times
     #[arg(long)]
     stop: Vec<String>,
@@ -60,21 +45,16 @@ struct Args {
     /// Tokens that the smaller checkpoint guesses at a time
     #[arg(long, default_value_t = 4)]
     guesses: usize,
-    /// How matrices are kept in memory: f32, bf16 or q8 (8 bits in blocks of 32); fewer bytes decode faster
-    #[arg(long, default_value = "f32")]
-    weights: WeightFormat,
-    /// Seed of the random numbers
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
-    /// Where to compute
-    #[arg(long, default_value = "flex", help = format!("Where to compute: {}", Device::choices().join(", ")))]
-    device: String,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    loading: ModelArgs,
 }
 
 fn main() -> Result<()> {
     llama::model::tune_process();
     let args = Args::parse();
-    let device: Device = args.device.parse()?;
+    let device: Device = args.loading.device.parse()?;
     device.run(Generate(args))?
 }
 
@@ -85,26 +65,18 @@ impl BackendTask for Generate {
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<()> {
         let Self(args) = self;
-        let Loaded { model, config, codec } =
-            common::load::<B::InnerBackend>(&args.model, args.tokenizer.as_deref(), args.weights, &device)?;
+        let Loaded { model, config, codec } = common::load::<B::InnerBackend>(&args.model, &args.loading, &device)?;
         let prompts: Vec<Vec<u32>> = args.prompt.iter().map(|prompt| codec.encode_prompt(prompt)).collect();
         let options = GenerateOptions {
             max_new_tokens: args.max_new_tokens,
-            sampling: Sampling {
-                repetition_penalty: args.repetition_penalty,
-                temperature: args.temperature,
-                top_k: args.top_k,
-                top_p: Some(args.top_p),
-            },
-            seed: args.seed,
+            sampling: args.sampling.sampling(),
+            seed: args.sampling.seed,
             stop_tokens: codec.eos.into_iter().collect(),
             log_probs: args.log_probs,
             ..Default::default()
         };
         let draft = match &args.draft {
-            Some(path) => {
-                Some(common::load::<B::InnerBackend>(path, args.tokenizer.as_deref(), args.weights, &device)?)
-            }
+            Some(path) => Some(common::load::<B::InnerBackend>(path, &args.loading, &device)?),
             None => None,
         };
         let start = Instant::now();

@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
+use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use llama::data::Progress;
 use llama::data::source::Sources;
 use llama::data::tokenizer::Codec;
 use llama::model::formats::{Checkpoint, Format};
-use llama::model::{Llama, LlamaBackend, LlamaConfig, WeightFormat};
+use llama::model::generate::Sampling;
+use llama::model::{Device, Llama, LlamaBackend, LlamaConfig, WeightFormat};
 use llama::text;
 use llama::train::checkpoint;
 
@@ -105,7 +107,48 @@ pub fn checkpoint_path(path: &Path) -> Result<PathBuf> {
     checkpoint::latest(path).or_else(|_| Ok(Format::detect(path).map(|_| path.into())?))
 }
 
-/// A model, its sizes, its tokenizer and where they are.
+/// How a program that generates opens its model.
+#[derive(Args)]
+pub struct ModelArgs {
+    /// Tokenizer, where the checkpoint has none beside it: tokenizer.model, tokenizer.json or a GGUF file
+    #[arg(long)]
+    pub tokenizer: Option<PathBuf>,
+    /// How matrices are kept in memory: f32, bf16 or q8 (8 bits in blocks of 32); fewer bytes decode faster
+    #[arg(long, default_value = "f32")]
+    pub weights: WeightFormat,
+    /// Where to compute
+    #[arg(long, default_value = "flex", help = format!("Where to compute: {}", Device::choices().join(", ")))]
+    pub device: String,
+}
+
+/// How a program chooses tokens.
+#[derive(Args)]
+pub struct SamplingArgs {
+    /// 0 is greedy
+    #[arg(long, default_value_t = 0.8)]
+    temperature: f32,
+    /// Keeps the k most likely tokens
+    #[arg(long)]
+    top_k: Option<usize>,
+    /// Keeps the most likely tokens up to this probability
+    #[arg(long, default_value_t = 0.95)]
+    top_p: f32,
+    /// Above 1 makes tokens that occurred less likely
+    #[arg(long, default_value_t = 1.0)]
+    repetition_penalty: f32,
+    /// Seed of the random numbers
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+impl SamplingArgs {
+    pub fn sampling(&self) -> Sampling {
+        let Self { temperature, top_k, top_p, repetition_penalty, .. } = *self;
+        Sampling { repetition_penalty, temperature, top_k, top_p: Some(top_p) }
+    }
+}
+
+/// A model, its sizes and its tokenizer.
 pub struct Loaded<B: LlamaBackend> {
     pub model: Llama<B>,
     pub config: LlamaConfig,
@@ -113,14 +156,9 @@ pub struct Loaded<B: LlamaBackend> {
 }
 
 /// Opens a checkpoint in any format with its tokenizer, or the one named, and shows its progress.
-pub fn load<B: LlamaBackend>(
-    path: &Path,
-    tokenizer: Option<&Path>,
-    weights: WeightFormat,
-    device: &B::Device,
-) -> Result<Loaded<B>> {
+pub fn load<B: LlamaBackend>(path: &Path, args: &ModelArgs, device: &B::Device) -> Result<Loaded<B>> {
     let path = checkpoint_path(path)?;
-    let codec = match tokenizer {
+    let codec = match &args.tokenizer {
         Some(file) => text::codec(file)?,
         None => text::codec(&path)?,
     };
@@ -131,7 +169,7 @@ pub fn load<B: LlamaBackend>(
     }
     let bar = Bar::default();
     bar.start(&format!("loading {}", path.display()), Some(config.num_params()));
-    let model = checkpoint.load::<B>(weights, device, |read| bar.advance(read))?;
+    let model = checkpoint.load::<B>(args.weights, device, |read| bar.advance(read))?;
     bar.finish();
     Ok(Loaded { model, config, codec })
 }

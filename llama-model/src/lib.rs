@@ -42,6 +42,7 @@ mod compute;
 mod config;
 mod error;
 mod init;
+mod names;
 mod process;
 mod weight_format;
 
