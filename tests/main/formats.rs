@@ -180,13 +180,19 @@ device_test! {
     fn stories260k_tells_its_story<B>(device) {
         let Some(oracle) = data("ckpt/stories260K_oracle.json") else { return };
         let oracle: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(oracle).unwrap()).unwrap();
-        let expected: Vec<u32> = numbers(&oracle["greedy_ids"]).into_iter().map(|id| id as u32).collect();
+        let mut expected: Vec<u32> = numbers(&oracle["greedy_ids"]).into_iter().map(|id| id as u32).collect();
         let folder = tempfile::tempdir().unwrap();
         let legacy = data("ckpt/stories260K_rebuilt_legacy.bin").unwrap();
         let again = folder.path().join("again.bin");
         let source = Checkpoint::open(&legacy).unwrap();
         formats::save(&source, source.config(), &again, Format::Llama2c, FileType::F32, &no_extras()).unwrap();
-        for path in [data("ckpt/stories260K_f32_ggufv1.gguf").unwrap(), legacy, again] {
+        let mut paths = vec![data("ckpt/stories260K_f32_ggufv1.gguf").unwrap(), legacy, again];
+        if llama::model::Device::Flex != crate::support::device() {
+            // A GPU in software makes a few tokens a second.
+            paths.truncate(1);
+            expected.truncate(32);
+        }
+        for path in paths {
             let checkpoint = Checkpoint::open(&path).unwrap();
             let model = checkpoint.load::<B::InnerBackend>(WeightFormat::F32, &device, |_| ()).unwrap();
             let options = GenerateOptions { max_new_tokens: expected.len(), sampling: Sampling::greedy(), ..Default::default() };
@@ -194,7 +200,9 @@ device_test! {
             assert_eq!(found[0], expected, "{}", path.display());
             if let Ok(codec) = llama::text::codec(&path) {
                 // The first token's space is the one that encoding puts before a text.
-                assert_eq!(codec.decode(&found[0]), oracle["greedy_text"].as_str().unwrap().trim_start());
+                let (found, text) = (codec.decode(&found[0]), oracle["greedy_text"].as_str().unwrap().trim_start());
+                assert!(text.starts_with(&found), "{found}");
+                assert_eq!(found.len() == text.len(), expected.len() == 256, "the whole text of all tokens");
             }
         }
     }
