@@ -303,6 +303,7 @@ fn hostile_gguf_files_are_refused() {
         ("version", gguf(9, &[], &[], 0), "version 9"),
         ("text longer than the file", gguf(3, &[("a", 8, huge)], &[], 0), "ends inside its header"),
         ("array longer than the file", gguf(3, &[("a", 9, array(4, u64::MAX / 2))], &[], 0), "ends inside its header"),
+        ("too many values", gguf(3, &[("a", 9, array(0, 1 << 25))], &[], 1 << 25), "too many values"),
         ("arrays in arrays", gguf(3, &[("a", 9, nested)], &[], 0), "nested"),
         ("type of a value", gguf(3, &[("a", 77, vec![])], &[], 0), "unknown type 77"),
         ("alignment", gguf(3, &[("general.alignment", 4, 0u32.to_le_bytes().into())], &[], 0), "power of two"),

@@ -25,6 +25,8 @@ const ALIGNMENT: usize = 32;
 /// Arrays inside arrays are read to this depth.
 const MAX_DEPTH: usize = 4;
 const MAX_DIMS: usize = 4;
+/// Values in all arrays together, at most: far more than any vocabulary has. They take more memory than bytes of a file.
+const MAX_VALUES: usize = 1 << 24;
 
 /// Where LLaMA 3.1's scaling is kept: each frequency's divisor.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -105,6 +107,8 @@ struct Cursor<'a> {
     bytes: &'a [u8],
     at: usize,
     version: u32,
+    /// Values that arrays may still have.
+    values_left: usize,
 }
 
 impl<'a> Cursor<'a> {
@@ -154,12 +158,15 @@ impl<'a> Cursor<'a> {
             8 => Value::Text(self.text()?),
             9 if depth < MAX_DEPTH => {
                 let (kind, len) = (self.u32()?, self.len()?);
-                // Each element takes a byte at least, so a length that lies fails before memory is spent on it.
-                let mut values = Vec::with_capacity(len.min(self.bytes.len() - self.at));
+                // Checked before memory is spent: each value takes a byte of the file at least.
+                if len > self.bytes.len() - self.at {
+                    return Err(format!("an array of {len} values in a file that ends inside its header"));
+                }
+                self.values_left = self.values_left.checked_sub(len).ok_or("arrays of too many values")?;
+                let mut values = Vec::with_capacity(len);
                 for _ in 0..len {
                     values.push(self.value(kind, depth + 1)?);
                 }
-                values.shrink_to_fit();
                 Value::Array(values)
             }
             9 => return Err(format!("arrays nested deeper than {MAX_DEPTH}")),
@@ -268,7 +275,7 @@ impl GgufFile {
 type Header = (BTreeMap<String, Value>, BTreeMap<String, Entry>);
 
 fn header(bytes: &[u8]) -> Result<Header, String> {
-    let mut cursor = Cursor { bytes, at: 0, version: 0 };
+    let mut cursor = Cursor { bytes, at: 0, version: 0, values_left: MAX_VALUES };
     if cursor.take(4)? != MAGIC {
         return Err("not a GGUF file".into());
     }
