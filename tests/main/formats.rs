@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::TensorData;
-use llama::model::formats::{self, Checkpoint, Extras, FileType, Format, GgufFile, Weights};
+use llama::model::formats::{self, Checkpoint, Extras, FileType, Format, GgufFile, ModelWeights, Weights};
 use llama::model::generate::{GenerateOptions, Generation, Sampling};
 use llama::model::{LlamaConfig, RopeScaling, WeightFormat, hf};
 use proptest::prelude::*;
@@ -96,6 +96,21 @@ fn round_trips_change_no_bit() {
     let dims = [tied.config().vocab_size, tied.config().d_model];
     let head = meta.weight("output.weight", &dims).unwrap();
     assert_eq!(head, tied.weight("tok_embeddings.weight", &dims).unwrap());
+}
+
+device_test! {
+    /// A model in memory is exported as the checkpoint that it came from.
+    fn a_model_in_memory_is_exported<B>(device) {
+        let folder = tempfile::tempdir().unwrap();
+        let source = Checkpoint::open(&fixture("gqa")).unwrap();
+        let model = source.load::<B::InnerBackend>(WeightFormat::F32, &device, |_| ()).unwrap();
+        let path = folder.path().join("model.gguf");
+        let in_memory = ModelWeights::new(&model);
+        formats::save(&in_memory, source.config(), &path, Format::Gguf, FileType::F32, &no_extras()).unwrap();
+        assert!(weights(&Checkpoint::open(&path).unwrap()) == weights(&source));
+        let error = in_memory.weight("output.weight", &[1, 2]).unwrap_err().to_string();
+        assert!(error.contains("output.weight") && error.contains("[1, 2]"), "{error}");
+    }
 }
 
 #[test]

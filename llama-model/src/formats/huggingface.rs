@@ -7,7 +7,7 @@ use burn::tensor::TensorData;
 use serde_json::{Value, json};
 
 use super::dtype::FileType;
-use super::{Reader, TensorInfo, Weights};
+use super::{Reader, TensorInfo, Weights, stray};
 use crate::hf::{CONFIG_FILE, WEIGHTS_FILE, load_config, to_json};
 use crate::weights::{self, TensorFile, file_name};
 use crate::{LlamaConfig, ModelError};
@@ -77,8 +77,7 @@ impl Reader for Folder {
     }
 
     fn unexpected(&self) -> Option<String> {
-        let known: BTreeSet<_> = self.config.parameters().iter().filter_map(|(path, _)| file_name(path)).collect();
-        self.places.keys().find(|name| !known.contains(*name) && !self.is_derived(name)).cloned()
+        stray(&self.config, self.places.keys(), file_name, |name| self.is_derived(name))
     }
 }
 

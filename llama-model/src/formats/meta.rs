@@ -12,7 +12,7 @@ use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use super::dtype::{FileType, decode};
-use super::{Reader, Rotary, TensorInfo, Weights, map_file, pickle, reorder, wrong_shape};
+use super::{Reader, Rotary, TensorInfo, Weights, map_file, pickle, reorder, stray, wrong_shape};
 use crate::{LlamaConfig, ModelError, RopeScaling, weights};
 
 pub(super) const PARAMS_FILE: &str = "params.json";
@@ -245,9 +245,8 @@ impl Reader for Folder {
     }
 
     fn unexpected(&self) -> Option<String> {
-        let known: BTreeMap<_, _> = self.config.parameters().into_iter().collect();
-        let mut names = self.parts.iter().flat_map(|part| part.tensors.keys());
-        names.find(|name| !known.contains_key(*name) && *name != "rope.freqs").cloned()
+        let names = self.parts.iter().flat_map(|part| part.tensors.keys());
+        stray(&self.config, names, |path| Some(path.into()), |name| name == "rope.freqs")
     }
 }
 

@@ -21,7 +21,7 @@ mod meta;
 mod pickle;
 mod quants;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
@@ -280,6 +280,17 @@ pub fn save(
         }
     }
     Ok(())
+}
+
+/// The first name in a file that is neither a parameter's (`file_name` has those of the paths) nor `known` to be of no use.
+fn stray<'a>(
+    config: &LlamaConfig,
+    mut names: impl Iterator<Item = &'a String>,
+    file_name: impl Fn(&str) -> Option<String>,
+    known: impl Fn(&str) -> bool,
+) -> Option<String> {
+    let expected: BTreeSet<_> = config.parameters().iter().filter_map(|(path, _)| file_name(path)).collect();
+    names.find(|name| !expected.contains(*name) && !known(name)).cloned()
 }
 
 /// A file as bytes that are read from disk when they are used.

@@ -1,13 +1,12 @@
 //! A GGUF file as a LLaMA: its metadata as sizes, its tensors by the names of the released code.
 
-use std::collections::BTreeSet;
 use std::path::Path;
 
 use burn::tensor::TensorData;
 
 use super::{Entry, GgufFile, ROPE_FACTORS, Value, file_name};
 use crate::formats::dtype::floats;
-use crate::formats::{self, Rotary, TensorInfo, Weights, reorder, wrong_shape};
+use crate::formats::{self, Rotary, TensorInfo, Weights, reorder, stray, wrong_shape};
 use crate::{LlamaConfig, ModelError, RopeScaling};
 
 /// A GGUF file as a checkpoint.
@@ -123,7 +122,6 @@ impl formats::Reader for Reader {
     }
 
     fn unexpected(&self) -> Option<String> {
-        let known: BTreeSet<_> = self.config.parameters().iter().filter_map(|(path, _)| file_name(path)).collect();
-        self.file.tensors.keys().find(|name| !known.contains(*name) && *name != ROPE_FACTORS).cloned()
+        stray(&self.config, self.file.tensors.keys(), file_name, |name| name == ROPE_FACTORS)
     }
 }
