@@ -32,6 +32,9 @@ struct Args {
     /// dependencies, in cargo's folder]
     #[arg(long, num_args = 1..)]
     text: Vec<PathBuf>,
+    /// Folder that `prepare` wrote: token shards, their tokenizer and a mixture
+    #[arg(long, conflicts_with = "text")]
+    data: Option<PathBuf>,
     /// File endings to take from folders
     #[arg(long, num_args = 1.., value_delimiter = ',')]
     extensions: Vec<String>,
@@ -139,7 +142,9 @@ fn main() -> Result<()> {
         let newest = checkpoint::latest(&folder)?;
         let mut config = checkpoint::load_state(&newest)?.config;
         // The run may have been moved.
-        config.data.folder = folder.join("data");
+        if folder.join("data").exists() {
+            config.data.folder = folder.join("data");
+        }
         config.run.folder = folder;
         println!("resuming from {}", newest.display());
         return device.run(Train { args, config, resume_from: Some(newest) })?;
@@ -190,7 +195,10 @@ fn configuration(args: &Args) -> Result<PretrainConfig> {
     set(&mut config.seed, &args.seed);
     config.run.peak_flops = args.peak_gflops.map(|peak| peak * 1e9).or(config.run.peak_flops);
     config.schedule.warmup_steps = config.schedule.warmup_steps.min(config.schedule.steps);
-    if args.config.is_none() {
+    if let Some(folder) = &args.data {
+        config.data.folder = folder.clone();
+        config.model.vocab_size = Tokenizer::load(&folder.join(TOKENIZER_FILE))?.vocab_size();
+    } else if args.config.is_none() {
         config.data.folder = config.run.folder.join("data");
     }
     config.validate()?;
@@ -200,7 +208,7 @@ fn configuration(args: &Args) -> Result<PretrainConfig> {
 /// Tokenizer and shards in the data folder: there already, or made from the text.
 fn prepare_data(args: &Args, config: PretrainConfig) -> Result<PretrainConfig> {
     let folder = &config.data.folder;
-    if args.config.is_some() && args.text.is_empty() && folder.join(TOKENIZER_FILE).is_file() {
+    if args.data.is_some() || (args.config.is_some() && args.text.is_empty() && folder.join(TOKENIZER_FILE).is_file()) {
         return Ok(config);
     }
     let sources = common::sources(&args.text, &args.extensions)?;
@@ -313,6 +321,8 @@ impl BackendTask for Train {
         if report.skipped > 0 {
             println!("{} steps were skipped: their loss or gradient was not finite", report.skipped);
         }
+        let epochs: Vec<_> = report.epochs.iter().map(|(name, epochs)| format!("{name} {epochs:.2}")).collect();
+        println!("passes over the training text: {}", epochs.join(", "));
         println!("checkpoint: {}", report.checkpoint.display());
         println!("loss curve: {}", report.curve.display());
         if report.stop == Stop::Interrupted {
@@ -320,7 +330,7 @@ impl BackendTask for Train {
             return Ok(());
         }
         let tokenizer = Tokenizer::load(&config.data.folder.join(TOKENIZER_FILE))?;
-        let prompts = match (args.prompt.is_empty(), args.text.is_empty()) {
+        let prompts = match (args.prompt.is_empty(), args.text.is_empty() && args.data.is_none()) {
             (false, _) => args.prompt,
             (true, true) => ["pub fn new", "impl", "use std::", "/// Returns"].map(String::from).into(),
             (true, false) => vec![String::new(); 3],

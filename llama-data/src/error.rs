@@ -50,6 +50,14 @@ pub enum DataError {
         /// Fingerprint of the tokenizer in use.
         given: u64,
     },
+    /// A cleaning rule whose files cannot be used.
+    #[error("source `{source_name}`: {reason}")]
+    Rule {
+        /// The source that has the rule.
+        source_name: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// A tokenizer that cannot be trained or loaded.
     #[error("tokenizer: {0}")]
     Tokenizer(String),

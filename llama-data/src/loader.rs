@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
-use crate::order::Order;
-use crate::{DataError, TokenDataset};
+use crate::DataError;
+use crate::mixture::Mixture;
 
 /// One micro-batch on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,12 +20,12 @@ pub struct TokenBatch {
 }
 
 impl TokenBatch {
-    /// The batch of the `batch` windows at `position` of an order.
-    pub fn read(data: &TokenDataset, order: Order, position: u64, batch: usize) -> Self {
+    /// The batch of the `batch` windows at `position`.
+    pub fn read(data: &Mixture, position: u64, batch: usize) -> Self {
         let len = batch * data.seq_len();
         let (mut inputs, mut targets) = (Vec::with_capacity(len), Vec::with_capacity(len));
         for index in 0..batch as u64 {
-            data.read(order.window(position + index), &mut inputs, &mut targets);
+            data.read(position + index, &mut inputs, &mut targets);
         }
         Self { inputs, targets, batch, seq_len: data.seq_len() }
     }
@@ -36,20 +36,37 @@ impl TokenBatch {
     }
 }
 
-/// Reads the batches of an order from a position on, a few ahead, on a thread of its own.
+/// One of several processes that train together on parts of each batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rank {
+    /// Which.
+    pub index: u64,
+    /// Of how many.
+    pub count: u64,
+}
+
+impl Rank {
+    /// The only one.
+    pub const ONLY: Self = Self { index: 0, count: 1 };
+}
+
+/// Reads batches from a position on, a few ahead, on a thread of its own.
 pub struct Loader {
     batches: Receiver<TokenBatch>,
 }
 
 impl Loader {
-    /// Starts reading `batch` windows at a time from `position` on, at most `ahead` batches early.
-    pub fn start(data: Arc<TokenDataset>, order: Order, position: u64, batch: usize, ahead: usize) -> Self {
+    /// Starts reading `batch` windows at a time, at most `ahead` batches early.
+    ///
+    /// All ranks together take `rank.count` · `batch` windows from `position` on, and so forth: which windows a step has depends on
+    /// their product only, so a run can go on with more or fewer ranks.
+    pub fn start(data: Arc<Mixture>, rank: Rank, position: u64, batch: usize, ahead: usize) -> Self {
         let (sender, batches) = sync_channel(ahead);
         std::thread::spawn(move || {
-            let mut position = position;
+            let mut position = position + rank.index * batch as u64;
             // Ends when the receiver is gone.
-            while sender.send(TokenBatch::read(&data, order, position, batch)).is_ok() {
-                position += batch as u64;
+            while sender.send(TokenBatch::read(&data, position, batch)).is_ok() {
+                position += rank.count * batch as u64;
             }
         });
         Self { batches }
@@ -67,6 +84,7 @@ impl Loader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::TokenDataset;
     use crate::shard::ShardWriter;
 
     #[test]
@@ -75,15 +93,22 @@ mod tests {
         let mut writer = ShardWriter::create(&folder.path().join("train-0.bin"), 500, 7).unwrap();
         writer.push(&(0..401).collect::<Vec<_>>()).unwrap();
         writer.finish().unwrap();
-        let data = Arc::new(TokenDataset::open(folder.path(), "train", 7, 8).unwrap());
-        let order = Order::new(data.windows(), 3);
-        let take = |position, n| {
-            let mut loader = Loader::start(data.clone(), order, position, 4, 2);
+        let open = || TokenDataset::open(folder.path(), "train", 7, 8).unwrap();
+        let sources = vec![("a".to_string(), 2.0, open()), ("b".to_string(), 1.0, open())];
+        let data = Arc::new(Mixture::new(sources, 3));
+        let take = |rank, position, batch, n| {
+            let mut loader = Loader::start(data.clone(), rank, position, batch, 2);
             (0..n).map(|_| loader.next_batch().unwrap()).collect::<Vec<_>>()
         };
         // 30 batches of 4 windows are more than two epochs of 50.
-        let all = take(0, 30);
-        assert_eq!(take(4 * 17, 13), all[17..]);
+        let all = take(Rank::ONLY, 0, 4, 30);
+        assert_eq!(take(Rank::ONLY, 4 * 17, 4, 13), all[17..]);
+        // Two ranks see the halves of each batch, and one goes on where two have stopped.
+        let halves = [0, 1].map(|index| take(Rank { index, count: 2 }, 0, 2, 17));
+        for (step, whole) in all[..17].iter().enumerate() {
+            let inputs = [halves[0][step].inputs.clone(), halves[1][step].inputs.clone()].concat();
+            assert_eq!(inputs, whole.inputs);
+        }
         assert_ne!(all[0], all[1]);
     }
 }

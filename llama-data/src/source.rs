@@ -1,20 +1,24 @@
-//! Documents from plain text, folders and JSONL, each also compressed (`.gz`, `.zst`).
+//! Documents from plain text, folders and JSONL, each also compressed (`.gz`, `.zst`, `.bz2`).
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::collections::BTreeMap;
+use std::io::BufRead;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::DataError;
+use crate::input::Limits;
 
 /// A text with the place it came from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Document {
     /// The text.
     pub text: String,
     /// File, and line for JSONL.
     pub origin: String,
+    /// What else is known of it: its address, title, licence, language, ..
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub meta: BTreeMap<String, String>,
 }
 
 /// What to read.
@@ -22,7 +26,7 @@ pub struct Document {
 pub struct Sources {
     /// Files, and folders that are searched for files.
     pub paths: Vec<PathBuf>,
-    /// Endings of the files taken from folders, without dot and compression (`txt`, `jsonl`, ..). A file that is named
+    /// Endings of the files taken from folders, without dot and compression (`txt`, `jsonl`, ..); none stands for all. A file that is named
     /// in `paths` is always read.
     pub extensions: Vec<String>,
 }
@@ -69,7 +73,9 @@ impl Sources {
             let kind = entry.file_type().map_err(|error| DataError::io(&path, error))?;
             if kind.is_dir() {
                 self.walk(&path, files)?;
-            } else if kind.is_file() && self.extensions.contains(&inner_extension(&path)) {
+            } else if kind.is_file()
+                && (self.extensions.is_empty() || self.extensions.contains(&inner_extension(&path)))
+            {
                 let bytes = entry.metadata().map_err(|error| DataError::io(&path, error))?.len();
                 files.push(SourceFile { path, bytes, found: true });
             }
@@ -96,7 +102,7 @@ impl SourceFile {
     /// [`DataError::Io`], or [`DataError::Format`] for text that is not UTF-8 and lines that are not
     /// `{"text": "..."}`.
     pub fn documents(&self) -> Result<Box<dyn Iterator<Item = Result<Document, DataError>>>, DataError> {
-        let reader = open(&self.path)?;
+        let reader = crate::input::open(&self.path, Limits::default())?;
         if inner_extension(&self.path) == "jsonl" {
             return Ok(Box::new(JsonLines { reader, path: self.path.clone(), line: 0 }));
         }
@@ -108,53 +114,8 @@ impl SourceFile {
 fn inner_extension(path: &Path) -> String {
     let extension = |path: &Path| path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     match extension(path).as_str() {
-        "gz" | "zst" => extension(Path::new(path.file_stem().unwrap_or_default())),
+        "gz" | "zst" | "bz2" => extension(Path::new(path.file_stem().unwrap_or_default())),
         plain => plain.to_string(),
-    }
-}
-
-fn open(path: &Path) -> Result<Box<dyn BufRead>, DataError> {
-    let file = File::open(path).map_err(|error| DataError::io(path, error))?;
-    Ok(match path.extension().and_then(|extension| extension.to_str()) {
-        Some("gz") => Box::new(BufReader::new(flate2::read::MultiGzDecoder::new(file))),
-        Some("zst") => Box::new(BufReader::new(ZstdFrames::new(BufReader::new(file)))),
-        _ => Box::new(BufReader::new(file)),
-    })
-}
-
-/// A zstd file may hold several frames, one after the other; the decoder reads one.
-struct ZstdFrames<R: BufRead> {
-    decoder: Option<ruzstd::decoding::StreamingDecoder<R, ruzstd::decoding::FrameDecoder>>,
-    source: Option<R>,
-}
-
-impl<R: BufRead> ZstdFrames<R> {
-    fn new(source: R) -> Self {
-        Self { decoder: None, source: Some(source) }
-    }
-}
-
-impl<R: BufRead> Read for ZstdFrames<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        if buffer.is_empty() {
-            return Ok(0);
-        }
-        loop {
-            if let Some(decoder) = &mut self.decoder {
-                let n = decoder.read(buffer)?;
-                if n > 0 {
-                    return Ok(n);
-                }
-                self.source = self.decoder.take().map(|decoder| decoder.into_inner());
-            }
-            let Some(mut source) = self.source.take() else { return Ok(0) };
-            if source.fill_buf()?.is_empty() {
-                return Ok(0);
-            }
-            let decoder = ruzstd::decoding::StreamingDecoder::new(source)
-                .map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidData, error.to_string()))?;
-            self.decoder = Some(decoder);
-        }
     }
 }
 
@@ -164,7 +125,7 @@ fn read_text(mut reader: Box<dyn BufRead>, path: &Path) -> Result<Document, Data
     let text = String::from_utf8(bytes).map_err(|error| {
         DataError::format(path, format!("not UTF-8 text: byte {} is invalid", error.utf8_error().valid_up_to()))
     })?;
-    Ok(Document { text, origin: path.display().to_string() })
+    Ok(Document { text, origin: path.display().to_string(), meta: BTreeMap::new() })
 }
 
 struct JsonLines {
@@ -194,7 +155,7 @@ impl Iterator for JsonLines {
         }
         let origin = format!("{}:{}", self.path.display(), self.line);
         Some(match serde_json::from_slice::<Line>(&bytes) {
-            Ok(Line { text }) => Ok(Document { text, origin }),
+            Ok(Line { text }) => Ok(Document { text, origin, meta: BTreeMap::new() }),
             Err(error) => Err(DataError::format(
                 &self.path,
                 format!("line {}: {error}; each line must be a JSON object with a string `text`", self.line),

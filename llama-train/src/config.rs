@@ -39,7 +39,8 @@ pub struct PretrainConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// Folder with the token shards `train-*.bin` and `valid-*.bin` and the `tokenizer.model` that made them.
+    /// Folder with the token shards `train-*.bin` and `valid-*.bin`, or with a `mixture.toml` that says where the shards of each
+    /// source are and what share it has, and with the `tokenizer.model` that made them.
     pub folder: PathBuf,
 }
 

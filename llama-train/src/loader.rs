@@ -4,30 +4,28 @@ use std::sync::Arc;
 
 use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
 use burn::tensor::backend::Backend;
-use llama_data::TokenDataset;
-use llama_data::loader::{Loader, TokenBatch};
-use llama_data::order::Order;
+use llama_data::loader::{Loader, Rank, TokenBatch};
+use llama_data::mixture::Mixture;
 
-/// Micro-batches of an order from a position on. They stay on the host until the training step uploads them.
+/// Micro-batches from a position on. They stay on the host until the training step uploads them.
 #[derive(Clone)]
 pub struct TokenLoader {
-    data: Arc<TokenDataset>,
-    order: Order,
+    data: Arc<Mixture>,
     batch: usize,
     start: u64,
     end: u64,
 }
 
 impl TokenLoader {
-    /// Batches of `batch` sequences at the positions `start..end` of `order`.
-    pub fn new(data: Arc<TokenDataset>, order: Order, batch: usize, start: u64, end: u64) -> Self {
-        Self { data, order, batch, start, end }
+    /// Batches of `batch` sequences at the positions `start..end`.
+    pub fn new(data: Arc<Mixture>, batch: usize, start: u64, end: u64) -> Self {
+        Self { data, batch, start, end }
     }
 }
 
 impl<B: Backend> DataLoader<B, TokenBatch> for TokenLoader {
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<TokenBatch> + 'a> {
-        let loader = Loader::start(self.data.clone(), self.order, self.start, self.batch, 4);
+        let loader = Loader::start(self.data.clone(), Rank::ONLY, self.start, self.batch, 4);
         Box::new(TokenIterator { loader, batch: self.batch as u64, start: self.start, next: self.start, end: self.end })
     }
 

@@ -9,8 +9,7 @@ use burn::train::logger::MetricLogger;
 use burn::train::metric::store::{EpochSummary, MetricsUpdate, Split};
 use burn::train::metric::{MetricDefinition, NumericEntry};
 use burn::train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy};
-use llama_data::TokenDataset;
-use llama_data::order::Order;
+use llama_data::mixture::Mixture;
 use llama_data::tokenizer::Tokenizer;
 use llama_model::{Llama, TrainBackend};
 
@@ -52,6 +51,8 @@ pub struct PretrainReport<B: TrainBackend> {
     pub checkpoint: PathBuf,
     /// The loss curve.
     pub curve: PathBuf,
+    /// Each source of the mixture with the passes over it that the run's steps make.
+    pub epochs: Vec<(String, f64)>,
 }
 
 /// Runs a configuration, or goes on with it from a checkpoint: then training ends as if it had never stopped, on a CPU
@@ -75,11 +76,12 @@ pub fn pretrain<B: TrainBackend>(
             format!("is {wants}, but the data's tokenizer has {has} pieces"),
         ));
     }
-    let open = |split| {
-        TokenDataset::open(&config.data.folder, split, tokenizer.fingerprint(), config.batch.seq_len).map(Arc::new)
+    let open = |split, seed| {
+        let (folder, fingerprint) = (&config.data.folder, tokenizer.fingerprint());
+        Mixture::open(folder, split, fingerprint, config.batch.seq_len, seed).map(Arc::new)
     };
-    let train = open("train")?;
-    let valid = if config.run.eval_every > 0 { open("valid")? } else { train.clone() };
+    let train = open("train", config.seed)?;
+    let valid = if config.run.eval_every > 0 { open("valid", 0)? } else { train.clone() };
     let folder = &config.run.folder;
     std::fs::create_dir_all(folder).map_err(|error| TrainError::io(folder, error))?;
 
@@ -96,12 +98,12 @@ pub fn pretrain<B: TrainBackend>(
         }
     };
     let per_step = config.sequences_per_step();
-    let order = Order::new(train.windows(), config.seed);
     let batch = config.batch.sequences;
-    let train = TokenLoader::new(train, order, batch, step * per_step, config.schedule.steps * per_step);
+    let data = train.clone();
+    let train = TokenLoader::new(train, batch, step * per_step, config.schedule.steps * per_step);
     let batch = batch.min(valid.windows() as usize);
     let end = valid.windows().min(config.run.eval_batches * batch as u64);
-    let valid = TokenLoader::new(valid.clone(), Order::new(valid.windows(), 0), batch, 0, end);
+    let valid = TokenLoader::new(valid, batch, 0, end);
 
     let peak_flops = config.run.peak_flops.unwrap_or_else(|| measure_peak_flops::<B::InnerBackend>(device));
     let strategy = PretrainStrategy::new(config.clone(), tokenizer, peak_flops, optimizer, step, tokens);
@@ -133,7 +135,8 @@ pub fn pretrain<B: TrainBackend>(
     if lines.iter().any(|line| matches!(line, log::Line::Train { .. })) {
         curve::write_svg(&curve, &lines)?;
     }
-    Ok(PretrainReport { model, stop, step, skipped, checkpoint: checkpoint::latest(folder)?, curve })
+    let epochs = data.epochs(step * per_step).into_iter().map(|(name, epochs)| (name.to_string(), epochs)).collect();
+    Ok(PretrainReport { model, stop, step, skipped, checkpoint: checkpoint::latest(folder)?, curve, epochs })
 }
 
 fn quality_metrics() -> (StepMetric, StepMetric) {

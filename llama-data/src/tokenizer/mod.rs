@@ -87,13 +87,7 @@ impl Tokenizer {
     /// # Errors
     /// [`DataError::Io`].
     pub fn save(&self, path: &Path) -> Result<(), DataError> {
-        let io = |error| DataError::io(path, error);
-        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut file = tempfile::Builder::new().prefix(".tmp-tokenizer-").tempfile_in(folder).map_err(io)?;
-        std::io::Write::write_all(&mut file, &self.to_proto()).map_err(io)?;
-        file.as_file().sync_all().map_err(io)?;
-        file.persist(path).map_err(|error| io(error.error))?;
-        Ok(())
+        crate::write_atomically(path, |file| std::io::Write::write_all(file, &self.to_proto()))
     }
 
     pub(crate) fn new(pieces: Vec<Piece>, dummy_prefix: bool, escape_spaces: bool) -> Result<Self, String> {
