@@ -47,6 +47,9 @@ enum Command {
         /// Pieces in all
         #[arg(long, default_value_t = 32_000)]
         vocab_size: usize,
+        /// Share of the text's characters that get a piece; the rarest are left to bytes
+        #[arg(long, default_value_t = TrainOptions::default().character_coverage)]
+        character_coverage: f64,
         /// Text to train on, in MB, taken evenly
         #[arg(long, default_value_t = 64)]
         max_mb: u64,
@@ -96,9 +99,9 @@ enum Command {
 fn main() -> Result<()> {
     let bar = common::Bar::default();
     match Cli::parse().command {
-        Command::Train { text, vocab_size, max_mb, out } => {
+        Command::Train { text, vocab_size, character_coverage, max_mb, out } => {
             let sources = common::sources(&text.text, &text.extensions)?;
-            let options = TrainOptions { vocab_size, ..Default::default() };
+            let options = TrainOptions { vocab_size, character_coverage, ..Default::default() };
             let tokenizer = train_tokenizer(&sources, &options, max_mb << 20, &bar)?;
             tokenizer.save(&out)?;
             println!("{}: {} pieces", out.display(), tokenizer.vocab_size());

@@ -1,61 +1,58 @@
-//! Where a trained piece must not reach across: the words that BPE training counts.
-//!
-//! A word is one space (or none) and letters, or punctuation; a digit stands alone; further spaces and line breaks form
-//! words of their own, so that indentation becomes few tokens.
+//! Which parts of a text BPE training may make pieces of: SentencePiece's rules with LLaMA's settings (`split_by_whitespace`,
+//! `split_by_unicode_script`, `split_digits`, `allow_whitespace_only_pieces`).
+
+use unicode_script::{Script, UnicodeScript};
 
 use super::SPACE;
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Class {
-    Space,
-    Break,
-    Digit,
-    Letter,
-    Other,
-}
-
-fn class(c: char) -> Class {
-    match c {
-        SPACE | ' ' => Class::Space,
-        c if c.is_whitespace() => Class::Break,
-        c if c.is_numeric() => Class::Digit,
-        c if c.is_alphabetic() || c == '_' => Class::Letter,
-        _ => Class::Other,
-    }
-}
-
-/// Calls `each` for every word of escaped text.
-pub(super) fn words<'a>(text: &'a str, mut each: impl FnMut(&'a str)) {
+/// Calls `each` for every word of an escaped line: spaces and what follows them, up to the next space.
+pub(super) fn words<'a>(line: &'a str, mut each: impl FnMut(&'a str)) {
     let mut start = 0;
-    let mut before: Option<Class> = None;
-    let mut spaces = 0;
-    for (at, c) in text.char_indices() {
-        let now = class(c);
-        let joins = match (before, now) {
-            (None, _) => true,
-            (Some(Class::Space), Class::Space) => true,
-            // The last space of a run goes with the word behind it, the others are a word.
-            (Some(Class::Space), Class::Letter | Class::Other) => {
-                if spaces > 1 {
-                    let cut = at - SPACE.len_utf8();
-                    each(&text[start..cut]);
-                    start = cut;
-                }
-                true
-            }
-            (Some(Class::Digit), _) | (_, Class::Digit) => false,
-            (Some(a), b) => a == b,
-        };
-        if !joins {
-            each(&text[start..at]);
+    let mut before = SPACE;
+    for (at, c) in line.char_indices() {
+        if c == SPACE && before != SPACE {
+            each(&line[start..at]);
             start = at;
         }
-        spaces = if now == Class::Space { spaces + 1 } else { 0 };
-        before = Some(now);
+        before = c;
     }
-    if start < text.len() {
-        each(&text[start..]);
+    if start < line.len() {
+        each(&line[start..]);
     }
+}
+
+/// Whether characters can be a piece of up to `max_chars`: spaces alone, or at most one space in front of characters of one
+/// script (punctuation is a script of its own). A digit stands alone.
+pub(super) fn is_piece(chars: impl Iterator<Item = char> + Clone, max_chars: usize) -> bool {
+    let length = chars.clone().count();
+    if length > max_chars {
+        return false;
+    }
+    let only_spaces = chars.clone().all(|c| c == SPACE);
+    let mut script: Option<Script> = None;
+    for (at, c) in chars.enumerate() {
+        if c == SPACE {
+            if at > 0 && !only_spaces {
+                return false;
+            }
+            continue;
+        }
+        let digit = c.is_ascii_digit() || ('\u{ff10}'..='\u{ff19}').contains(&c);
+        if digit && length > 1 {
+            return false;
+        }
+        let own = match c.script() {
+            Script::Hiragana | Script::Katakana => Script::Han,
+            _ if c == 'ー' => Script::Han,
+            Script::Inherited => script.unwrap_or(Script::Inherited),
+            own => own,
+        };
+        if script.is_some_and(|script| script != own) {
+            return false;
+        }
+        script = Some(own);
+    }
+    true
 }
 
 #[cfg(test)]
@@ -63,11 +60,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_split_where_pieces_must_end() {
-        let text = "▁let▁x1▁=▁42;\n\n▁▁▁▁foo()▁▁";
+    fn words_begin_with_their_spaces() {
+        let text = "▁let▁x1▁▁▁=▁42;▁▁";
         let mut found = Vec::new();
         words(text, |word| found.push(word));
-        assert_eq!(found, ["▁let", "▁x", "1", "▁=", "▁", "4", "2", ";", "\n\n", "▁▁▁", "▁foo", "()", "▁▁"]);
+        assert_eq!(found, ["▁let", "▁x1", "▁▁▁=", "▁42;", "▁▁"]);
         assert_eq!(found.concat(), text);
+    }
+
+    #[test]
+    fn pieces_stay_in_one_script() {
+        let check = |text: &str| is_piece(text.chars(), 16);
+        assert!(["▁the", "▁▁▁", "();", "▁=", "7", "ひらカナ漢字", "e\u{301}"].into_iter().all(check));
+        assert!(!["▁▁the", "the▁", "42", "▁4", "x1", "foo(", "aб", "abcdefghijklmnopq"].into_iter().any(check));
     }
 }

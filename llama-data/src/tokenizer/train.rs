@@ -1,11 +1,15 @@
 //! Training BPE (Sennrich et al. 2016): merge the most frequent pair of neighbours, again and again.
 //!
+//! What is counted and in which order equal counts are merged is SentencePiece's, so that the same text gives the same
+//! vocabulary: lines are sentences, a piece never crosses into the next word, from one script into another or over a digit.
+//!
 //! The vocabulary is laid out as LLaMA's: `<unk>`, `<s>`, `</s>`, 256 bytes, the merges in their order, the characters.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, HashSet};
 
-use super::{Kind, Piece, Tokenizer, pretokenize, special_pieces};
+use super::pretokenize::{is_piece, words};
+use super::{Kind, Piece, Tokenizer, special_pieces};
 use crate::{DataError, Progress};
 
 /// How a tokenizer is trained.
@@ -74,9 +78,9 @@ impl Tokenizer {
 /// All words with their counts, sorted, so that nothing depends on a hash map's order.
 fn count_words<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<(String, i64)> {
     let mut counts: HashMap<String, i64> = HashMap::new();
-    for text in texts {
-        let escaped = format!("{}{}", super::SPACE, text.replace(' ', "\u{2581}"));
-        pretokenize::words(&escaped, |word| match counts.get_mut(word) {
+    for line in texts.flat_map(str::lines).filter(|line| !line.is_empty()) {
+        let escaped = format!("{}{}", super::SPACE, line.replace(' ', "\u{2581}"));
+        words(&escaped, |word| match counts.get_mut(word) {
             Some(count) => *count += 1,
             None => {
                 counts.insert(word.to_string(), 1);
@@ -88,7 +92,8 @@ fn count_words<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<(String, i64)> {
     counts
 }
 
-/// The most frequent characters that together make up `coverage` of the text, most frequent first.
+/// The most frequent characters that together make up `coverage` of the text, most frequent first. A tab is none: SentencePiece keeps it
+/// for itself, so it is a byte.
 fn alphabet(counts: &[(String, i64)], coverage: f64) -> Vec<char> {
     let mut characters: HashMap<char, i64> = HashMap::new();
     for (word, count) in counts {
@@ -106,6 +111,7 @@ fn alphabet(counts: &[(String, i64)], coverage: f64) -> Vec<char> {
             take
         })
         .map(|(_, c)| c)
+        .filter(|&c| c != '\t')
         .collect()
 }
 
@@ -133,75 +139,120 @@ fn merge(
         }
     }
 
-    let mut pairs: HashMap<Pair, i64> = HashMap::new();
-    let mut places: HashMap<Pair, Vec<usize>> = HashMap::new();
+    let mut pairs = Pairs { max_chars, ..Default::default() };
     for (index, word) in words.iter().enumerate() {
-        for pair in word.symbols.windows(2).map(|pair| (pair[0], pair[1])) {
-            *pairs.entry(pair).or_default() += word.count;
-            let places = places.entry(pair).or_default();
-            if places.last() != Some(&index) {
-                places.push(index);
-            }
-        }
+        pairs.add(word, index, &texts);
     }
-    let mut queue: BinaryHeap<(i64, Reverse<Pair>)> =
-        pairs.iter().map(|(pair, count)| (*count, Reverse(*pair))).collect();
+    let mut queue: BinaryHeap<Candidate> = BinaryHeap::new();
+    pairs.queue_changed(&mut queue, &texts);
 
     let mut merged = Vec::new();
     while merged.len() < wanted {
-        let Some((count, Reverse(pair))) = queue.pop() else { break };
-        // Counts in the queue may be out of date; the true one is put back.
-        let current = pairs.get(&pair).copied().unwrap_or(0);
-        if current != count {
-            if current > 0 {
-                queue.push((current, Reverse(pair)));
-            }
+        let Some((count, Reverse((_, text)), pair)) = queue.pop() else { break };
+        // Counts in the queue may be out of date: the true one was queued when it changed.
+        if pairs.count(pair) != count {
             continue;
         }
-        let text = format!("{}{}", texts[pair.0 as usize], texts[pair.1 as usize]);
-        if text.chars().count() > max_chars {
-            pairs.remove(&pair);
+        // Two pairs can spell one piece: the second is never merged.
+        if known.contains_key(&text) {
+            pairs.forbid(pair);
             continue;
         }
-        // Two pairs can spell one piece: then it is made already.
-        let new = *known.entry(text).or_insert_with_key(|text| {
-            merged.push(text.clone());
-            texts.push(text.clone());
-            progress.advance(1);
-            texts.len() as Symbol - 1
-        });
-
-        let mut changed: HashSet<Pair> = HashSet::new();
-        for index in places.remove(&pair).unwrap_or_default() {
-            let Word { symbols, count } = &mut words[index];
-            let mut at = 0;
-            while at + 1 < symbols.len() {
-                if (symbols[at], symbols[at + 1]) != pair {
-                    at += 1;
-                    continue;
-                }
-                let mut change = |pair: Pair, by: i64| {
-                    *pairs.entry(pair).or_default() += by;
-                    if by > 0 {
-                        places.entry(pair).or_default().push(index);
-                        changed.insert(pair);
-                    }
-                };
-                if at > 0 {
-                    change((symbols[at - 1], pair.0), -*count);
-                    change((symbols[at - 1], new), *count);
-                }
-                if let Some(&after) = symbols.get(at + 2) {
-                    change((pair.1, after), -*count);
-                    change((new, after), *count);
-                }
-                symbols[at] = new;
-                symbols.remove(at + 1);
-                at += 1;
-            }
+        let new = texts.len() as Symbol;
+        known.insert(text.clone(), new);
+        merged.push(text.clone());
+        texts.push(text);
+        progress.advance(1);
+        for index in pairs.take_places(pair) {
+            let word = &mut words[index];
+            pairs.remove(word);
+            word.merge(pair, new);
+            pairs.add(word, index, &texts);
         }
-        pairs.remove(&pair);
-        queue.extend(changed.into_iter().filter_map(|pair| Some((*pairs.get(&pair)?, Reverse(pair)))));
+        pairs.queue_changed(&mut queue, &texts);
     }
     merged
+}
+
+/// A pair to merge: its count; among equals the shorter piece comes first, then the alphabetically first.
+type Candidate = (i64, Reverse<(usize, String)>, Pair);
+
+/// Pairs of neighbours with their counts and the words they stand in.
+#[derive(Default)]
+struct Pairs {
+    /// No count for pairs that must not be merged.
+    counts: HashMap<Pair, Option<i64>>,
+    places: HashMap<Pair, Vec<usize>>,
+    changed: HashSet<Pair>,
+    max_chars: usize,
+}
+
+impl Pairs {
+    fn count(&self, pair: Pair) -> i64 {
+        self.counts.get(&pair).copied().flatten().unwrap_or(0)
+    }
+
+    fn forbid(&mut self, pair: Pair) {
+        self.counts.insert(pair, None);
+        self.places.remove(&pair);
+    }
+
+    fn add(&mut self, word: &Word, index: usize, texts: &[String]) {
+        word.pairs(|pair| {
+            let count = self.counts.entry(pair).or_insert_with(|| {
+                let text = [&texts[pair.0 as usize], &texts[pair.1 as usize]];
+                is_piece(text[0].chars().chain(text[1].chars()), self.max_chars).then_some(0)
+            });
+            if let Some(count) = count {
+                *count += word.count;
+                self.places.entry(pair).or_default().push(index);
+                self.changed.insert(pair);
+            }
+        });
+    }
+
+    fn remove(&mut self, word: &Word) {
+        word.pairs(|pair| {
+            if let Some(Some(count)) = self.counts.get_mut(&pair) {
+                *count -= word.count;
+                self.changed.insert(pair);
+            }
+        });
+    }
+
+    /// The words a pair stands in, in order; perhaps some it has left.
+    fn take_places(&mut self, pair: Pair) -> Vec<usize> {
+        let mut places = self.places.remove(&pair).unwrap_or_default();
+        places.sort_unstable();
+        places.dedup();
+        places
+    }
+
+    fn queue_changed(&mut self, queue: &mut BinaryHeap<Candidate>, texts: &[String]) {
+        for pair in self.changed.drain() {
+            let count = self.counts.get(&pair).copied().flatten().unwrap_or(0);
+            if count > 0 {
+                let text = format!("{}{}", texts[pair.0 as usize], texts[pair.1 as usize]);
+                queue.push((count, Reverse((text.chars().count(), text)), pair));
+            }
+        }
+    }
+}
+
+impl Word {
+    /// Calls with every pair of neighbours. As in SentencePiece, three equal symbols are two pairs.
+    fn pairs(&self, each: impl FnMut(Pair)) {
+        self.symbols.windows(2).map(|pair| (pair[0], pair[1])).for_each(each);
+    }
+
+    fn merge(&mut self, pair: Pair, new: Symbol) {
+        let mut at = 0;
+        while at + 1 < self.symbols.len() {
+            if (self.symbols[at], self.symbols[at + 1]) == pair {
+                self.symbols[at] = new;
+                self.symbols.remove(at + 1);
+            }
+            at += 1;
+        }
+    }
 }
