@@ -8,6 +8,7 @@
 //! ```
 mod common;
 
+use std::fmt::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -54,6 +55,14 @@ enum Command {
         /// The ARPA file
         #[arg(long, default_value = "lm.arpa")]
         out: PathBuf,
+    },
+    /// Names the language of each line of a file, with its probability
+    Language {
+        /// lid.176.bin or lid.176.ftz
+        #[arg(long)]
+        model: PathBuf,
+        /// The lines
+        lines: PathBuf,
     },
     /// Trains the classifier of pages that Wikipedia cites against random pages
     Classifier {
@@ -105,6 +114,18 @@ fn main() -> Result<()> {
             println!("{}: order {}", out.display(), model.order());
             println!("perplexity of the text itself, by document: median {:.1}, 90% below {:.1}", at(0.5), at(0.9));
             Ok(())
+        }
+        Command::Language { model, lines } => {
+            let model = FastText::load(&model)?;
+            let text = std::fs::read_to_string(&lines).with_context(|| lines.display().to_string())?;
+            let mut out = String::new();
+            for line in text.lines() {
+                match model.predict(line, 1).pop() {
+                    Some((label, probability)) => writeln!(out, "{label} {probability:.6}")?,
+                    None => writeln!(out, "- 0")?,
+                }
+            }
+            common::show(&out)
         }
         Command::Classifier { reference, random, out } => {
             let label = |label: &str, paths| -> Result<Vec<(String, String)>> {

@@ -69,6 +69,15 @@ enum Command {
         #[arg(required_unless_present = "lines")]
         text: Option<String>,
     },
+    /// Writes a tokenizer as Hugging Face's files: tokenizer.json, and tokenizer.model where it is SentencePiece's
+    Export {
+        /// tokenizer.model, tokenizer.json, a model folder or a GGUF file
+        #[arg(long)]
+        tokenizer: PathBuf,
+        /// Folder to write to
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Writes token shards for pretraining
     Shards {
         #[command(flatten)]
@@ -105,6 +114,10 @@ fn main() -> Result<()> {
             let tokenizer = train_tokenizer(&sources, &options, max_mb << 20, &bar)?;
             tokenizer.save(&out)?;
             println!("{}: {} pieces", out.display(), tokenizer.vocab_size());
+        }
+        Command::Export { tokenizer, out } => {
+            std::fs::create_dir_all(&out).with_context(|| format!("creating {}", out.display()))?;
+            text::codec(&tokenizer)?.save(&out)?;
         }
         Command::Encode { tokenizer, lines, text } => {
             let codec = match tokenizer {

@@ -16,6 +16,12 @@ pub struct Arguments {
 }
 
 impl Arguments {
+    /// Those of a bench that computes on the CPU only.
+    pub fn new(all: Vec<String>) -> Self {
+        let smoke = !all.iter().any(|arg| arg == "--bench");
+        Self { all, device: Device::Flex, smoke }
+    }
+
     /// The value after a name.
     pub fn value(&self, name: &str) -> Option<String> {
         self.all.iter().position(|arg| arg == name).and_then(|at| self.all.get(at + 1)).cloned()
@@ -40,9 +46,7 @@ impl Arguments {
 /// Runs a bench on the device of `--device`.
 pub fn run<T: BackendTask>(task: impl FnOnce(Arguments) -> T) {
     llama::model::tune_process();
-    let all: Vec<String> = std::env::args().collect();
-    let smoke = !all.iter().any(|arg| arg == "--bench");
-    let mut args = Arguments { all, device: Device::Flex, smoke };
+    let mut args = Arguments::new(std::env::args().collect());
     let result = args.value("--device").unwrap_or_else(|| "flex".into()).parse::<Device>().and_then(|device| {
         args.device = device;
         device.run(task(args))

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::shard::ShardWriter;
 use crate::source::{Document, Sources};
-use crate::tokenizer::{EncodeCache, Tokenizer, TrainOptions};
+use crate::tokenizer::{EncodeCaches, Tokenizer, TrainOptions};
 use crate::{DataError, Progress};
 
 /// Text that is tokenized at a time.
@@ -102,6 +102,7 @@ pub fn prepare(
     let mut valid = Split::new(folder, "valid", tokenizer, options);
     let mut report = PrepareReport::default();
     let mut hold_out = HoldOut { fraction: options.valid_fraction, documents: 0, bytes: 0, due: 0.0 };
+    let caches = EncodeCaches::default();
     let mut chunk: Vec<(Document, usize)> = Vec::new();
     let mut chunk_bytes = 0;
 
@@ -121,13 +122,13 @@ pub fn prepare(
                 Err(error) => return Err(error),
             }
             if chunk_bytes >= CHUNK_BYTES {
-                report.valid_bytes += write_chunk(&mut chunk, tokenizer, options, &mut train, &mut valid)?;
+                report.valid_bytes += write_chunk(&mut chunk, tokenizer, &caches, options.eos, &mut train, &mut valid)?;
                 chunk_bytes = 0;
             }
         }
         progress.advance(file.bytes);
     }
-    report.valid_bytes += write_chunk(&mut chunk, tokenizer, options, &mut train, &mut valid)?;
+    report.valid_bytes += write_chunk(&mut chunk, tokenizer, &caches, options.eos, &mut train, &mut valid)?;
     report.train_tokens = train.finish()?;
     report.valid_tokens = valid.finish()?;
     progress.finish();
@@ -146,17 +147,18 @@ fn is_json_lines(path: &Path) -> bool {
 fn write_chunk(
     chunk: &mut Vec<(Document, usize)>,
     tokenizer: &Tokenizer,
-    options: &PrepareOptions,
+    caches: &EncodeCaches,
+    eos: bool,
     train: &mut Split,
     valid: &mut Split,
 ) -> Result<u64, DataError> {
     let encoded: Vec<_> = chunk
         .par_iter()
-        .map_init(EncodeCache::default, |cache, (document, at)| {
+        .map(|(document, at)| {
             let (kept, held_out) = document.text.split_at(*at);
-            let mut encode = |text: &str| match text {
+            let encode = |text: &str| match text {
                 "" => Vec::new(),
-                text => tokenizer.encode_document(text, options.eos, cache),
+                text => caches.with(|cache| tokenizer.encode_document(text, eos, cache)),
             };
             (encode(kept), encode(held_out), held_out.len() as u64)
         })

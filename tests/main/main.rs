@@ -10,6 +10,7 @@
 
 mod behaviour;
 mod block;
+mod data;
 mod formats;
 mod inputs;
 mod ops;

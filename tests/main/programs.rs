@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::support::device;
 
-fn program(name: &str) -> Command {
+pub fn program(name: &str) -> Command {
     let test = std::env::current_exe().unwrap();
     let path: PathBuf = test.parent().unwrap().parent().unwrap().join("examples").join(name);
     assert!(path.is_file(), "{} is not built: `cargo build --release --examples`", path.display());
@@ -15,7 +15,7 @@ fn program(name: &str) -> Command {
     command
 }
 
-fn run(command: &mut Command) -> String {
+pub fn run(command: &mut Command) -> String {
     let Output { status, stdout, stderr } = command.output().unwrap();
     let (stdout, stderr) = (String::from_utf8(stdout).unwrap(), String::from_utf8_lossy(&stderr).into_owned());
     assert!(status.success(), "{command:?} failed:\n{stdout}\n{stderr}");
@@ -47,7 +47,7 @@ fn resume(folder: &Path) -> Command {
 
 #[test]
 fn every_program_has_help() {
-    for name in ["pretrain", "generate", "chat", "convert", "inspect", "tokenize"] {
+    for name in ["pretrain", "generate", "chat", "convert", "inspect", "prepare", "tokenize"] {
         let help = run(program(name).arg("--help"));
         assert!(help.contains("Usage"), "{help}");
     }

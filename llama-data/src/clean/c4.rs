@@ -1,6 +1,10 @@
 //! C4's heuristics (Raffel et al., [arXiv 1910.10683](https://arxiv.org/abs/1910.10683), section 2.2): the paper takes C4 as it was
 //! published, "presence of punctuation marks or the number of words and sentences in a webpage".
 
+use std::sync::LazyLock;
+
+use aho_corasick::AhoCorasick;
+
 use super::{Clean, Tally};
 use crate::source::Document;
 
@@ -9,7 +13,7 @@ use crate::source::Document;
 pub struct C4 {
     /// A line needs as many words; 5 in C4's text ("only retained lines that contained at least 5 words").
     pub min_words: usize,
-    /// A page needs as many sentences; 3 in C4's text ("fewer than 3 sentences"), 5 in its program.
+    /// A page needs as many sentences; 3 in C4's text ("fewer than 3 sentences"). 0 does not count them.
     pub min_sentences: usize,
     /// A line with a longer word is removed; 1,000 in its program.
     pub max_word: usize,
@@ -24,45 +28,71 @@ impl Default for C4 {
 }
 
 /// Lines that end otherwise are removed: "we only retained lines that ended in a terminal punctuation mark".
-const TERMINAL: [char; 6] = ['.', '!', '?', '"', '\u{201d}', '\u{2019}'];
-/// Phrases of notices that are lines of pages ("terms-of-service notices").
-const POLICY: [&str; 6] =
-    ["terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"];
+const TERMINAL: [char; 5] = ['.', '!', '?', '"', '\u{201d}'];
+/// Phrases, in whatever case: the first drops its page, a line with one of the others is removed ("any line with the word Javascript",
+/// "terms-of-service notices").
+const PHRASES: [&str; 8] = [
+    "lorem ipsum",
+    "javascript",
+    "terms of use",
+    "privacy policy",
+    "cookie policy",
+    "uses cookies",
+    "use of cookies",
+    "use cookies",
+];
+
+static FIND_PHRASES: LazyLock<AhoCorasick> = LazyLock::new(|| {
+    let search = AhoCorasick::builder().ascii_case_insensitive(true).build(PHRASES);
+    search.expect("eight short phrases make a small automaton")
+});
 
 impl Clean for C4 {
     fn clean(&self, mut document: Document, tally: &mut Tally) -> Option<Document> {
-        let bytes = document.text.len();
+        let text = &document.text;
+        let bytes = text.len();
         // "Some pages inadvertently contained code": the curly bracket; and placeholder text.
-        if document.text.contains('{') {
+        if text.contains('{') {
             return tally.drop("c4: curly bracket", bytes);
         }
-        let lower = document.text.to_lowercase();
-        if lower.contains("lorem ipsum") {
+        let found: Vec<(usize, usize)> =
+            FIND_PHRASES.find_iter(text).map(|found| (found.start(), found.pattern().as_usize())).collect();
+        if found.iter().any(|(_, phrase)| *phrase == 0) {
             return tally.drop("c4: lorem ipsum", bytes);
         }
         if !self.bad_words.is_empty() {
+            let lower = text.to_lowercase();
             let mut words = lower.split(|c: char| !c.is_alphanumeric());
             if words.any(|word| self.bad_words.iter().any(|bad| bad == word)) {
                 return tally.drop("c4: bad word", bytes);
             }
         }
+        let mut found = found.into_iter().peekable();
         let mut out = String::with_capacity(bytes);
         let mut sentences = 0;
-        for line in document.text.lines() {
-            let line = without_citations(line.trim());
-            let Some(reason) = self.reject(&line) else {
-                if !out.is_empty() {
-                    out.push('\n');
+        let mut end = 0;
+        for whole in text.split_inclusive('\n') {
+            end += whole.len();
+            let mut phrase = None;
+            while let Some((_, inside)) = found.next_if(|(at, _)| *at < end) {
+                phrase.get_or_insert(inside);
+            }
+            let line = without_citations(whole.trim());
+            match self.reject(&line, phrase) {
+                Some(_) if line.is_empty() => {}
+                Some(reason) => tally.trim(reason, line.len()),
+                None => {
+                    if !out.is_empty() {
+                        out.push('\n');
+                    }
+                    out.push_str(&line);
+                    if self.min_sentences > 0 {
+                        sentences += count_sentences(&line);
+                    }
                 }
-                out.push_str(&line);
-                sentences += count_sentences(&line);
-                continue;
-            };
-            if !line.is_empty() {
-                tally.trim(reason, line.len());
             }
         }
-        if sentences < self.min_sentences {
+        if out.is_empty() || sentences < self.min_sentences {
             return tally.drop("c4: few sentences", bytes);
         }
         document.text = out;
@@ -71,45 +101,35 @@ impl Clean for C4 {
 }
 
 impl C4 {
-    /// Why a line is removed, if it is.
-    fn reject(&self, line: &str) -> Option<&'static str> {
+    /// Why a line, in which a phrase was found or none, is removed, if it is.
+    fn reject(&self, line: &str, phrase: Option<usize>) -> Option<&'static str> {
         if line.ends_with("...") || !line.ends_with(TERMINAL) {
             return Some("c4: no terminal punctuation");
         }
-        let (mut words, mut longest) = (0, 0);
-        for word in line.split_whitespace() {
-            words += 1;
-            longest = longest.max(word.len());
-        }
+        let (words, longest) = measure_words(line);
         if words < self.min_words {
             return Some("c4: few words");
         }
-        if longest > self.max_word && line.split_whitespace().any(|word| word.chars().count() > self.max_word) {
+        if longest > self.max_word {
             return Some("c4: long word");
         }
-        if contains_ignoring_case(line, "javascript") {
-            return Some("c4: javascript");
-        }
-        POLICY.iter().any(|phrase| contains_ignoring_case(line, phrase)).then_some("c4: policy notice")
+        phrase.map(|phrase| if phrase == 1 { "c4: javascript" } else { "c4: policy notice" })
     }
 }
 
-/// Whether a text contains an ASCII phrase in whatever case.
-fn contains_ignoring_case(text: &str, phrase: &str) -> bool {
-    let (text, phrase) = (text.as_bytes(), phrase.as_bytes());
-    let (lower, upper) = (phrase[0], phrase[0].to_ascii_uppercase());
-    let mut from = 0;
-    while let Some(at) = text[from..].iter().position(|&byte| byte == lower || byte == upper) {
-        let start = from + at;
-        if text.len() - start < phrase.len() {
-            return false;
-        }
-        if text[start..start + phrase.len()].eq_ignore_ascii_case(phrase) {
-            return true;
-        }
-        from = start + 1;
+/// Words of a line, and the characters of the longest.
+fn measure_words(line: &str) -> (usize, usize) {
+    if !line.is_ascii() {
+        return line.split_whitespace().fold((0, 0), |(n, longest), word| (n + 1, longest.max(word.chars().count())));
     }
-    false
+    let (mut words, mut longest, mut length) = (0, 0, 0);
+    for byte in line.bytes() {
+        let space = byte == b' ' || (b'\t'..=b'\r').contains(&byte);
+        words += usize::from(!space && length == 0);
+        length = if space { 0 } else { length + 1 };
+        longest = longest.max(length);
+    }
+    (words, longest)
 }
 
 /// A line without Wikipedia's citation marks: `[12]`, `[edit]`, `[citation needed]`.

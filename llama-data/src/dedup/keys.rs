@@ -4,57 +4,106 @@
 //! (8 bytes each), then the entries, a key and an item of 8 bytes each.
 
 use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use crate::DataError;
 
 const MAGIC: &[u8; 8] = b"LLAMAKEY";
 
+/// Entries that are held in memory; more go to a temporary file.
+const HELD: usize = 1 << 20;
+
 /// Collects entries and writes them.
 #[derive(Debug)]
 pub struct KeyWriter {
     partitions: Vec<Vec<(u64, u64)>>,
+    held: usize,
+    spilled: Option<File>,
+    /// What the temporary file holds: a partition and its number of entries, one after the other.
+    extents: Vec<(usize, usize)>,
 }
 
 impl KeyWriter {
     /// For `partitions` partitions.
     pub fn new(partitions: usize) -> Self {
-        Self { partitions: vec![Vec::new(); partitions] }
+        Self { partitions: vec![Vec::new(); partitions], held: 0, spilled: None, extents: Vec::new() }
     }
 
     /// Adds an entry to the partition its key belongs to.
-    pub fn push_key(&mut self, key: u64, item: u64) {
+    ///
+    /// # Errors
+    /// [`DataError::Io`] of the temporary file.
+    pub fn push_key(&mut self, key: u64, item: u64) -> Result<(), DataError> {
         let partition = ((u128::from(key) * self.partitions.len() as u128) >> 64) as usize;
-        self.partitions[partition].push((key, item));
+        self.push(partition, key, item)
     }
 
     /// Adds an entry to a partition.
-    pub fn push(&mut self, partition: usize, key: u64, item: u64) {
+    ///
+    /// # Errors
+    /// [`DataError::Io`] of the temporary file.
+    pub fn push(&mut self, partition: usize, key: u64, item: u64) -> Result<(), DataError> {
         self.partitions[partition].push((key, item));
+        self.held += 1;
+        if self.held < HELD {
+            return Ok(());
+        }
+        self.spill().map_err(|error| DataError::io(Path::new("temporary file"), error))
+    }
+
+    fn spill(&mut self) -> std::io::Result<()> {
+        let file = match &mut self.spilled {
+            Some(file) => file,
+            none => none.insert(tempfile::tempfile()?),
+        };
+        let mut file = BufWriter::with_capacity(1 << 20, file);
+        for (partition, entries) in self.partitions.iter_mut().enumerate().filter(|(_, entries)| !entries.is_empty()) {
+            self.extents.push((partition, entries.len()));
+            write_entries(&mut file, entries)?;
+            entries.clear();
+        }
+        self.held = 0;
+        file.flush()
     }
 
     /// Writes all entries, atomically.
     ///
     /// # Errors
     /// [`DataError::Io`].
-    pub fn write(self, path: &Path) -> Result<(), DataError> {
+    pub fn write(mut self, path: &Path) -> Result<(), DataError> {
         crate::write_atomically(path, |file| {
             file.write_all(MAGIC)?;
             file.write_all(&(self.partitions.len() as u64).to_le_bytes())?;
-            let mut start = 0u64;
-            for partition in &self.partitions {
-                file.write_all(&start.to_le_bytes())?;
-                start += partition.len() as u64;
+            let mut lengths: Vec<usize> = self.partitions.iter().map(Vec::len).collect();
+            self.extents.iter().for_each(|&(partition, length)| lengths[partition] += length);
+            let mut start = 0;
+            for length in lengths.into_iter().chain([0]) {
+                file.write_all(&(start as u64).to_le_bytes())?;
+                start += length;
             }
-            file.write_all(&start.to_le_bytes())?;
-            for (key, item) in self.partitions.iter().flatten() {
-                file.write_all(&key.to_le_bytes())?;
-                file.write_all(&item.to_le_bytes())?;
+            for (partition, entries) in self.partitions.iter().enumerate() {
+                let mut offset = 0;
+                for &(owner, length) in &self.extents {
+                    if let Some(spilled) = self.spilled.as_mut().filter(|_| owner == partition) {
+                        spilled.seek(SeekFrom::Start(offset))?;
+                        std::io::copy(&mut spilled.take(16 * length as u64), file)?;
+                    }
+                    offset += 16 * length as u64;
+                }
+                write_entries(file, entries)?;
             }
             Ok(())
         })
     }
+}
+
+fn write_entries(file: &mut impl Write, entries: &[(u64, u64)]) -> std::io::Result<()> {
+    for (key, item) in entries {
+        file.write_all(&key.to_le_bytes())?;
+        file.write_all(&item.to_le_bytes())?;
+    }
+    Ok(())
 }
 
 /// A file of keys.
@@ -135,9 +184,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("keys");
         let mut writer = KeyWriter::new(3);
-        writer.push(0, 5, 1);
-        writer.push(2, u64::MAX, 2);
-        writer.push_key(1, 3);
+        writer.push(0, 5, 1).unwrap();
+        writer.push(2, u64::MAX, 2).unwrap();
+        writer.spill().unwrap();
+        writer.push_key(1, 3).unwrap();
         writer.write(&path).unwrap();
         let file = KeyFile::open(&path).unwrap();
         assert_eq!(file.partitions(), 3);

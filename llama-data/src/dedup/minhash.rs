@@ -6,10 +6,11 @@
 //! candidates, and their signatures decide.
 
 use std::collections::HashMap;
-use std::io::Write;
-use std::path::Path;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
+use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::keys::{KeyFile, KeyWriter};
@@ -130,17 +131,45 @@ const SEEDS: [u64; HASHES] = {
 #[derive(Debug)]
 pub struct Signatures(Option<Mmap>);
 
-impl Signatures {
-    /// Writes signatures, atomically.
+/// Writes signatures as they come.
+pub struct SignatureWriter {
+    path: PathBuf,
+    file: BufWriter<NamedTempFile>,
+}
+
+impl SignatureWriter {
+    /// Begins a file beside its place.
     ///
     /// # Errors
     /// [`DataError::Io`].
-    pub fn write(path: &Path, signatures: &[Signature]) -> Result<(), DataError> {
-        crate::write_atomically(path, |file| {
-            signatures.iter().try_for_each(|signature| file.write_all(bytemuck::cast_slice(signature)))
-        })
+    pub fn create(path: &Path) -> Result<Self, DataError> {
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder);
+        Ok(Self { path: path.into(), file: BufWriter::new(file.map_err(|error| DataError::io(path, error))?) })
     }
 
+    /// Appends a signature.
+    ///
+    /// # Errors
+    /// [`DataError::Io`].
+    pub fn push(&mut self, signature: &Signature) -> Result<(), DataError> {
+        self.file.write_all(bytemuck::cast_slice(signature)).map_err(|error| DataError::io(&self.path, error))
+    }
+
+    /// Renames the file into its place.
+    ///
+    /// # Errors
+    /// [`DataError::Io`].
+    pub fn finish(self) -> Result<(), DataError> {
+        let io = |error| DataError::io(&self.path, error);
+        let file = self.file.into_inner().map_err(|error| io(error.into_error()))?;
+        file.as_file().sync_all().map_err(io)?;
+        file.persist(&self.path).map_err(|error| io(error.error))?;
+        Ok(())
+    }
+}
+
+impl Signatures {
     /// Opens a file of signatures of the same machine's byte order.
     ///
     /// # Errors
@@ -196,14 +225,17 @@ impl Clusters {
     }
 
     /// All duplicates by shard.
-    pub fn duplicates(&self, shards: usize) -> KeyWriter {
+    ///
+    /// # Errors
+    /// [`DataError::Io`] of a temporary file.
+    pub fn duplicates(&self, shards: usize) -> Result<KeyWriter, DataError> {
         let mut items: Vec<&Item> = self.parents.keys().collect();
         items.sort_unstable();
         let mut found = KeyWriter::new(shards);
         for &&(shard, item) in &items {
-            found.push(shard as usize, 0, item);
+            found.push(shard as usize, 0, item)?;
         }
-        found
+        Ok(found)
     }
 }
 
@@ -262,11 +294,13 @@ mod tests {
         let mut keys = KeyWriter::new(rules.bands());
         for (item, signature) in signatures.iter().enumerate() {
             for (band, key) in rules.band_keys(signature).enumerate() {
-                keys.push(band, key, item as u64);
+                keys.push(band, key, item as u64).unwrap();
             }
         }
         let path = folder.path().join("signatures");
-        Signatures::write(&path, &signatures).unwrap();
+        let mut writer = SignatureWriter::create(&path).unwrap();
+        signatures.iter().for_each(|signature| writer.push(signature).unwrap());
+        writer.finish().unwrap();
         keys.write(&folder.path().join("keys")).unwrap();
         let keys = [KeyFile::open(&folder.path().join("keys")).unwrap()];
         let signatures = [Signatures::open(&path).unwrap()];
@@ -277,8 +311,9 @@ mod tests {
             }
         }
         let out = folder.path().join("found");
-        clusters.duplicates(1).write(&out).unwrap();
-        let found: Vec<u64> = super::super::items_of_shard(&[KeyFile::open(&out).unwrap()], 0).unwrap();
+        clusters.duplicates(1).unwrap().write(&out).unwrap();
+        let found = super::super::items_of_shard(&[KeyFile::open(&out).unwrap()], 0).unwrap();
+        let found: Vec<u64> = found.iter().collect();
         let right = found.iter().filter(|&&item| item % 2 == 1 && item < 2 * pairs as u64).count();
         let (recall, precision) = (right as f64 / pairs as f64, right as f64 / found.len() as f64);
         assert!(recall >= 0.95 && precision >= 0.95, "recall {recall}, precision {precision}");
@@ -291,9 +326,10 @@ mod tests {
         clusters.join((1, 2), (0, 1));
         clusters.join((2, 0), (2, 1));
         let folder = tempfile::tempdir().unwrap();
-        clusters.duplicates(3).write(&folder.path().join("f")).unwrap();
+        clusters.duplicates(3).unwrap().write(&folder.path().join("f")).unwrap();
         let file = [KeyFile::open(&folder.path().join("f")).unwrap()];
         let found: Vec<_> = (0..3).map(|shard| super::super::items_of_shard(&file, shard).unwrap()).collect();
+        let found: Vec<Vec<u64>> = found.iter().map(|items| items.iter().collect()).collect();
         assert_eq!(found, [vec![5], vec![2], vec![1]]);
     }
 }

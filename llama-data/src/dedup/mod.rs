@@ -30,7 +30,7 @@ pub fn duplicates(shards: &[KeyFile], partition: usize) -> Result<KeyWriter, Dat
     for pair in all.windows(2) {
         if pair[0].0 == pair[1].0 {
             let (shard, item) = pair[1].1;
-            found.push(shard as usize, pair[1].0, item);
+            found.push(shard as usize, pair[1].0, item)?;
         }
     }
     Ok(found)
@@ -45,16 +45,39 @@ pub(crate) fn gather(shards: &[KeyFile], partition: usize) -> Result<Vec<(u64, I
     Ok(all)
 }
 
-/// The items of a shard that any of the files found by [`duplicates`] or [`minhash::Clusters`] lists, sorted.
+/// Some items of a shard, a bit each.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ItemSet(Vec<u64>);
+
+impl ItemSet {
+    /// Adds an item.
+    pub fn insert(&mut self, item: u64) {
+        let word = (item / 64) as usize;
+        if word >= self.0.len() {
+            self.0.resize(word + 1, 0);
+        }
+        self.0[word] |= 1 << (item % 64);
+    }
+
+    /// Whether an item is there.
+    pub fn contains(&self, item: u64) -> bool {
+        self.0.get((item / 64) as usize).is_some_and(|word| word >> (item % 64) & 1 == 1)
+    }
+
+    /// All items, in order.
+    pub fn iter(&self) -> impl Iterator<Item = u64> {
+        (0..self.0.len() as u64 * 64).filter(|&item| self.contains(item))
+    }
+}
+
+/// The items of a shard that any of the files found by [`duplicates`] or [`minhash::Clusters`] lists.
 ///
 /// # Errors
 /// Those of reading.
-pub fn items_of_shard(found: &[KeyFile], shard: usize) -> Result<Vec<u64>, DataError> {
-    let mut items = Vec::new();
+pub fn items_of_shard(found: &[KeyFile], shard: usize) -> Result<ItemSet, DataError> {
+    let mut items = ItemSet::default();
     for file in found {
-        items.extend(file.partition(shard)?.into_iter().map(|(_, item)| item));
+        file.partition(shard)?.into_iter().for_each(|(_, item)| items.insert(item));
     }
-    items.sort_unstable();
-    items.dedup();
     Ok(items)
 }

@@ -4,8 +4,9 @@
 //! A line is the set of its words, their character n-grams and its word n-grams, hashed; the hidden vector is the mean of their rows, and
 //! the output layer a softmax, one sigmoid a label, or a tree of sigmoids.
 
-use std::collections::HashMap;
 use std::path::Path;
+
+use rustc_hash::FxHashMap;
 
 use super::parser::Parser;
 use super::quantized::Matrix;
@@ -16,6 +17,9 @@ const VERSION: i32 = 12;
 /// Appended to every line.
 const END: &str = "</s>";
 const LABEL: &str = "__label__";
+
+/// Words with their rows.
+pub(super) type Words = FxHashMap<String, u32>;
 
 /// How the output layer turns scores into probabilities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,10 +45,10 @@ pub(super) struct Sizes {
 #[derive(Clone, Debug)]
 pub struct FastText {
     pub(super) sizes: Sizes,
-    pub(super) words: HashMap<String, u32>,
+    pub(super) words: Words,
     pub(super) labels: Vec<String>,
     /// Rows that n-grams kept when the model was pruned.
-    pruned: Option<HashMap<u32, u32>>,
+    pruned: Option<FxHashMap<u32, u32>>,
     pub(super) input: Matrix,
     pub(super) output: Matrix,
     tree: Vec<Node>,
@@ -104,7 +108,7 @@ impl FastText {
         if entries.checked_sub(word_count) != Some(label_count) || word_count < 0 || label_count <= 0 {
             return Err(format!("{entries} entries are not {word_count} words and {label_count} labels"));
         }
-        let mut words = HashMap::new();
+        let mut words = Words::default();
         let (mut labels, mut counts) = (Vec::new(), Vec::new());
         for index in 0..entries {
             let text = file.text()?;
@@ -118,7 +122,7 @@ impl FastText {
                 _ => return Err(format!("entry `{text}` is out of place")),
             }
         }
-        let mut pruned = (pruned_len >= 0).then(HashMap::new);
+        let mut pruned = (pruned_len >= 0).then(FxHashMap::default);
         for _ in 0..pruned_len.max(0) {
             let (from, to) = (file.int()?, file.int()?);
             pruned.get_or_insert_default().insert(from as u32, to as u32);
@@ -152,13 +156,7 @@ impl FastText {
     }
 
     /// A model that was trained here.
-    pub(super) fn new(
-        sizes: Sizes,
-        words: HashMap<String, u32>,
-        labels: Vec<String>,
-        input: Matrix,
-        output: Matrix,
-    ) -> Self {
+    pub(super) fn new(sizes: Sizes, words: Words, labels: Vec<String>, input: Matrix, output: Matrix) -> Self {
         Self { sizes, words, labels, pruned: None, input, output, tree: Vec::new() }
     }
 
@@ -182,7 +180,7 @@ impl FastText {
 
     /// The rows of the input matrix a line stands for.
     pub(super) fn features(&self, line: &str) -> Vec<u32> {
-        let mut rows = Vec::new();
+        let mut rows = Vec::with_capacity(2 * line.len());
         let mut hashes = Vec::new();
         let is_space = |c: char| matches!(c, ' ' | '\n' | '\r' | '\t' | '\u{b}' | '\u{c}' | '\0');
         for word in line.split(is_space).filter(|word| !word.is_empty()).chain([END]) {
@@ -211,17 +209,27 @@ impl FastText {
 
     /// The n-grams of `<word>`, in characters, without `<` and `>` alone.
     fn character_ngrams(&self, word: &str, rows: &mut Vec<u32>) {
-        let word = format!("<{word}>");
-        let starts: Vec<usize> = word.char_indices().map(|(at, _)| at).chain([word.len()]).collect();
-        let last = starts.len() - 1;
-        for first in 0..last {
-            for n in self.sizes.min_chars.max(1)..=self.sizes.max_chars {
-                let Some(&end) = starts.get(first + n) else { break };
-                if n == 1 && (first == 0 || first + n == last) {
+        let all = || [b'<'].into_iter().chain(word.bytes()).chain([b'>']);
+        let begins = |byte: u8| byte & 0xc0 != 0x80;
+        let len = word.len() + 2;
+        for (start, _) in all().enumerate().filter(|&(_, byte)| begins(byte)) {
+            // The hash grows byte by byte; where the next character begins, an n-gram ends.
+            let (mut hash, mut n) = (HASH_START, 0);
+            let mut bytes = all().skip(start).peekable();
+            let mut end = start;
+            while let Some(byte) = bytes.next() {
+                hash = hash_byte(hash, byte);
+                end += 1;
+                if bytes.peek().is_some_and(|&next| !begins(next)) {
                     continue;
                 }
-                let hash = hash(&word.as_bytes()[starts[first]..end]);
-                self.ngram_row(hash % self.sizes.buckets as u32, rows);
+                n += 1;
+                if n >= self.sizes.min_chars && !(n == 1 && (start == 0 || end == len)) {
+                    self.ngram_row(hash % self.sizes.buckets as u32, rows);
+                }
+                if n == self.sizes.max_chars {
+                    break;
+                }
             }
         }
     }
@@ -284,9 +292,15 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + (-x).exp())
 }
 
-/// FNV-1a over bytes taken as signed, as the original has it.
-pub(super) fn hash(bytes: &[u8]) -> u32 {
-    bytes.iter().fold(2_166_136_261, |hash: u32, &byte| (hash ^ byte as i8 as u32).wrapping_mul(16_777_619))
+const HASH_START: u32 = 2_166_136_261;
+
+/// A step of FNV-1a, the byte taken as signed, as the original has it.
+fn hash_byte(hash: u32, byte: u8) -> u32 {
+    (hash ^ byte as i8 as u32).wrapping_mul(16_777_619)
+}
+
+fn hash(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(HASH_START, |hash, &byte| hash_byte(hash, byte))
 }
 
 /// A node of the labels' Huffman tree; the first nodes are the labels themselves.

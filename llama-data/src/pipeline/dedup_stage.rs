@@ -7,7 +7,7 @@ use super::segment::ShardPath;
 use super::step::Dedup;
 use crate::dedup::keys::KeyFile;
 use crate::dedup::minhash::{Clusters, Signatures, read_pairs, write_pairs};
-use crate::dedup::{duplicates, items_of_shard};
+use crate::dedup::{ItemSet, duplicates, items_of_shard};
 use crate::{DataError, Progress};
 
 /// What a comparison reads and writes.
@@ -66,13 +66,13 @@ impl DedupStage<'_> {
             for band in 0..self.partitions {
                 read_pairs(&pairs(band))?.into_iter().for_each(|(a, b)| clusters.join(a, b));
             }
-            clusters.duplicates(self.shards.len()).write(&path)
+            clusters.duplicates(self.shards.len())?.write(&path)
         });
         claims::run(name, &[Task { result, units: 1, work: join }], 1, progress)
     }
 
     /// The lines or documents of a shard that are duplicates.
-    pub(super) fn duplicates_of(&self, shard: usize) -> Result<Vec<u64>, DataError> {
+    pub(super) fn duplicates_of(&self, shard: usize) -> Result<ItemSet, DataError> {
         let open = |path: &PathBuf| KeyFile::open(path);
         let found = self.found_files().iter().map(open).collect::<Result<Vec<_>, _>>()?;
         items_of_shard(&found, shard)

@@ -44,6 +44,19 @@ impl ShardReport {
         }
     }
 
+    /// Adds another's sums.
+    pub(super) fn add(&mut self, other: &Self) {
+        self.file_bytes += other.file_bytes;
+        self.read += other.read;
+        self.kept += other.kept;
+        self.broken += other.broken;
+        let room = LISTED.saturating_sub(self.broken_records.len());
+        self.broken_records.extend(other.broken_records.iter().take(room).cloned());
+        self.tally.merge(&other.tally);
+        self.train_tokens += other.train_tokens;
+        self.valid_tokens += other.valid_tokens;
+    }
+
     pub(super) fn write(&self, path: &Path) -> Result<(), DataError> {
         crate::write_atomically(path, |file| serde_json::to_writer_pretty(file, self).map_err(Into::into))
     }
@@ -68,20 +81,14 @@ pub struct SourceReport {
 impl SourceReport {
     /// Adds a task's report; `first` and `last` say whether its segment is the source's first and last.
     pub(super) fn add(&mut self, shard: &ShardReport, first: bool, last: bool) {
-        let total = &mut self.total;
-        if first {
-            total.file_bytes += shard.file_bytes;
-            total.read += shard.read;
+        let mut shard = shard.clone();
+        if !first {
+            (shard.file_bytes, shard.read) = Default::default();
         }
-        if last {
-            total.kept += shard.kept;
+        if !last {
+            shard.kept = Count::default();
         }
-        total.broken += shard.broken;
-        let room = LISTED.saturating_sub(total.broken_records.len());
-        total.broken_records.extend(shard.broken_records.iter().take(room).cloned());
-        total.tally.merge(&shard.tally);
-        total.train_tokens += shard.train_tokens;
-        total.valid_tokens += shard.valid_tokens;
+        self.total.add(&shard);
     }
 
     /// Bytes of text of a token.

@@ -1,8 +1,8 @@
 //! Reading and cleaning one shard.
 
-use std::collections::HashSet;
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{SyncSender, sync_channel};
 
 use rayon::prelude::*;
 use ruzstd::encoding::{CompressionLevel, compress_to_vec};
@@ -12,14 +12,17 @@ use super::report::ShardReport;
 use super::step::Dedup;
 use crate::DataError;
 use crate::clean::{Clean, Tally, ccnet};
+use crate::dedup::ItemSet;
 use crate::dedup::keys::KeyWriter;
-use crate::dedup::minhash::{HASHES, Signature, Signatures};
+use crate::dedup::minhash::{HASHES, Signature, SignatureWriter};
 use crate::input::{self, Limits, Line, Lines};
 use crate::read::Format;
 use crate::source::Document;
 
 /// Text that is cleaned in parallel at a time.
 const BATCH_BYTES: usize = 4 << 20;
+/// Lines that are compressed together, about.
+const FRAME_BYTES: usize = 512 << 10;
 
 /// Files of a shard: `00012.jsonl.zst` and what belongs to it.
 #[derive(Clone, Debug)]
@@ -60,7 +63,7 @@ pub(super) enum Input<'a> {
     /// Files of a dump.
     Files { files: &'a [PathBuf], format: Format, limits: Limits },
     /// A shard of the segment before, without these lines or documents.
-    Shard { documents: PathBuf, dedup: Dedup, duplicates: Vec<u64> },
+    Shard { documents: PathBuf, dedup: Dedup, duplicates: ItemSet },
 }
 
 /// Reads, cleans and writes a shard, with its keys if it is compared with others after it.
@@ -71,30 +74,35 @@ pub(super) fn process(
     out: &ShardPath,
 ) -> Result<(), DataError> {
     let mut writer = Writer::create(out, dedup)?;
-    let mut batch: Vec<Document> = Vec::new();
-    let mut bytes = 0;
     let mut report = ShardReport::default();
-    input.read(&mut report, &mut |document, report| {
-        bytes += document.text.len();
-        batch.push(document);
-        if bytes >= BATCH_BYTES {
-            bytes = 0;
-            writer.clean_and_write(std::mem::take(&mut batch), rules, report)?;
-        }
-        Ok(())
+    // One thread reads ahead while batches are cleaned in parallel and written.
+    let (sender, batches) = sync_channel::<Vec<Document>>(1);
+    let read = std::thread::scope(|scope| {
+        let reader = scope.spawn(move || input.batches(&sender));
+        let written = batches.into_iter().try_for_each(|batch| writer.clean_and_write(batch, rules, &mut report));
+        // The reader ends when nobody takes its batches.
+        let read = reader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        written.and(read)
     })?;
-    writer.clean_and_write(batch, rules, &mut report)?;
     writer.finish(out)?;
+    report.add(&read);
     report.write(&out.report())
 }
 
 impl Input<'_> {
-    /// Calls with each document, duplicates taken out.
-    fn read(
-        &self,
-        report: &mut ShardReport,
-        each: &mut dyn FnMut(Document, &mut ShardReport) -> Result<(), DataError>,
-    ) -> Result<(), DataError> {
+    /// Sends all documents in batches, duplicates taken out, until nobody receives them.
+    fn batches(&self, to: &SyncSender<Vec<Document>>) -> Result<ShardReport, DataError> {
+        let mut report = ShardReport::default();
+        let (mut batch, mut bytes) = (Vec::new(), 0);
+        let mut push = |document: Document| {
+            bytes += document.text.len();
+            batch.push(document);
+            if bytes < BATCH_BYTES {
+                return true;
+            }
+            bytes = 0;
+            to.send(std::mem::take(&mut batch)).is_ok()
+        };
         match self {
             Self::Files { files, format, limits } => {
                 for file in *files {
@@ -103,7 +111,9 @@ impl Input<'_> {
                         match record {
                             Ok(document) => {
                                 report.read.add(document.text.len());
-                                each(document, report)?;
+                                if !push(document) {
+                                    return Ok(report);
+                                }
                             }
                             Err(broken) => report.add_broken(broken),
                         }
@@ -111,20 +121,20 @@ impl Input<'_> {
                 }
             }
             Self::Shard { documents, dedup, duplicates } => {
-                let duplicates: HashSet<u64> = duplicates.iter().copied().collect();
                 let mut next = 0;
                 for document in read_shard(documents)? {
                     let document = document?;
                     report.read.add(document.text.len());
-                    if let Some(document) =
-                        without_duplicates(document, *dedup, &duplicates, &mut next, &mut report.tally)
-                    {
-                        each(document, report)?;
+                    let kept = without_duplicates(document, *dedup, duplicates, &mut next, &mut report.tally);
+                    if kept.is_some_and(|document| !push(document)) {
+                        return Ok(report);
                     }
                 }
             }
         }
-        Ok(())
+        // If it is not received, what was sent before was not either.
+        let _ = to.send(batch);
+        Ok(report)
     }
 }
 
@@ -132,14 +142,14 @@ impl Input<'_> {
 fn without_duplicates(
     mut document: Document,
     dedup: Dedup,
-    duplicates: &HashSet<u64>,
+    duplicates: &ItemSet,
     next: &mut u64,
     tally: &mut Tally,
 ) -> Option<Document> {
     let bytes = document.text.len();
     let mut take = || {
         *next += 1;
-        duplicates.contains(&(*next - 1))
+        duplicates.contains(*next - 1)
     };
     let reason = match dedup {
         Dedup::Documents => "duplicates: document",
@@ -207,7 +217,7 @@ struct Writer {
     file: tempfile::NamedTempFile,
     dedup: Option<Dedup>,
     keys: KeyWriter,
-    signatures: Vec<Signature>,
+    signatures: Option<SignatureWriter>,
     items: u64,
 }
 
@@ -216,8 +226,12 @@ impl Writer {
         let path = out.documents();
         let file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(&out.folder);
         let file = file.map_err(|error| DataError::io(&path, error))?;
+        let signatures = match dedup {
+            Some((Dedup::Near(_), _)) => Some(SignatureWriter::create(&out.signatures())?),
+            _ => None,
+        };
         let keys = KeyWriter::new(dedup.map_or(0, |(_, partitions)| partitions));
-        Ok(Self { path, file, dedup: dedup.map(|(dedup, _)| dedup), keys, signatures: Vec::new(), items: 0 })
+        Ok(Self { path, file, dedup: dedup.map(|(dedup, _)| dedup), keys, signatures, items: 0 })
     }
 
     /// Cleans documents in parallel and writes those that are kept, in their order.
@@ -241,47 +255,51 @@ impl Writer {
                 (kept, tally)
             })
             .collect();
-        let mut lines = Vec::new();
+        let mut frames = vec![Vec::new()];
         for (kept, tally) in cleaned {
             report.tally.merge(&tally);
             if let Some((bytes, line, keys)) = kept {
                 report.kept.add(bytes);
-                lines.extend(line.map_err(|error| DataError::format(&self.path, error))?);
-                lines.push(b'\n');
-                self.add_keys(keys);
+                if frames.last().is_some_and(|frame| frame.len() > FRAME_BYTES) {
+                    frames.push(Vec::new());
+                }
+                if let Some(frame) = frames.last_mut() {
+                    frame.extend(line.map_err(|error| DataError::format(&self.path, error))?);
+                    frame.push(b'\n');
+                }
+                self.add_keys(keys)?;
             }
         }
-        if lines.is_empty() {
-            return Ok(());
-        }
-        // A frame for each batch: a zstd file may have many.
-        let frame = compress_to_vec(lines.as_slice(), CompressionLevel::Fastest);
-        self.file.write_all(&frame).map_err(|error| DataError::io(&self.path, error))
+        // A zstd file may have many frames, so they are compressed in parallel.
+        let compress = |frame: Vec<u8>| compress_to_vec(frame.as_slice(), CompressionLevel::Fastest);
+        let frames: Vec<Vec<u8>> = frames.into_par_iter().filter(|frame| !frame.is_empty()).map(compress).collect();
+        frames.iter().try_for_each(|frame| self.file.write_all(frame)).map_err(|error| DataError::io(&self.path, error))
     }
 
-    fn add_keys(&mut self, keys: Keys) {
+    fn add_keys(&mut self, keys: Keys) -> Result<(), DataError> {
         match keys {
             Keys::None => {}
             Keys::Lines(lines) => {
-                for key in lines {
-                    if let Some(key) = key {
-                        self.keys.push_key(key, self.items);
-                    }
-                    self.items += 1;
+                for (key, line) in lines.iter().zip(self.items..) {
+                    key.map_or(Ok(()), |key| self.keys.push_key(key, line))?;
                 }
-                return;
+                self.items += lines.len() as u64;
+                return Ok(());
             }
-            Keys::Document(key) => self.keys.push_key(key, self.items),
+            Keys::Document(key) => self.keys.push_key(key, self.items)?,
             Keys::Near(signature) => {
                 if let (Some(signature), Some(Dedup::Near(rules))) = (&signature, self.dedup) {
                     for (band, key) in rules.band_keys(signature).enumerate() {
-                        self.keys.push(band, key, self.items);
+                        self.keys.push(band, key, self.items)?;
                     }
                 }
-                self.signatures.push(signature.map_or([0; HASHES], |signature| *signature));
+                if let Some(writer) = &mut self.signatures {
+                    writer.push(&signature.map_or([0; HASHES], |signature| *signature))?;
+                }
             }
         }
         self.items += 1;
+        Ok(())
     }
 
     fn finish(self, out: &ShardPath) -> Result<(), DataError> {
@@ -291,9 +309,6 @@ impl Writer {
         if self.dedup.is_some() {
             self.keys.write(&out.keys())?;
         }
-        match self.dedup {
-            Some(Dedup::Near(_)) => Signatures::write(&out.signatures(), &self.signatures),
-            _ => Ok(()),
-        }
+        self.signatures.map_or(Ok(()), SignatureWriter::finish)
     }
 }

@@ -9,7 +9,7 @@ use super::config::PrepareConfig;
 use super::report::ShardReport;
 use super::segment::{ShardPath, read_shard};
 use crate::shard::ShardWriter;
-use crate::tokenizer::{EncodeCache, Tokenizer, TrainOptions};
+use crate::tokenizer::{EncodeCaches, Tokenizer, TrainOptions};
 use crate::{DataError, Progress};
 
 /// Text that is tokenized at a time.
@@ -54,15 +54,17 @@ pub(super) fn tokenize(
     let mut report = ShardReport::default();
     let mut train = Split::new(folder, "train", index);
     let mut valid = Split::new(folder, "valid", index);
+    let caches = EncodeCaches::default();
     let mut batch = Vec::new();
     let mut bytes = 0;
     let mut flush = |batch: &mut Vec<String>| -> Result<(), DataError> {
         let encoded: Vec<(Vec<u32>, bool)> = std::mem::take(batch)
             .into_par_iter()
-            .map_init(EncodeCache::default, |cache, text| {
+            .map(|text| {
                 // By the text, so that the choice does not depend on order or sharding.
                 let chance = xxh3_64(text.as_bytes()) as f64 / u64::MAX as f64;
-                (tokenizer.encode_document(&text, config.tokenizer.eos, cache), chance < config.valid_fraction)
+                let tokens = caches.with(|cache| tokenizer.encode_document(&text, config.tokenizer.eos, cache));
+                (tokens, chance < config.valid_fraction)
             })
             .collect();
         for (tokens, held_out) in encoded {

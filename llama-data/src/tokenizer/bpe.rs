@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
+use std::sync::Mutex;
 
 use super::{Kind, Piece, SPACE, Tokenizer};
 
@@ -13,6 +14,21 @@ const MAX_CACHED_WORDS: usize = 1 << 17;
 /// Words that were encoded before, with their ids.
 #[derive(Clone, Debug, Default)]
 pub struct EncodeCache(HashMap<String, Vec<u32>>);
+
+/// Caches for many threads: each takes one that is free, or begins one.
+#[derive(Debug, Default)]
+pub struct EncodeCaches(Mutex<Vec<EncodeCache>>);
+
+impl EncodeCaches {
+    /// Calls with a cache that nobody else uses meanwhile.
+    pub fn with<T>(&self, work: impl FnOnce(&mut EncodeCache) -> T) -> T {
+        let lock = || self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut cache = lock().pop().unwrap_or_default();
+        let result = work(&mut cache);
+        lock().push(cache);
+        result
+    }
+}
 
 /// A part of a text while it is merged: an id of the vocabulary, or of a character outside it.
 type Symbol = u32;

@@ -14,7 +14,7 @@ mod proto;
 mod stream;
 mod train;
 
-pub use bpe::EncodeCache;
+pub use bpe::{EncodeCache, EncodeCaches};
 pub use byte_level::{ByteLevel, Words};
 pub use codec::{Codec, CodecStream, RawVocabulary};
 pub use stream::DecodeStream;
