@@ -4,13 +4,15 @@
     pip install torch
     python3 benches/compare_torch.py                      # every size
     python3 benches/compare_torch.py --size 15m --rounds 3
+    python3 benches/compare_torch.py --device cuda --precision bf16 --size 350m
 
 Both sides train the same LLaMA (f32 weights, AdamW on all parameters, one global clip at 1.0) on the same shapes. PyTorch is
 a plain model with scaled_dot_product_attention and fused AdamW, eager and compiled, with glibc told to keep its memory
 (without that it is slower). A cell is the median step of a process; the table has the best of a side's processes, so that
-neither side is shown on a bad moment of the machine.
+neither side is shown on a bad moment of the machine. Memory is the process's on a CPU; on a GPU what the device has in use for us, and
+what PyTorch's allocator has reserved.
 """
-import argparse, json, os, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, statistics, subprocess, sys, tempfile, threading, time
 
 # width, layers, heads, inner width, vocabulary, seq_len, batch, tied head: the sizes of benches/training.rs
 SIZES = {
@@ -19,18 +21,24 @@ SIZES = {
     "60m": (512, 8, 8, 1376, 32000, 512, 4, False),
     "110m": (768, 12, 12, 2048, 32000, 1024, 1, True),
 }
+# On a GPU, in batches that fill it.
+GPU_SIZES = {
+    "110m": (768, 12, 12, 2048, 32000, 1024, 16, True),
+    "350m": (1024, 24, 16, 2816, 32000, 2048, 8, False),
+    "1.1b": (2048, 24, 16, 5632, 32000, 2048, 4, False),
+}
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 << 20),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1",
 }
 
 
-def torch_step(size, compiled, steps, precision):
+def torch_step(size, compiled, steps, precision, device):
     import torch
     import torch.nn as nn
     import torch.nn.functional as F
 
-    dim, n_layers, n_heads, ffn, vocab, seq_len, batch, tied = SIZES[size]
+    dim, n_layers, n_heads, ffn, vocab, seq_len, batch, tied = (SIZES if device == "cpu" else GPU_SIZES)[size]
     head_dim = dim // n_heads
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
@@ -82,7 +90,7 @@ def torch_step(size, compiled, steps, precision):
                 x = layer(x, self.cos, self.sin)
             return self.head(self.norm(x))
 
-    model = Llama()
+    model = Llama().to(device)
     for p in model.parameters():
         if p.dim() > 1:
             nn.init.normal_(p, 0, 0.02)
@@ -92,10 +100,11 @@ def torch_step(size, compiled, steps, precision):
         return F.cross_entropy(model(x).view(-1, vocab), y.view(-1))
 
     loss_of = torch.compile(loss_of) if compiled else loss_of
-    bf16 = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+    bf16 = torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16")
     times = []
     for step in range(2 + steps):
-        x, y = torch.randint(0, vocab, (2, batch, seq_len))
+        x, y = torch.randint(0, vocab, (2, batch, seq_len), device=device)
+        wait(device)
         start = time.perf_counter()
         with bf16:
             loss = loss_of(x, y)
@@ -103,11 +112,61 @@ def torch_step(size, compiled, steps, precision):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        wait(device)
         if step >= 2:
             times.append(time.perf_counter() - start)
-    with open("/proc/self/status") as status:
-        peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    if device == "cpu":
+        with open("/proc/self/status") as status:
+            peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    else:
+        peak = torch.cuda.max_memory_reserved()
     print(json.dumps({"tokens_per_second": batch * seq_len / statistics.median(times), "memory_bytes": peak}))
+
+
+def wait(device):
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+class GpuMemory(threading.Thread):
+    """The most memory in use on the first NVIDIA GPU while a process runs, less what was in use before."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.before, self.peak, self.done = self.used(), 0, False
+
+    @staticmethod
+    def used():
+        command = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        return int(subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.split()[0]) << 20
+
+    def run(self):
+        while not self.done:
+            self.peak = max(self.peak, self.used() - self.before)
+            time.sleep(0.05)
+
+
+def ours(size, precision, device, binaries):
+    """A run of the bench `training`: its line of JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "results.jsonl")
+        command = [os.path.join(binaries, "training"), "--bench"] if binaries else ["cargo", "bench", "--bench", "training"]
+        if not binaries:
+            command += ["--features", device.split(":")[0]] if device != "cpu" else []
+            command += ["--"]
+        command += ["--size", size, "--precision", precision, "--json", path, "--device", "flex" if device == "cpu" else device]
+        memory = GpuMemory() if device != "cpu" else None
+        if memory:
+            memory.start()
+        run(command)
+        with open(path) as results:
+            result = json.loads(results.readline())
+        if memory:
+            memory.done = True
+            result["memory_bytes"] = memory.peak
+        return result
 
 
 def run(command, env=None):
@@ -116,30 +175,31 @@ def run(command, env=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, help="only this size")
+    parser.add_argument("--size", choices=SIZES | GPU_SIZES, help="only this size")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--binaries", help="folder with a `training` that was built elsewhere")
     parser.add_argument("--precision", choices=["f32", "bf16"], default="f32", help="bf16: PyTorch's autocast")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a PyTorch process")
     parser.add_argument("--one", nargs=2, metavar=("SIZE", "MODE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        return torch_step(args.one[0], args.one[1] == "compile", args.steps, args.precision)
+        return torch_step(args.one[0], args.one[1] == "compile", args.steps, args.precision, args.device)
 
     os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-    run(["cargo", "bench", "--bench", "training", "--no-run"])
+    sizes = SIZES if args.device == "cpu" else GPU_SIZES
+    if not args.binaries:
+        features = ["--features", args.device] if args.device != "cpu" else []
+        run(["cargo", "bench", "--bench", "training", "--no-run", *features])
     print("| size | ours tok/s | torch eager | torch compile | ours / best torch | ours MB | torch MB (least) | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for size in [args.size] if args.size else SIZES:
+    for size in [args.size] if args.size else sizes:
         found = {"ours": [], "eager": [], "compile": []}
         for _ in range(args.rounds):
-            with tempfile.TemporaryDirectory() as folder:
-                path = os.path.join(folder, "results.jsonl")
-                run(["cargo", "bench", "--bench", "training", "--", "--size", size, "--precision", args.precision, "--json", path])
-                with open(path) as results:
-                    found["ours"].append(json.loads(results.readline()))
+            found["ours"].append(ours(size, args.precision, args.device, args.binaries))
             for mode in ("eager", "compile"):
                 command = [sys.executable, os.path.join("benches", os.path.basename(__file__)), "--steps", str(args.steps)]
-                command += ["--precision", args.precision]
+                command += ["--precision", args.precision, "--device", args.device]
                 found[mode].append(json.loads(run(command + ["--one", size, mode], KEEP_MEMORY)))
         rate = {side: max(r["tokens_per_second"] for r in results) for side, results in found.items()}
         memory = {side: min(r["memory_bytes"] for r in results) / 1e6 for side, results in found.items()}

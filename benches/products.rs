@@ -35,7 +35,7 @@ impl BackendTask for Products {
         println!("| size | weight | tokens | device | product | plain | f32 | bf16 |");
         println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
         let rounds = if self.args.smoke { 1 } else { 15 };
-        for (name, config, seq_len, batch) in common::sizes() {
+        for (name, config, seq_len, batch) in common::sizes(&self.args.device) {
             if !self.args.selects(name) {
                 continue;
             }

@@ -46,7 +46,7 @@ impl BackendTask for Training {
             "| size | parameters | seq_len x batch | precision | recompute | device | tokens/s | of peak | memory MB |"
         );
         println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- |");
-        for (name, config, seq_len, batch) in common::sizes() {
+        for (name, config, seq_len, batch) in common::sizes(&self.args.device) {
             if !self.args.selects(name) {
                 continue;
             }

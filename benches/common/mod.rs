@@ -79,8 +79,8 @@ pub fn memory(field: &str) -> f64 {
     line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok()).unwrap_or(0.0) * 1024.0
 }
 
-/// The sizes that training is measured on: name, model, sequence length, sequences.
-pub fn sizes() -> Vec<(&'static str, LlamaConfig, usize, usize)> {
+/// The sizes that training is measured on: name, model, sequence length, sequences. A GPU gets batches that fill it, and larger models.
+pub fn sizes(device: &Device) -> Vec<(&'static str, LlamaConfig, usize, usize)> {
     let tiny = LlamaConfig {
         d_model: 128,
         n_layers: 4,
@@ -90,10 +90,29 @@ pub fn sizes() -> Vec<(&'static str, LlamaConfig, usize, usize)> {
         d_ff: 352,
         ..LlamaConfig::tiny(512)
     };
-    vec![
-        ("tiny", tiny, 256, 8),
-        ("15m", LlamaConfig::small_15m(), 256, 8),
-        ("60m", LlamaConfig::small_60m(), 512, 4),
-        ("110m", LlamaConfig::small_110m(), 1024, 1),
-    ]
+    let large = |d_model, n_heads, head_dim, d_ff| LlamaConfig {
+        d_model,
+        n_layers: 24,
+        n_heads,
+        n_kv_heads: n_heads,
+        head_dim,
+        d_ff,
+        max_seq_len: 2048,
+        ..LlamaConfig::llama_7b()
+    };
+    match device {
+        Device::Flex => vec![
+            ("tiny", tiny, 256, 8),
+            ("15m", LlamaConfig::small_15m(), 256, 8),
+            ("60m", LlamaConfig::small_60m(), 512, 4),
+            ("110m", LlamaConfig::small_110m(), 1024, 1),
+        ],
+        _ => vec![
+            ("tiny", tiny, 256, 8),
+            ("110m", LlamaConfig::small_110m(), 1024, 16),
+            ("350m", large(1024, 16, 64, 2816), 2048, 8),
+            ("1.1b", large(2048, 16, 128, 5632), 2048, 4),
+            ("7b", LlamaConfig::llama_7b(), 2048, 1),
+        ],
+    }
 }

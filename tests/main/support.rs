@@ -48,7 +48,9 @@ pub fn noise(len: usize, seed: u64) -> Vec<f64> {
 }
 
 pub fn fixture(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(path)
+    // A program that was carried to another machine finds them elsewhere.
+    let folder = std::env::var_os("LLAMA_TEST_FIXTURES").map(PathBuf::from);
+    folder.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")).join(path)
 }
 
 /// Floats of a tensor.

@@ -264,8 +264,7 @@ struct Chunk<B: Backend> {
 }
 
 impl<B: Backend> Chunk<B> {
-    fn new(hidden: Tensor<B, 2>, head: Tensor<B, 2>, targets: Tensor<B, 1, Int>, spec: LossSpec) -> Self {
-        let logits = tensor::<B, 2>(project::<B>(primitive(hidden), primitive(head), spec.precision));
+    fn new(logits: Tensor<B, 2>, targets: Tensor<B, 1, Int>, z_loss: f64) -> Self {
         let logits = logits.clone().cast(wide(logits.dtype()));
         let ignored = targets.clone().equal_elem(IGNORE_TARGET);
         let counts = ignored.clone().bool_not().float().cast(logits.dtype()).unsqueeze_dim::<2>(1);
@@ -274,7 +273,7 @@ impl<B: Backend> Chunk<B> {
         Self {
             log_probs: logits - lse.clone(),
             lse,
-            z_loss: spec.z_loss,
+            z_loss,
             columns: targets.mask_fill(ignored, 0).unsqueeze_dim::<2>(1),
             counts,
         }
@@ -295,7 +294,8 @@ impl<B: Backend> Chunk<B> {
     }
 }
 
-fn chunks<B: Backend>(
+/// Rows of the hidden state and their targets, [`CROSS_ENTROPY_CHUNK`] at a time.
+pub(super) fn chunks<B: Backend>(
     hidden: Tensor<B, 2>,
     targets: Tensor<B, 1, Int>,
 ) -> impl Iterator<Item = (Tensor<B, 2>, Tensor<B, 1, Int>)> {
@@ -313,9 +313,11 @@ pub fn token_losses<B: Backend>(
     targets: IntTensor<B>,
     spec: LossSpec,
 ) -> FloatTensor<B> {
-    let head = tensor::<B, 2>(head);
     let losses = chunks::<B>(tensor(hidden), Tensor::from_primitive(targets))
-        .map(|(hidden, targets)| Chunk::new(hidden, head.clone(), targets, spec).losses().squeeze_dim::<1>(1))
+        .map(|(hidden, targets)| {
+            let logits = tensor(project::<B>(primitive(hidden), head.clone(), spec.precision));
+            Chunk::new(logits, targets, spec.z_loss).losses().squeeze_dim::<1>(1)
+        })
         .collect();
     primitive(Tensor::cat(losses, 0))
 }
@@ -327,15 +329,29 @@ pub fn linear_cross_entropy_with_grads<B: Backend>(
     targets: IntTensor<B>,
     spec: LossSpec,
 ) -> [FloatTensor<B>; 3] {
+    chunked_cross_entropy::<B>(hidden, head, targets, spec, |logits, targets| {
+        let chunk = Chunk::new(logits, targets, spec.z_loss);
+        (chunk.losses().squeeze_dim(1), chunk.d_logits())
+    })
+}
+
+/// The loss and its gradients, given what makes the losses and their gradients of a chunk of logits.
+pub(super) fn chunked_cross_entropy<B: Backend>(
+    hidden: FloatTensor<B>,
+    head: FloatTensor<B>,
+    targets: IntTensor<B>,
+    spec: LossSpec,
+    chunk: impl Fn(Tensor<B, 2>, Tensor<B, 1, Int>) -> (Tensor<B, 1>, Tensor<B, 2>),
+) -> [FloatTensor<B>; 3] {
     let head = tensor::<B, 2>(head);
     let mut loss = Tensor::<B, 1>::zeros([1], (&head.device(), wide(head.dtype())));
     let mut d_head = Tensor::zeros_like(&head);
     let mut d_hidden = Vec::new();
     for (hidden, targets) in chunks::<B>(tensor(hidden), Tensor::from_primitive(targets)) {
-        let chunk = Chunk::new(hidden.clone(), head.clone(), targets, spec);
-        loss = loss + chunk.losses().sum();
-        let d_logits = chunk.d_logits().cast(head.dtype());
-        let (d_logits, head) = (primitive(d_logits), primitive(head.clone()));
+        let logits = project::<B>(primitive(hidden.clone()), primitive(head.clone()), spec.precision);
+        let (losses, d_logits) = chunk(tensor(logits), targets);
+        loss = loss + losses.sum();
+        let (d_logits, head) = (primitive(d_logits.cast(head.dtype())), primitive(head.clone()));
         d_hidden.push(tensor::<B, 2>(product::<B>(d_logits.clone(), head, spec.precision)));
         d_head = d_head + tensor(project_backward_weight::<B>(d_logits, primitive(hidden), spec.precision));
     }

@@ -1,0 +1,182 @@
+//! With fusion: each kernel as a custom operation, so that Burn joins what lies between.
+
+use std::fmt;
+use std::sync::Arc;
+
+use burn::tensor::ops::{FloatTensor, FloatTensorOps, IntTensor};
+use burn::tensor::{DType, Shape, TensorMetadata};
+use burn_fusion::stream::{Operation, OperationStreams};
+use burn_fusion::{Fusion, FusionBackend, FusionRuntime};
+use burn_ir::{CustomOpIr, HandleContainer, OperationIr, TensorIr};
+
+use super::super::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec};
+
+impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let rows = x.shape()[0];
+        let outputs = [like(&x), (Shape::new([rows, 1]), DType::F32)];
+        let [out, inv_rms] = custom::<B, 2, 2>("rms_norm", [x, weight], None, outputs, move |[x, weight], _| {
+            B::rms_norm(x, weight, eps).into()
+        });
+        (out, inv_rms)
+    }
+
+    fn rms_norm_backward(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        inv_rms: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        residual: Option<FloatTensor<Self>>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let outputs = [like(&x), like(&weight)];
+        let [d_x, d_weight] = custom::<B, 4, 2>(
+            "rms_norm_backward",
+            [x, weight, inv_rms, grad],
+            None,
+            outputs,
+            |[x, weight, inv_rms, grad], _| B::rms_norm_backward(x, weight, inv_rms, grad, None).into(),
+        );
+        // Outside, where it joins what comes next.
+        let d_x = match residual {
+            Some(residual) => Self::float_add(d_x, residual),
+            None => d_x,
+        };
+        (d_x, d_weight)
+    }
+
+    fn rotary(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        inverse: bool,
+    ) -> FloatTensor<Self> {
+        let outputs = [like(&x)];
+        let [out] = custom::<B, 3, 1>("rotary", [x, cos, sin], None, outputs, move |[x, cos, sin], _| {
+            [B::rotary(x, cos, sin, inverse)]
+        });
+        out
+    }
+
+    fn causal_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        spec: AttentionSpec,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let [batch, q_len, heads, _] = q.shape().dims();
+        let outputs = [like(&q), (Shape::new([batch, heads, q_len]), DType::F32)];
+        let [out, lse] = custom::<B, 3, 2>("causal_attention", [q, k, v], None, outputs, move |[q, k, v], _| {
+            B::causal_attention(q, k, v, spec).into()
+        });
+        (out, lse)
+    }
+
+    fn causal_attention_backward(saved: AttentionSaved<Self>, grad: FloatTensor<Self>) -> [FloatTensor<Self>; 3] {
+        let AttentionSaved { q, k, v, out, lse, spec } = saved;
+        let outputs = [like(&q), like(&k), like(&v)];
+        let inputs = [q, k, v, out, lse, grad];
+        custom::<B, 6, 3>("causal_attention_backward", inputs, None, outputs, move |[q, k, v, out, lse, grad], _| {
+            B::causal_attention_backward(AttentionSaved { q, k, v, out, lse, spec }, grad)
+        })
+    }
+
+    fn token_losses(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        spec: LossSpec,
+    ) -> FloatTensor<Self> {
+        let outputs = [(Shape::new([hidden.shape()[0]]), hidden.dtype())];
+        let [losses] = custom::<B, 2, 1>(
+            "token_losses",
+            [hidden, head],
+            Some(targets),
+            outputs,
+            move |[hidden, head], targets| [B::token_losses(hidden, head, expect(targets), spec)],
+        );
+        losses
+    }
+
+    fn linear_cross_entropy_with_grads(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        spec: LossSpec,
+    ) -> [FloatTensor<Self>; 3] {
+        let outputs = [(Shape::new([1]), DType::F32), like(&hidden), like(&head)];
+        custom::<B, 2, 3>(
+            "linear_cross_entropy",
+            [hidden, head],
+            Some(targets),
+            outputs,
+            move |[hidden, head], targets| B::linear_cross_entropy_with_grads(hidden, head, expect(targets), spec),
+        )
+    }
+
+    fn adamw(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        m: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        step: &AdamWStep,
+    ) -> [FloatTensor<Self>; 3] {
+        let outputs = [like(&param), like(&m), like(&v)];
+        let step = *step;
+        custom::<B, 4, 3>("adamw", [param, grad, m, v], None, outputs, move |[param, grad, m, v], _| {
+            B::adamw(param, grad, m, v, &step)
+        })
+    }
+}
+
+fn like<T: TensorMetadata>(x: &T) -> (Shape, DType) {
+    (x.shape(), x.dtype())
+}
+
+fn expect<T>(targets: Option<T>) -> T {
+    targets.expect("the operation was registered with targets")
+}
+
+/// What a custom operation does on the inner backend.
+type Run<B, const N: usize, const M: usize> =
+    Arc<dyn Fn([FloatTensor<B>; N], Option<IntTensor<B>>) -> [FloatTensor<B>; M] + Send + Sync>;
+
+/// A custom operation in the stream.
+struct Custom<B: LlamaBackend, const N: usize, const M: usize> {
+    desc: CustomOpIr,
+    run: Run<B, N, M>,
+}
+
+impl<B: LlamaBackend, const N: usize, const M: usize> fmt::Debug for Custom<B, N, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.desc.fmt(f)
+    }
+}
+
+impl<B: FusionBackend + LlamaBackend, const N: usize, const M: usize> Operation<B::FusionRuntime> for Custom<B, N, M> {
+    fn execute(&self, handles: &mut HandleContainer<<B::FusionRuntime as FusionRuntime>::FusionHandle>) {
+        let (floats, ints) = self.desc.inputs.split_at(N);
+        let floats = std::array::from_fn(|index| handles.get_float_tensor::<B>(&floats[index]));
+        let ints = ints.first().map(|ints| handles.get_int_tensor::<B>(ints));
+        for (output, tensor) in self.desc.outputs.iter().zip((self.run)(floats, ints)) {
+            handles.register_float_tensor::<B>(&output.id, tensor);
+        }
+    }
+}
+
+/// Registers an operation on float tensors, and perhaps one of integers, whose results have these shapes and types.
+fn custom<B: FusionBackend + LlamaBackend, const N: usize, const M: usize>(
+    name: &'static str,
+    inputs: [FloatTensor<Fusion<B>>; N],
+    ints: Option<IntTensor<Fusion<B>>>,
+    outputs: [(Shape, DType); M],
+    run: impl Fn([FloatTensor<B>; N], Option<IntTensor<B>>) -> [FloatTensor<B>; M] + Send + Sync + 'static,
+) -> [FloatTensor<Fusion<B>>; M] {
+    let client = inputs[0].client.clone();
+    let streams = OperationStreams::with_inputs(inputs.iter().chain(&ints));
+    let outputs = outputs.map(|(shape, dtype)| TensorIr::uninit(client.create_empty_handle(), shape, dtype));
+    let inputs: Vec<TensorIr> = inputs.into_iter().chain(ints).map(|input| input.into_ir()).collect();
+    let desc = CustomOpIr::new(name, &inputs, &outputs);
+    let operation = Custom::<B, N, M> { desc: desc.clone(), run: Arc::new(run) };
+    let registered = client.register(streams, OperationIr::Custom(desc), operation);
+    registered.try_into().unwrap_or_else(|_| unreachable!("an operation returns the outputs it was registered with"))
+}

@@ -1,0 +1,158 @@
+//! CubeCL backends (CUDA, Vulkan, Metal, WebGPU), plain and with fusion.
+//!
+//! Own kernels where a composition of operations costs memory or passes over it: attention, whose scores never leave the chip; the
+//! norm; rotary embeddings; softmax and gradient of the loss in place; AdamW in place. SwiGLU and the sums of gradients stay
+//! compositions: Burn's fusion makes one kernel of each, and joins it with its neighbours.
+//!
+//! Everything is generic over the float type of its tensors, computes in f32, and needs neither plane operations nor tensor cores: a
+//! cube reduces through shared memory. Shapes or types that a kernel does not take go to the default bodies.
+
+mod attention;
+mod elementwise;
+mod fusion;
+mod rows;
+
+use burn::tensor::ops::{FloatTensor, FloatTensorOps, IntTensor};
+use burn::tensor::{DType, Shape, Tensor, TensorMetadata};
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
+use cubecl::prelude::CubeCount;
+
+use super::ops::{primitive, tensor};
+use super::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, reference};
+
+impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBackend for CubeBackend<R, F, I, BT> {
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        match rows::fits(&x) && computes(&[&x, &weight]) {
+            true => rows::rms_norm(x, weight, eps),
+            false => reference::rms_norm::<Self>(x, weight, eps),
+        }
+    }
+
+    fn rms_norm_backward(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        inv_rms: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        residual: Option<FloatTensor<Self>>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        if !(rows::fits(&x) && computes(&[&x, &weight, &grad])) {
+            return reference::rms_norm_backward::<Self>(x, weight, inv_rms, grad, residual);
+        }
+        let dtype = weight.dtype();
+        let (d_x, partial) = rows::rms_norm_backward(x, weight, inv_rms, grad);
+        let d_weight = tensor::<Self, 2>(partial).sum_dim(0).squeeze_dim::<1>(0).cast(dtype);
+        let d_x = match residual {
+            Some(residual) => Self::float_add(d_x, residual),
+            None => d_x,
+        };
+        (d_x, primitive(d_weight))
+    }
+
+    fn rotary(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        inverse: bool,
+    ) -> FloatTensor<Self> {
+        match computes(&[&x, &cos, &sin]) {
+            true => elementwise::rotary(x, cos, sin, inverse),
+            false => reference::rotary::<Self>(x, cos, sin, inverse),
+        }
+    }
+
+    fn causal_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        spec: AttentionSpec,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        match attention::tile(&q, attention::forward_bytes).filter(|_| computes(&[&q, &k, &v])) {
+            Some(tile) => attention::forward(q, k, v, spec.scale, tile),
+            None => reference::causal_attention::<Self>(q, k, v, spec),
+        }
+    }
+
+    fn causal_attention_backward(saved: AttentionSaved<Self>, grad: FloatTensor<Self>) -> [FloatTensor<Self>; 3] {
+        let tile = attention::tile(&saved.q, attention::backward_bytes);
+        let Some(tile) = tile.filter(|_| computes(&[&saved.q, &saved.k, &saved.v, &grad])) else {
+            return reference::causal_attention_backward::<Self>(saved, grad);
+        };
+        let AttentionSaved { q, k, v, out, lse, spec } = saved;
+        // What the softmax's backward subtracts: `rowsum(dO · O)`, `[batch, q_len, n_heads, 1]`.
+        let product = tensor::<Self, 4>(out).cast(DType::F32) * tensor::<Self, 4>(grad.clone()).cast(DType::F32);
+        let delta = primitive(product.sum_dim(3));
+        attention::backward([q, k, v, grad], lse, delta, spec.scale, tile)
+    }
+
+    fn token_losses(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        spec: LossSpec,
+    ) -> FloatTensor<Self> {
+        if !computes(&[&hidden, &head]) {
+            return reference::token_losses::<Self>(hidden, head, targets, spec);
+        }
+        let hidden = tensor::<Self, 2>(hidden);
+        let dtype = hidden.dtype();
+        let losses = reference::chunks::<Self>(hidden, Tensor::from_primitive(targets)).map(|(hidden, targets)| {
+            let logits = reference::project::<Self>(primitive(hidden), head.clone(), spec.precision);
+            let (losses, _) = rows::cross_entropy(logits, targets.into_primitive(), spec.z_loss, false);
+            tensor::<Self, 1>(losses)
+        });
+        primitive(Tensor::cat(losses.collect(), 0).cast(dtype))
+    }
+
+    fn linear_cross_entropy_with_grads(
+        hidden: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        spec: LossSpec,
+    ) -> [FloatTensor<Self>; 3] {
+        if !computes(&[&hidden, &head]) {
+            return reference::linear_cross_entropy_with_grads::<Self>(hidden, head, targets, spec);
+        }
+        reference::chunked_cross_entropy::<Self>(hidden, head, targets, spec, |logits, targets| {
+            let (losses, d_logits) =
+                rows::cross_entropy(primitive(logits), targets.into_primitive(), spec.z_loss, true);
+            (tensor(losses), tensor(d_logits))
+        })
+    }
+
+    fn adamw(
+        param: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        m: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        step: &AdamWStep,
+    ) -> [FloatTensor<Self>; 3] {
+        match computes(&[&param, &grad, &m, &v]) {
+            true => elementwise::adamw(param, grad, m, v, step),
+            false => reference::adamw::<Self>(param, grad, m, v, step),
+        }
+    }
+}
+
+/// Whether kernels that compute in f32 take these tensors: not those of f64.
+fn computes<R: CubeRuntime>(tensors: &[&CubeTensor<R>]) -> bool {
+    tensors.iter().all(|tensor| tensor.dtype != DType::F64)
+}
+
+/// A new tensor beside another, rows without padding between them.
+fn empty_like<R: CubeRuntime>(x: &CubeTensor<R>, shape: Shape, dtype: DType) -> CubeTensor<R> {
+    empty_device_contiguous_dtype(x.client.clone(), x.device.clone(), shape, dtype)
+}
+
+/// Without padding between rows.
+fn contiguous<R: CubeRuntime, const N: usize>(tensors: [CubeTensor<R>; N]) -> [CubeTensor<R>; N] {
+    tensors.map(into_contiguous)
+}
+
+/// At least `count` cubes, in no dimension more than every device has.
+fn cubes(count: usize) -> CubeCount {
+    let x = count.clamp(1, 32_768);
+    CubeCount::Static(x as u32, count.div_ceil(x) as u32, 1)
+}
