@@ -117,13 +117,13 @@ impl BackendTask for Operations {
             "causal_attention",
             &[[tokens, d_model], [tokens, d_model], [tokens, d_model]],
             &|x| {
-                ops::causal_attention(split(&x[0]), split(&x[1]), split(&x[2]), Precision::F32)
+                ops::causal_attention(split(&x[0]), split(&x[1]), split(&x[2]), None, Precision::F32)
                     .reshape([tokens, d_model])
             },
             &|x| {
                 let [q, k, v] = [0, 1, 2].map(|i| primitive(split(&x[i])));
                 let spec = AttentionSpec::new(heads, Precision::F32);
-                let out = reference::causal_attention::<B>(q, k, v, spec).0;
+                let out = reference::causal_attention::<B>(q, k, v, None, spec).0;
                 tensor::<B, 4>(out).reshape([tokens, d_model])
             },
         );

@@ -82,7 +82,7 @@ impl Training {
         let mut model = Pretrainer { llama, z_loss: 0.0 };
         let mut optimizer = AdamW::<B>::new(OptimizerConfig::default());
         let ids: Vec<i32> = (0..batch * seq_len).map(|i| (i * 7919 % config.vocab_size) as i32).collect();
-        let data = TokenBatch { inputs: ids.clone(), targets: ids, batch, seq_len };
+        let data = TokenBatch { inputs: ids.clone(), targets: ids, starts: None, batch, seq_len };
         let (warmup, steps) = if self.args.smoke { (0, 1) } else { (2, self.args.number("--steps").unwrap_or(10)) };
         let mut times = Vec::new();
         for step in 0..warmup + steps {

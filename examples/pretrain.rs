@@ -35,6 +35,9 @@ struct Args {
     /// Folder that `prepare` wrote: token shards, their tokenizer and a mixture
     #[arg(long, conflicts_with = "text")]
     data: Option<PathBuf>,
+    /// A token attends only to its own document
+    #[arg(long)]
+    block_causal: bool,
     /// File endings to take from folders
     #[arg(long, num_args = 1.., value_delimiter = ',')]
     extensions: Vec<String>,
@@ -193,6 +196,7 @@ fn configuration(args: &Args) -> Result<PretrainConfig> {
     set(&mut config.run.checkpoint_every, &args.checkpoint_every);
     set(&mut config.run.eval_every, &args.eval_every);
     set(&mut config.seed, &args.seed);
+    config.data.block_causal |= args.block_causal;
     config.run.peak_flops = args.peak_gflops.map(|peak| peak * 1e9).or(config.run.peak_flops);
     config.schedule.warmup_steps = config.schedule.warmup_steps.min(config.schedule.steps);
     if let Some(folder) = &args.data {

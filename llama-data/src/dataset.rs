@@ -76,16 +76,30 @@ impl TokenDataset {
         self.seq_len
     }
 
+    /// Appends for each of a window's inputs the position in the window of the first token of its document.
+    ///
+    /// # Panics
+    /// If there is no such window.
+    pub fn read_starts(&self, window: u64, starts: &mut Vec<i32>) {
+        let (shard, start) = self.locate(window);
+        shard.document_starts(start, self.seq_len as u64, |first| starts.push(first as i32));
+    }
+
+    /// A window's shard and its first token there.
+    fn locate(&self, window: u64) -> (&Shard, u64) {
+        assert!(window < self.windows(), "window {window} of {}", self.windows());
+        let shard = self.starts.partition_point(|&start| start <= window) - 1;
+        (&self.shards[shard], (window - self.starts[shard]) * self.seq_len as u64)
+    }
+
     /// Appends a window's `seq_len` inputs and, one token on, its targets.
     ///
     /// # Panics
     /// If there is no such window.
     pub fn read(&self, window: u64, inputs: &mut Vec<i32>, targets: &mut Vec<i32>) {
-        assert!(window < self.windows(), "window {window} of {}", self.windows());
-        let shard = self.starts.partition_point(|&start| start <= window) - 1;
-        let start = (window - self.starts[shard]) * self.seq_len as u64;
+        let (shard, start) = self.locate(window);
         let mut index = 0;
-        self.shards[shard].read(start, self.seq_len as u64 + 1, |token| {
+        shard.read(start, self.seq_len as u64 + 1, |token| {
             if index < self.seq_len {
                 inputs.push(token as i32);
             }
@@ -124,6 +138,23 @@ mod tests {
             .collect();
         let window = |start: i32| ((start..start + 4).collect::<Vec<_>>(), (start + 1..start + 5).collect::<Vec<_>>());
         assert_eq!(windows, [window(0), window(4), window(100), window(104)]);
+    }
+
+    #[test]
+    fn tokens_know_where_their_document_begins() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut writer = ShardWriter::create(&folder.path().join("train-0.bin"), 500, 7).unwrap();
+        for document in [&[1, 2, 3][..], &[4, 5], &[6, 7, 8, 9, 10, 11]] {
+            writer.push(document).unwrap();
+        }
+        writer.finish().unwrap();
+        let data = TokenDataset::open(folder.path(), "train", 7, 4).unwrap();
+        let starts = |window| {
+            let mut starts = Vec::new();
+            data.read_starts(window, &mut starts);
+            starts
+        };
+        assert_eq!([starts(0), starts(1)], [[0, 0, 0, 3], [0, 1, 1, 1]]);
     }
 
     #[test]

@@ -13,6 +13,9 @@ pub struct TokenBatch {
     pub inputs: Vec<i32>,
     /// The token after each input, `[batch, seq_len]`.
     pub targets: Vec<i32>,
+    /// For each input the position of the first token of its document, `[batch, seq_len]`; none lets attention reach into
+    /// the documents before.
+    pub starts: Option<Vec<i32>>,
     /// Sequences.
     pub batch: usize,
     /// Tokens of each.
@@ -24,10 +27,12 @@ impl TokenBatch {
     pub fn read(data: &Mixture, position: u64, batch: usize) -> Self {
         let len = batch * data.seq_len();
         let (mut inputs, mut targets) = (Vec::with_capacity(len), Vec::with_capacity(len));
+        let mut starts = None;
         for index in 0..batch as u64 {
             data.read(position + index, &mut inputs, &mut targets);
+            data.read_starts(position + index, &mut starts);
         }
-        Self { inputs, targets, batch, seq_len: data.seq_len() }
+        Self { inputs, targets, starts, batch, seq_len: data.seq_len() }
     }
 
     /// Tokens that are trained on.

@@ -165,6 +165,7 @@ pub struct Mixture {
     names: Vec<String>,
     sources: Vec<(TokenDataset, Order)>,
     shares: Shares,
+    block_causal: bool,
 }
 
 impl Mixture {
@@ -210,7 +211,13 @@ impl Mixture {
             let order = Order::new(data.windows(), seed);
             (data, order)
         });
-        Self { sources: datasets.collect(), names, shares }
+        Self { sources: datasets.collect(), names, shares, block_causal: false }
+    }
+
+    /// Whether batches say where each token's document begins, so that attention can stay inside documents.
+    #[must_use]
+    pub fn block_causal(self, block_causal: bool) -> Self {
+        Self { block_causal, ..self }
     }
 
     /// Windows of all sources.
@@ -233,6 +240,15 @@ impl Mixture {
         let (source, index) = self.shares.locate(position);
         let (data, order) = &self.sources[source];
         data.read(order.window(index), inputs, targets);
+    }
+
+    /// Appends, if batches are [`block_causal`](Self::block_causal), where the document of each input of the window at a position begins.
+    pub fn read_starts(&self, position: u64, starts: &mut Option<Vec<i32>>) {
+        if self.block_causal {
+            let (source, index) = self.shares.locate(position);
+            let (data, order) = &self.sources[source];
+            data.read_starts(order.window(index), starts.get_or_insert_default());
+        }
     }
 
     /// Each source with the passes over it that the first `position` sequences make.

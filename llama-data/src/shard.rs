@@ -263,6 +263,23 @@ impl Shard {
         self.map[self.index_start..].as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect()
     }
 
+    /// Calls `each` for the `len` tokens from `start` on with the place, counted from `start`, of the first token of their document:
+    /// 0 where that lies before.
+    pub fn document_starts(&self, start: u64, len: u64, mut each: impl FnMut(u64)) {
+        let documents = self.map[self.index_start..].as_chunks().0;
+        let first = |index: usize| documents.get(index).map(|bytes| u64::from_le_bytes(*bytes));
+        let mut next = documents.partition_point(|bytes| u64::from_le_bytes(*bytes) <= start);
+        let mut own = 0;
+        for at in 0..len {
+            // Documents may be empty: several begin at one token.
+            while first(next) == Some(start + at) {
+                own = at;
+                next += 1;
+            }
+            each(own);
+        }
+    }
+
     /// Calls `each` for the `len` tokens from `start` on.
     ///
     /// # Panics

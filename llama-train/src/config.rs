@@ -42,6 +42,9 @@ pub struct DataConfig {
     /// Folder with the token shards `train-*.bin` and `valid-*.bin`, or with a `mixture.toml` that says where the shards of each
     /// source are and what share it has, and with the `tokenizer.model` that made them.
     pub folder: PathBuf,
+    /// Whether a token attends only to its own document. The paper does not say it does; plain concatenation is the default.
+    #[serde(default)]
+    pub block_causal: bool,
 }
 
 /// How many tokens a step has: `accumulation · sequences · seq_len`.
@@ -135,7 +138,7 @@ impl PretrainConfig {
             seed: 0,
             model,
             compute: Compute::default(),
-            data: DataConfig { folder: "data".into() },
+            data: DataConfig { folder: "data".into(), block_causal: false },
             batch: BatchConfig { seq_len, sequences, accumulation },
             optimizer: OptimizerConfig::default(),
             schedule: ScheduleConfig { peak_lr, final_fraction: 0.1, warmup_steps, steps },

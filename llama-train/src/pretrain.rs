@@ -78,7 +78,8 @@ pub fn pretrain<B: TrainBackend>(
     }
     let open = |split, seed| {
         let (folder, fingerprint) = (&config.data.folder, tokenizer.fingerprint());
-        Mixture::open(folder, split, fingerprint, config.batch.seq_len, seed).map(Arc::new)
+        let data = Mixture::open(folder, split, fingerprint, config.batch.seq_len, seed)?;
+        Ok::<_, TrainError>(Arc::new(data.block_causal(config.data.block_causal)))
     };
     let train = open("train", config.seed)?;
     let valid = if config.run.eval_every > 0 { open("valid", 0)? } else { train.clone() };
@@ -150,6 +151,7 @@ fn check_same_run(config: &PretrainConfig, saved: &PretrainConfig) -> Result<(),
         ("seed", config.seed == saved.seed),
         ("model", config.model == saved.model),
         ("compute.precision", config.compute.precision == saved.compute.precision),
+        ("data.block_causal", config.data.block_causal == saved.data.block_causal),
         ("batch", config.batch == saved.batch),
         ("optimizer", config.optimizer == saved.optimizer),
         ("schedule", config.schedule == saved.schedule),

@@ -47,13 +47,6 @@ impl StepOutput {
 }
 
 impl<B: LlamaBackend> Pretrainer<B> {
-    fn upload(&self, batch: &TokenBatch) -> [Tensor<B, 2, Int>; 2] {
-        let device = self.llama.norm.weight.device();
-        let upload =
-            |ids: &Vec<i32>| Tensor::from_data(TensorData::new(ids.clone(), [batch.batch, batch.seq_len]), &device);
-        [upload(&batch.inputs), upload(&batch.targets)]
-    }
-
     /// A model in training, with the configured precision, recomputation and z-loss.
     pub fn new(llama: Llama<B>, config: &PretrainConfig) -> Self {
         Self { llama: llama.with_compute(config.compute), z_loss: config.optimizer.z_loss }
@@ -64,8 +57,12 @@ impl<B: LlamaBackend> Pretrainer<B> {
     /// # Errors
     /// If the sequences are longer than the model's.
     pub fn loss(&self, batch: &TokenBatch, z_loss: f64) -> Result<Tensor<B, 1>, ModelError> {
-        let [inputs, targets] = self.upload(batch);
-        self.llama.loss(inputs, targets, z_loss)
+        let device = self.llama.norm.weight.device();
+        let upload = |ids: &Vec<i32>| {
+            Tensor::<B, 2, Int>::from_data(TensorData::new(ids.clone(), [batch.batch, batch.seq_len]), &device)
+        };
+        let starts = batch.starts.as_ref().map(upload);
+        self.llama.document_loss(upload(&batch.inputs), upload(&batch.targets), starts, z_loss)
     }
 }
 

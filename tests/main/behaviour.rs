@@ -42,7 +42,7 @@ fn upload<B: Backend>(ids: Vec<i32>, dims: [usize; 2], device: &B::Device) -> Te
 fn batch(rows: std::ops::Range<usize>, seq_len: usize) -> TokenBatch {
     let all = rows.clone().map(|row| tokens(seq_len + 1, row));
     let (inputs, targets) = all.map(|row| (row[..seq_len].to_vec(), row[1..].to_vec())).unzip::<_, _, Vec<_>, Vec<_>>();
-    TokenBatch { inputs: inputs.concat(), targets: targets.concat(), batch: rows.len(), seq_len }
+    TokenBatch { inputs: inputs.concat(), targets: targets.concat(), starts: None, batch: rows.len(), seq_len }
 }
 
 /// One optimizer step over micro-batches.
@@ -111,6 +111,32 @@ device_test! {
         let (a, b) = (logits(a), logits(b));
         assert_eq!(a[..at * 259], b[..at * 259]);
         assert_ne!(a[at * 259..], b[at * 259..]);
+    }
+}
+
+device_test! {
+    /// Joined documents with attention inside each have the losses and gradients they have apart.
+    fn documents_do_not_see_one_another<B>(device) {
+        let model = Pretrainer { llama: small().init::<B>(1, &device).unwrap(), z_loss: 0.0 };
+        let of = |parts: &[(usize, usize)], block_causal: bool| {
+            let (mut inputs, mut targets, mut starts) = (Vec::new(), Vec::new(), Vec::new());
+            for &(seed, len) in parts {
+                let ids = tokens(len + 1, seed);
+                starts.extend(vec![inputs.len() as i32; len]);
+                inputs.extend(&ids[..len]);
+                targets.extend(&ids[1..]);
+            }
+            let seq_len = inputs.len();
+            let batch = TokenBatch { inputs, targets, starts: block_causal.then_some(starts), batch: 1, seq_len };
+            let output = burn::train::TrainStep::step(&model, batch);
+            let mut grads = GradientList::default();
+            grads.accumulate::<B, _>(&model, output.grads);
+            (output.item.loss_sum, grads.norm())
+        };
+        let (apart, joined) = (of(&[(3, 22)], true).0 + of(&[(5, 18)], true).0, of(&[(3, 22), (5, 18)], true));
+        assert!((apart - joined.0).abs() < 1e-3, "{apart} {joined:?}");
+        let open = of(&[(3, 22), (5, 18)], false);
+        assert!((open.0 - joined.0).abs() > 1e-3 && open.1 != joined.1, "{open:?} {joined:?}");
     }
 }
 

@@ -50,7 +50,7 @@ fn block<B: LlamaBackend>(x: &[Tensor<B, 1>], seq_len: usize, compute: Compute) 
         .collect();
     let Ok(weights) = <[_; 9]>::try_from(weights) else { unreachable!("nine weights") };
     let input = x[0].clone().reshape([BATCH, seq_len, D_MODEL]);
-    ops::block(input, BlockWeights::from(weights), tables, EPS, compute).flatten(0, 2)
+    ops::block(input, BlockWeights::from(weights), tables, None, EPS, compute).flatten(0, 2)
 }
 
 /// The same from the single operations.
@@ -66,7 +66,7 @@ fn composed<B: LlamaBackend>(x: &[Tensor<B, 1>], seq_len: usize) -> Tensor<B, 1>
     let input = x[0].clone().reshape([BATCH, seq_len, D_MODEL]);
     let n = ops::rms_norm(input.clone(), x[1].clone(), EPS);
     let (q, k, v) = (rotary(heads(linear(n.clone(), 2))), rotary(heads(linear(n.clone(), 3))), heads(linear(n, 4)));
-    let h = input + linear(ops::causal_attention(q, k, v, Precision::F32).flatten::<3>(2, 3), 5);
+    let h = input + linear(ops::causal_attention(q, k, v, None, Precision::F32).flatten::<3>(2, 3), 5);
     let m = ops::rms_norm(h.clone(), x[6].clone(), EPS);
     (h + linear(ops::swiglu(linear(m.clone(), 7), linear(m, 9)), 8)).flatten(0, 2)
 }

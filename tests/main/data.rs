@@ -59,7 +59,7 @@ fn dumps(folder: &Path) -> PathBuf {
         );
         write(
             &format!("github/src/{index}.rs"),
-            format!("/// {}\nfn f{index}() {{}}\n", sentence(index % 140)).as_bytes(),
+            format!("/// {}\nfn f{}() {{}}\n", sentence(index % 140), index % 140).as_bytes(),
         );
         let book: Vec<String> = (0..20).map(|part| prose(5000 + 20 * (index % 30) + part)).collect();
         write(&format!("books/{index}.txt"), book.join("\n").as_bytes());
@@ -90,7 +90,7 @@ fn dumps(folder: &Path) -> PathBuf {
         source("stackexchange", "stackexchange", "Posts.xml", 2.0),
     ];
     let text = format!(
-        "output = \"out\"\nshard_bytes = 4000\nvalid_fraction = 0.05\n[tokenizer]\nvocab_size = 400\n{}",
+        "output = \"out\"\nshard_bytes = 4000\nvalid_fraction = 0.05\n[tokenizer]\nvocab_size = 340\n{}",
         sources.concat()
     );
     write("prepare.toml", text.as_bytes());

@@ -106,8 +106,23 @@ struct Attention {
     n_heads: usize,
     n_kv_heads: usize,
     head_dim: usize,
+    /// Tokens of a document; 0 is one document.
+    documents: usize,
 }
 impl Attention {
+    fn starts<B: Backend>(&self, device: &B::Device) -> Option<Tensor<B, 2, Int>> {
+        let &Self { batch, q_len, kv_len, documents, .. } = self;
+        let start = |index: usize| {
+            // Documents of a sequence begin elsewhere than those of the one before.
+            let (skew, key) = (index / q_len * 3, kv_len - q_len + index % q_len);
+            ((key + skew) / documents * documents).saturating_sub(skew) as i32
+        };
+        (documents > 0).then(|| {
+            let starts: Vec<i32> = (0..batch * q_len).map(start).collect();
+            Tensor::from_data(TensorData::new(starts, [batch, q_len]), device)
+        })
+    }
+
     fn shapes<B: Backend>(&self, x: Vec<Tensor<B, 1>>) -> [Tensor<B, 4>; 3] {
         let shapes = self.inputs();
         [0, 1, 2].map(|i| x[i].clone().mul_scalar(2.0).reshape(<[usize; 4]>::try_from(shapes[i].clone()).unwrap()))
@@ -120,12 +135,14 @@ impl Case for Attention {
     }
     fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
         let [q, k, v] = self.shapes(x);
-        flat(ops::causal_attention(q, k, v, Precision::F32))
+        let starts = self.starts(&q.device());
+        flat(ops::causal_attention(q, k, v, starts, Precision::F32))
     }
     fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
-        let [q, k, v] = self.shapes(x).map(primitive);
         let spec = AttentionSpec::new(self.head_dim, Precision::F32);
-        flat(tensor::<B, 4>(reference::causal_attention::<B>(q, k, v, spec).0))
+        let starts = self.starts::<B>(&x[0].device()).map(|starts| starts.into_primitive());
+        let [q, k, v] = self.shapes(x).map(primitive);
+        flat(tensor::<B, 4>(reference::causal_attention::<B>(q, k, v, starts, spec).0))
     }
 }
 
@@ -210,14 +227,18 @@ device_test! {
     fn attention_equals_burns_autodiff_of_the_composition<B>(device) {
         for (q_len, kv_len) in [(1, 1), (17, 17), (128, 128), (1, 37), (5, 300), (130, 517)] {
             for (n_heads, n_kv_heads) in [(4, 2), (3, 3), (4, 1)] {
-                let case = Attention { batch: 2, q_len, kv_len, n_heads, n_kv_heads, head_dim: 8 };
+                let case = Attention { batch: 2, q_len, kv_len, n_heads, n_kv_heads, head_dim: 8, documents: 0 };
                 check::<B>(&format!("attention {q_len}/{kv_len}, heads {n_heads}/{n_kv_heads}"), &case, &device);
             }
         }
-        let long = Attention { batch: 2, q_len: 1000, kv_len: 1000, n_heads: 4, n_kv_heads: 2, head_dim: 8 };
+        let long = Attention { batch: 2, q_len: 1000, kv_len: 1000, n_heads: 4, n_kv_heads: 2, head_dim: 8, documents: 0 };
         check::<B>("attention over 1000", &long, &device);
+        for documents in [1, 7, 100, 300] {
+            check::<B>(&format!("attention over documents of {documents}"), &Attention { documents, ..long }, &device);
+        }
+        check::<B>("few queries", &Attention { q_len: 3, kv_len: 50, documents: 11, ..long }, &device);
         for head_dim in [20, 64, 128] {
-            let wide = Attention { batch: 1, q_len: 70, kv_len: 70, n_heads: 2, n_kv_heads: 1, head_dim };
+            let wide = Attention { batch: 1, q_len: 70, kv_len: 70, n_heads: 2, n_kv_heads: 1, head_dim, documents: 0 };
             check::<B>(&format!("attention, heads of {head_dim}"), &wide, &device);
         }
     }
@@ -270,10 +291,15 @@ device_test! {
 
         let (q, k, v) = (heads([2, 9, 4, 8], 1), heads([2, 20, 2, 8], 2), heads([2, 20, 2, 8], 3));
         let spec = AttentionSpec { scale: 0.3, precision: Precision::F32 };
-        let (out, lse) = Inner::<B>::causal_attention(q.clone(), k.clone(), v.clone(), spec);
-        let (_, default_lse) = reference::causal_attention::<Inner<B>>(q.clone(), k.clone(), v.clone(), spec);
+        let starts = Tensor::<Inner<B>, 1, Int>::from_data(
+            TensorData::new((0..18).map(|i| i % 9 / 4 * 5).collect::<Vec<i32>>(), [18]),
+            &device,
+        );
+        let starts = Some(starts.reshape([2, 9]).into_primitive());
+        let (out, lse) = Inner::<B>::causal_attention(q.clone(), k.clone(), v.clone(), starts.clone(), spec);
+        let (_, default_lse) = reference::causal_attention::<Inner<B>>(q.clone(), k.clone(), v.clone(), starts.clone(), spec);
         same("attention: lse", vec![one(lse.clone())], vec![one(default_lse)]);
-        let saved = AttentionSaved { q, k, v, out, lse, spec };
+        let saved = AttentionSaved { q, k, v, starts, out, lse, spec };
         let ours = Inner::<B>::causal_attention_backward(saved.clone(), heads([2, 9, 4, 8], 4));
         let default = reference::causal_attention_backward::<Inner<B>>(saved, heads([2, 9, 4, 8], 4));
         same("attention", ours.map(one).into(), default.map(one).into());
@@ -364,7 +390,8 @@ mod finite_differences {
         check("cross entropy", &CrossEntropy { tokens: 11, vocab: 13, z_loss: 0.0 });
         check("cross entropy with z-loss", &CrossEntropy { tokens: 11, vocab: 13, z_loss: 0.1 });
         for (q_len, kv_len, n_kv_heads) in [(6, 6, 2), (2, 7, 1), (1, 5, 4)] {
-            let case = Attention { batch: 2, q_len, kv_len, n_heads: 4, n_kv_heads, head_dim: 6 };
+            let documents = if kv_len == q_len { 0 } else { 2 };
+            let case = Attention { batch: 2, q_len, kv_len, n_heads: 4, n_kv_heads, head_dim: 6, documents };
             check(&format!("attention {q_len}/{kv_len}"), &case);
         }
     }

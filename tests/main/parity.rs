@@ -62,9 +62,9 @@ device_test! {
 
             let mut x = model.tok_embeddings.forward(tokens);
             check("hidden.0", floats(x.clone()), HIDDEN);
-            x = model.layers[0].forward(x, &model.rope, model.compute);
+            x = model.layers[0].forward(x, &model.rope, None, model.compute);
             check("hidden.1", floats(x.clone()), HIDDEN);
-            x = model.layers[1].forward(x, &model.rope, model.compute);
+            x = model.layers[1].forward(x, &model.rope, None, model.compute);
             check("hidden.prenorm_last", floats(x.clone()), HIDDEN);
             check("hidden.2", floats(model.norm.forward(x)), HIDDEN);
             assert_eq!(config.n_layers, 2);
@@ -149,7 +149,7 @@ fn train<B: TrainBackend>(variant: &str, decay_norms: bool, device: &B::Device) 
     let (mut losses, mut norms, mut clips, mut rates) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (step, tokens) in tokens.chunks(4 * 33).enumerate() {
         let part = |from: usize| tokens.chunks(33).flat_map(|row| &row[from..from + 32]).map(|&t| t as i32).collect();
-        let batch = TokenBatch { inputs: part(0), targets: part(1), batch: 4, seq_len: 32 };
+        let batch = TokenBatch { inputs: part(0), targets: part(1), starts: None, batch: 4, seq_len: 32 };
         let output = burn::train::TrainStep::step(&model, batch);
         let mut grads = GradientList::default();
         grads.accumulate::<B, _>(&model, output.grads);

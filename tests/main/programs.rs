@@ -219,9 +219,9 @@ fn tokenize_trains_encodes_and_shards() {
     let file = model.to_str().unwrap();
     let made = run(tokenize(&["train"]).args(text).args(["--vocab-size", "500", "--out", file]));
     assert!(made.contains("500 pieces"), "{made}");
-    let encoded = run(&mut tokenize(&["encode", "--tokenizer", file, "fn x42"]));
+    let encoded = run(&mut tokenize(&["encode", "--tokenizer", file, "let x42"]));
     assert!(
-        encoded.contains("\" fn\"\n") && encoded.contains("\"4\"\n") && encoded.contains("tokens for 6 bytes"),
+        encoded.contains("\"let\"\n") && encoded.contains("\"4\"\n") && encoded.contains("tokens for 7 bytes"),
         "{encoded}"
     );
     run(tokenize(&["shards"]).args(text).args(["--tokenizer", file, "--out"]).arg(&out));

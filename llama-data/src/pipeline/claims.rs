@@ -18,6 +18,8 @@ use crate::{DataError, Progress};
 const BEAT: Duration = Duration::from_secs(20);
 /// A claim that is silent for so long is nobody's.
 const STALE: Duration = Duration::from_secs(600);
+/// A claim that has had no name for so long is nobody's.
+const NAMELESS: Duration = Duration::from_secs(5);
 
 /// A piece of work with the file that stands for its result.
 pub struct Task<'a> {
@@ -35,7 +37,11 @@ pub struct Task<'a> {
 /// # Errors
 /// The first that a task returns.
 pub fn run(name: &str, tasks: &[Task], threads: usize, progress: &dyn Progress) -> Result<(), DataError> {
-    let waiting: Vec<&Task> = tasks.iter().filter(|task| !task.result.exists()).collect();
+    let (done, waiting): (Vec<&Task>, Vec<&Task>) = tasks.iter().partition(|task| task.result.exists());
+    // A process that was killed between its result and the end of its claim.
+    for claim in done.iter().map(|task| claim_path(&task.result)).filter(|claim| claim.exists() && abandoned(claim)) {
+        let _ = std::fs::remove_file(claim);
+    }
     if waiting.is_empty() {
         return Ok(());
     }
@@ -91,9 +97,7 @@ struct Claim {
 impl Claim {
     /// `None` if somebody alive has it.
     fn take(result: &Path) -> Result<Option<Self>, DataError> {
-        let mut name = result.file_name().unwrap_or_default().to_os_string();
-        name.push(".claim");
-        let path = result.with_file_name(name);
+        let path = claim_path(result);
         for _ in 0..2 {
             match OpenOptions::new().write(true).create_new(true).open(&path) {
                 Ok(mut file) => {
@@ -142,6 +146,13 @@ impl Drop for Claim {
     }
 }
 
+/// The claim's file, beside the result.
+fn claim_path(result: &Path) -> PathBuf {
+    let mut name = result.file_name().unwrap_or_default().to_os_string();
+    name.push(".claim");
+    result.with_file_name(name)
+}
+
 /// Whether the process that made a claim is gone.
 fn abandoned(path: &Path) -> bool {
     let text = std::fs::read_to_string(path).unwrap_or_default();
@@ -153,7 +164,8 @@ fn abandoned(path: &Path) -> bool {
         return !Path::new("/proc").join(process).exists();
     }
     let age = std::fs::metadata(path).and_then(|meta| meta.modified()).ok().and_then(|time| time.elapsed().ok());
-    age.is_some_and(|age| age > STALE)
+    // Whoever creates a claim writes its name at once, unless it is killed just then.
+    age.is_some_and(|age| age > if text.is_empty() { NAMELESS } else { STALE })
 }
 
 /// A name of this machine.
@@ -206,6 +218,11 @@ mod tests {
         assert!(Claim::take(&result).unwrap().is_some());
         std::fs::write(&claim, "elsewhere 1\n").unwrap();
         assert!(Claim::take(&result).unwrap().is_none());
+        std::fs::write(&claim, "").unwrap();
+        assert!(Claim::take(&result).unwrap().is_none());
+        File::open(&claim).unwrap().set_modified(SystemTime::now() - 2 * NAMELESS).unwrap();
+        assert!(Claim::take(&result).unwrap().is_some());
+        std::fs::write(&claim, "elsewhere 1\n").unwrap();
         File::open(&claim).unwrap().set_modified(SystemTime::now() - 2 * STALE).unwrap();
         assert!(Claim::take(&result).unwrap().is_some());
     }

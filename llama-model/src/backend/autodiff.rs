@@ -114,6 +114,7 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        starts: Option<IntTensor<Self>>,
         spec: AttentionSpec,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         #[derive(Debug)]
@@ -130,12 +131,14 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
                 );
             }
         }
-        let (out, lse) = B::causal_attention(q.primitive.clone(), k.primitive.clone(), v.primitive.clone(), spec);
+        let inputs = [&q, &k, &v].map(|x| x.primitive.clone());
+        let [q_inner, k_inner, v_inner] = inputs;
+        let (out, lse) = B::causal_attention(q_inner, k_inner, v_inner, starts.clone(), spec);
         let constant = <Self as AutodiffBackend>::from_inner(lse.clone());
         let out = match AttentionBackward.prepare::<C>([q.node, k.node, v.node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let (q, k, v) = (q.primitive, k.primitive, v.primitive);
-                prep.finish(AttentionSaved { q, k, v, out: out.clone(), lse, spec }, out)
+                prep.finish(AttentionSaved { q, k, v, starts, out: out.clone(), lse, spec }, out)
             }
             OpsKind::UnTracked(prep) => prep.finish(out),
         };
@@ -233,8 +236,8 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
                 }
             }
         }
-        let BlockSpec { cos, sin, batch, seq_len, head_dim, eps, compute } = spec;
-        let spec = BlockSpec { cos: cos.primitive, sin: sin.primitive, batch, seq_len, head_dim, eps, compute };
+        let BlockSpec { cos, sin, starts, batch, seq_len, head_dim, eps, compute } = spec;
+        let spec = BlockSpec { cos: cos.primitive, sin: sin.primitive, starts, batch, seq_len, head_dim, eps, compute };
         let [w0, w1, w2, w3, w4, w5, w6, w7, w8] = weights.clone().map(|weight| weight.node).into_array();
         let weights = weights.map(|weight| weight.primitive);
         let nodes = [x.node, w0, w1, w2, w3, w4, w5, w6, w7, w8];

@@ -10,7 +10,7 @@
 
 use burn::tensor::TensorMetadata;
 use burn::tensor::backend::Backend;
-use burn::tensor::ops::FloatTensor;
+use burn::tensor::ops::{FloatTensor, IntTensor};
 
 use super::{AttentionSaved, AttentionSpec, LlamaBackend};
 use crate::{Compute, Recompute};
@@ -64,6 +64,8 @@ pub struct BlockSpec<B: Backend> {
     pub cos: FloatTensor<B>,
     /// Sines of the positions, `[seq_len, head_dim / 2]`.
     pub sin: FloatTensor<B>,
+    /// First token of each token's document, `[batch, seq_len]`; none lets a token attend to the documents before its own.
+    pub starts: Option<IntTensor<B>>,
     /// Sequences; `x` has `batch · seq_len` rows.
     pub batch: usize,
     /// Tokens of a sequence.
@@ -115,8 +117,8 @@ impl<B: LlamaBackend> Activations<B> {
         let n = &attention_norm.0;
         let (q, k, v) = (rotary(heads(n, &weights.wq)), rotary(heads(n, &weights.wk)), heads(n, &weights.wv));
         let attention_spec = AttentionSpec::new(head_dim, precision);
-        let (out, lse) = B::causal_attention(q.clone(), k.clone(), v.clone(), attention_spec);
-        let attention = AttentionSaved { q, k, v, out, lse, spec: attention_spec };
+        let (out, lse) = B::causal_attention(q.clone(), k.clone(), v.clone(), spec.starts.clone(), attention_spec);
+        let attention = AttentionSaved { q, k, v, starts: spec.starts.clone(), out, lse, spec: attention_spec };
         let h = B::float_add(B::project(attention.rows(), weights.wo.clone(), precision), x);
 
         let ffn_norm = B::rms_norm(h.clone(), weights.ffn_norm.clone(), eps);

@@ -207,19 +207,24 @@ pub trait LlamaBackend: Backend {
     /// `softmax(scale · q kᵀ + causal mask) v`, grouped-query, masked bottom-right: query `i` of `q_len` sees the keys
     /// `0 ..= kv_len - q_len + i`, so that training, prefill and decoding are the same operation.
     ///
+    /// With `starts`, a query sees no key before the one its entry names: the first token of its document, so that attention
+    /// is block-causal. No entry is past its query, and along a
+    /// sequence they do not fall.
+    ///
     /// Returns the result and the log-sum-exp of each query's scores, which the backward needs.
     ///
     /// # Shapes
     /// `q [batch, q_len, n_heads, head_dim]`, `k` and `v` `[batch, kv_len, n_kv_heads, head_dim]` with
-    /// `kv_len >= q_len` and `n_heads` a multiple of `n_kv_heads`; `[batch, q_len, n_heads, head_dim]` and
-    /// `[batch, n_heads, q_len]`.
+    /// `kv_len >= q_len` and `n_heads` a multiple of `n_kv_heads`, `starts [batch, q_len]`;
+    /// `[batch, q_len, n_heads, head_dim]` and `[batch, n_heads, q_len]`.
     fn causal_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        starts: Option<IntTensor<Self>>,
         spec: AttentionSpec,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        reference::causal_attention::<Self>(q, k, v, spec)
+        reference::causal_attention::<Self>(q, k, v, starts, spec)
     }
 
     /// Gradients of [`causal_attention`](Self::causal_attention) for `q`, `k` and `v`.
@@ -325,6 +330,8 @@ pub struct AttentionSaved<B: Backend> {
     pub k: FloatTensor<B>,
     /// Values.
     pub v: FloatTensor<B>,
+    /// First key that each query sees, or none.
+    pub starts: Option<IntTensor<B>>,
     /// The forward's result.
     pub out: FloatTensor<B>,
     /// The forward's log-sum-exp per query.

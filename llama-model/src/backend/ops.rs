@@ -150,10 +150,12 @@ pub fn rotary<B: LlamaBackend>(x: Tensor<B, 4>, cos: Tensor<B, 2>, sin: Tensor<B
     tensor(B::rotary(primitive(x), primitive(cos), primitive(sin), false))
 }
 
-/// Causal grouped-query attention with scores scaled by `1 / sqrt(head_dim)`.
+/// Causal grouped-query attention with scores scaled by `1 / sqrt(head_dim)`; with `starts`, no key before the one a query's entry
+/// names.
 ///
 /// # Shapes
-/// `q [batch, q_len, n_heads, head_dim]`, `k` and `v` `[batch, kv_len, n_kv_heads, head_dim]`, result as `q`.
+/// `q [batch, q_len, n_heads, head_dim]`, `k` and `v` `[batch, kv_len, n_kv_heads, head_dim]`, `starts [batch, q_len]`,
+/// result as `q`.
 ///
 /// # Panics
 /// If the shapes do not fit or there are more queries than keys.
@@ -161,6 +163,7 @@ pub fn causal_attention<B: LlamaBackend>(
     q: Tensor<B, 4>,
     k: Tensor<B, 4>,
     v: Tensor<B, 4>,
+    starts: Option<Tensor<B, 2, Int>>,
     precision: Precision,
 ) -> Tensor<B, 4> {
     let [batch, q_len, n_heads, head_dim] = q.dims();
@@ -170,7 +173,11 @@ pub fn causal_attention<B: LlamaBackend>(
     assert!(n_heads % n_kv_heads == 0, "attention: {n_heads} query heads cannot share {n_kv_heads} key heads");
     assert!(q_len <= kv_len, "attention: {q_len} queries but only {kv_len} keys");
     let spec = AttentionSpec::new(head_dim, precision);
-    tensor(B::causal_attention(primitive(q), primitive(k), primitive(v), spec).0)
+    let starts = starts.map(|starts| {
+        assert_eq!(starts.dims(), [batch, q_len], "attention: a start for each query");
+        starts.into_primitive()
+    });
+    tensor(B::causal_attention(primitive(q), primitive(k), primitive(v), starts, spec).0)
 }
 
 /// `silu(gate) · up` (Shazeer, SwiGLU).
@@ -189,14 +196,15 @@ pub fn swiglu<B: LlamaBackend, const D: usize>(gate: Tensor<B, D>, up: Tensor<B,
 /// A whole transformer block; see [`mod@super::block`].
 ///
 /// # Shapes
-/// `x [batch, seq_len, d_model]`, `cos` and `sin` `[seq_len, head_dim / 2]`, result as `x`.
+/// `x [batch, seq_len, d_model]`, `cos` and `sin` `[seq_len, head_dim / 2]`, `starts [batch, seq_len]`, result as `x`.
 ///
 /// # Panics
-/// If the tables do not fit the sequence or the weights each other.
+/// If the tables or the starts do not fit the sequence or the weights each other.
 pub fn block<B: LlamaBackend>(
     x: Tensor<B, 3>,
     weights: BlockWeights<FloatTensor<B>>,
     [cos, sin]: [Tensor<B, 2>; 2],
+    starts: Option<Tensor<B, 2, Int>>,
     eps: f64,
     compute: Compute,
 ) -> Tensor<B, 3> {
@@ -205,7 +213,11 @@ pub fn block<B: LlamaBackend>(
     let [positions, half] = cos.dims();
     assert_eq!(positions, seq_len, "block: the rotary table has another length than the sequence");
     let (cos, sin) = (primitive(cos), primitive(sin));
-    let spec = BlockSpec { cos, sin, batch, seq_len, head_dim: 2 * half, eps, compute };
+    let starts = starts.map(|starts| {
+        assert_eq!(starts.dims(), [batch, seq_len], "block: a start for each token");
+        starts.into_primitive()
+    });
+    let spec = BlockSpec { cos, sin, starts, batch, seq_len, head_dim: 2 * half, eps, compute };
     tensor::<B, 2>(B::block(primitive(fold(x)), weights, spec)).reshape(dims)
 }
 

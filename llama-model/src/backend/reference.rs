@@ -159,8 +159,13 @@ fn heads_first<B: Backend>(x: Tensor<B, 4>, n_heads: usize) -> Tensor<B, 4> {
 }
 
 /// Scores with the bottom-right causal mask, `[batch, n_heads, q_len, kv_len]`.
-fn masked_scores<B: Backend>(q: Tensor<B, 4>, k: Tensor<B, 4>, spec: AttentionSpec) -> Tensor<B, 4> {
-    let [_, _, q_len, _] = q.dims();
+fn masked_scores<B: Backend>(
+    q: Tensor<B, 4>,
+    k: Tensor<B, 4>,
+    starts: Option<IntTensor<B>>,
+    spec: AttentionSpec,
+) -> Tensor<B, 4> {
+    let [batch, _, q_len, _] = q.dims();
     let [_, _, kv_len, _] = k.dims();
     let device = q.device();
     let scores = matmul(q, k.swap_dims(2, 3), spec.precision).mul_scalar(spec.scale);
@@ -170,7 +175,13 @@ fn masked_scores<B: Backend>(q: Tensor<B, 4>, k: Tensor<B, 4>, spec: AttentionSp
         .unsqueeze_dim::<2>(0)
         .expand([q_len, kv_len])
         .greater(rows.unsqueeze_dim::<2>(1).expand([q_len, kv_len]));
-    scores.mask_fill(future.unsqueeze::<4>(), MASKED)
+    let scores = scores.mask_fill(future.unsqueeze::<4>(), MASKED);
+    let Some(starts) = starts else { return scores };
+    let starts = Tensor::<B, 2, Int>::from_primitive(starts).reshape([batch, 1, q_len, 1]);
+    let columns = Tensor::<B, 1, Int>::arange(0..kv_len as i64, &scores.device()).reshape([1, 1, 1, kv_len]);
+    let shape = [batch, 1, q_len, kv_len];
+    let before = columns.expand(shape).lower(starts.expand(shape));
+    scores.mask_fill(before, MASKED)
 }
 
 /// [`LlamaBackend::causal_attention`](super::LlamaBackend::causal_attention).
@@ -178,11 +189,12 @@ pub fn causal_attention<B: Backend>(
     q: FloatTensor<B>,
     k: FloatTensor<B>,
     v: FloatTensor<B>,
+    starts: Option<IntTensor<B>>,
     spec: AttentionSpec,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (q, k, v) = (tensor::<B, 4>(q), tensor::<B, 4>(k), tensor::<B, 4>(v));
     let [batch, q_len, n_heads, _] = q.dims();
-    let scores = masked_scores(q.swap_dims(1, 2), heads_first(k, n_heads), spec);
+    let scores = masked_scores(q.swap_dims(1, 2), heads_first(k, n_heads), starts, spec);
     let dtype = scores.dtype();
     let scores = scores.cast(wide(dtype));
     let max = scores.clone().max_dim(3);
@@ -199,7 +211,7 @@ pub fn causal_attention<B: Backend>(
 /// With `P = exp(S - lse)`: `dV = Pᵀ dO`, `dP = dO Vᵀ`, `dS = P · (dP - rowsum(dO · O))`, `dQ = scale dS K`,
 /// `dK = scale dSᵀ Q` (Dao et al., FlashAttention, appendix B).
 pub fn causal_attention_backward<B: Backend>(saved: AttentionSaved<B>, grad: FloatTensor<B>) -> [FloatTensor<B>; 3] {
-    let AttentionSaved { q, k, v, out, lse, spec } = saved;
+    let AttentionSaved { q, k, v, starts, out, lse, spec } = saved;
     let (q, k, v) = (tensor::<B, 4>(q), tensor::<B, 4>(k), tensor::<B, 4>(v));
     let (out, grad, lse) = (tensor::<B, 4>(out), tensor::<B, 4>(grad), tensor::<B, 3>(lse));
     let [batch, kv_len, n_kv_heads, head_dim] = k.dims();
@@ -209,7 +221,7 @@ pub fn causal_attention_backward<B: Backend>(saved: AttentionSaved<B>, grad: Flo
     let delta = (out * grad.clone()).cast(wide(dtype)).sum_dim(3).swap_dims(1, 2);
     let (q, grad) = (q.swap_dims(1, 2), grad.swap_dims(1, 2));
     let (k, v) = (heads_first(k, n_heads), heads_first(v, n_heads));
-    let scores = masked_scores(q.clone(), k.clone(), spec).cast(wide(dtype));
+    let scores = masked_scores(q.clone(), k.clone(), starts, spec).cast(wide(dtype));
     let weights = (scores - lse.unsqueeze_dim::<4>(3)).exp();
     let product = |a, b| matmul::<B>(a, b, spec.precision);
     let d_v = product(weights.clone().cast(dtype).swap_dims(2, 3), grad.clone());

@@ -60,7 +60,7 @@ impl<B: LlamaBackend> Attention<B> {
             Some(cache) => cache.append(k, v),
             None => (k, v),
         };
-        let out = ops::causal_attention(q, k, v, precision);
+        let out = ops::causal_attention(q, k, v, None, precision);
         self.wo.forward(out.flatten::<3>(2, 3), precision)
     }
 }

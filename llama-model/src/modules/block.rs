@@ -1,7 +1,7 @@
 //! One block: `h = x + Attention(RMSNorm(x))`, then `h + FeedForward(RMSNorm(h))`.
 
 use burn::module::Module;
-use burn::tensor::Tensor;
+use burn::tensor::{Int, Tensor};
 
 use super::{Attention, FeedForward, LayerCache, RmsNorm, RotaryEmbedding};
 use crate::backend::ops::primitive;
@@ -32,11 +32,17 @@ impl<B: LlamaBackend> Block<B> {
         }
     }
 
-    /// The block as one operation with a backward of its own.
+    /// The block as one operation with a backward of its own. With `starts`, tokens attend inside their document only.
     ///
     /// # Shapes
-    /// `x [batch, seq_len, d_model]`, result as `x`.
-    pub fn forward(&self, x: Tensor<B, 3>, rope: &RotaryEmbedding<B>, compute: Compute) -> Tensor<B, 3> {
+    /// `x [batch, seq_len, d_model]`, `starts [batch, seq_len]`, result as `x`.
+    pub fn forward(
+        &self,
+        x: Tensor<B, 3>,
+        rope: &RotaryEmbedding<B>,
+        starts: Option<Tensor<B, 2, Int>>,
+        compute: Compute,
+    ) -> Tensor<B, 3> {
         let Self { attention_norm, attention, ffn_norm, feed_forward } = self;
         let weights = BlockWeights {
             attention_norm: primitive(attention_norm.weight.val()),
@@ -50,7 +56,7 @@ impl<B: LlamaBackend> Block<B> {
             w3: primitive(feed_forward.w3.dense()),
         };
         let seq_len = x.dims()[1];
-        ops::block(x, weights, rope.tables(0, seq_len), self.attention_norm.eps, compute)
+        ops::block(x, weights, rope.tables(0, seq_len), starts, self.attention_norm.eps, compute)
     }
 
     /// The same, composed of its parts, for sequences that a cache continues.

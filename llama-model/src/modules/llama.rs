@@ -83,6 +83,15 @@ impl<B: LlamaBackend> Llama<B> {
     pub fn hidden(
         &self,
         tokens: Tensor<B, 2, Int>,
+        cache: Option<&mut KvCache<B>>,
+    ) -> Result<Tensor<B, 3>, ModelError> {
+        self.hidden_of(tokens, None, cache)
+    }
+
+    fn hidden_of(
+        &self,
+        tokens: Tensor<B, 2, Int>,
+        starts: Option<Tensor<B, 2, Int>>,
         mut cache: Option<&mut KvCache<B>>,
     ) -> Result<Tensor<B, 3>, ModelError> {
         let [batch, seq_len] = tokens.dims();
@@ -97,7 +106,7 @@ impl<B: LlamaBackend> Llama<B> {
         let mut x = self.tok_embeddings.forward(tokens);
         for (layer, block) in self.layers.iter().enumerate() {
             x = match &mut cache {
-                None => block.forward(x, &self.rope, self.compute),
+                None => block.forward(x, &self.rope, starts.clone(), self.compute),
                 Some(cache) => block.forward_cached(x, &self.rope, cache.layer(layer), self.compute),
             };
         }
@@ -135,8 +144,26 @@ impl<B: LlamaBackend> Llama<B> {
         targets: Tensor<B, 2, Int>,
         z_loss: f64,
     ) -> Result<Tensor<B, 1>, ModelError> {
+        self.document_loss(tokens, targets, None, z_loss)
+    }
+
+    /// [`loss`](Self::loss) with attention inside documents: `starts` names the position of the first token of each token's
+    /// document, 0 where that lies before the sequence. Rotary embeddings are relative, so positions go on as they are.
+    ///
+    /// # Shapes
+    /// All integers `[batch, seq_len]`, result `[1]`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn document_loss(
+        &self,
+        tokens: Tensor<B, 2, Int>,
+        targets: Tensor<B, 2, Int>,
+        starts: Option<Tensor<B, 2, Int>>,
+        z_loss: f64,
+    ) -> Result<Tensor<B, 1>, ModelError> {
         let spec = LossSpec { precision: self.compute.precision, z_loss };
-        Ok(ops::linear_cross_entropy(self.hidden(tokens, None)?, self.head_weight(), targets, spec))
+        Ok(ops::linear_cross_entropy(self.hidden_of(tokens, starts, None)?, self.head_weight(), targets, spec))
     }
 
     /// Cross entropy of each target after `tokens`, 0 where the target is -100. The negative of a token's

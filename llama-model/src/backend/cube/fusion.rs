@@ -61,23 +61,25 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        starts: Option<IntTensor<Self>>,
         spec: AttentionSpec,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let [batch, q_len, heads, _] = q.shape().dims();
         let outputs = [like(&q), (Shape::new([batch, heads, q_len]), DType::F32)];
-        let [out, lse] = custom::<B, 3, 2>("causal_attention", [q, k, v], None, outputs, move |[q, k, v], _| {
-            B::causal_attention(q, k, v, spec).into()
+        let [out, lse] = custom::<B, 3, 2>("causal_attention", [q, k, v], starts, outputs, move |[q, k, v], starts| {
+            B::causal_attention(q, k, v, starts, spec).into()
         });
         (out, lse)
     }
 
     fn causal_attention_backward(saved: AttentionSaved<Self>, grad: FloatTensor<Self>) -> [FloatTensor<Self>; 3] {
-        let AttentionSaved { q, k, v, out, lse, spec } = saved;
+        let AttentionSaved { q, k, v, starts, out, lse, spec } = saved;
         let outputs = [like(&q), like(&k), like(&v)];
         let inputs = [q, k, v, out, lse, grad];
-        custom::<B, 6, 3>("causal_attention_backward", inputs, None, outputs, move |[q, k, v, out, lse, grad], _| {
-            B::causal_attention_backward(AttentionSaved { q, k, v, out, lse, spec }, grad)
-        })
+        let run = move |[q, k, v, out, lse, grad]: [_; 6], starts| {
+            B::causal_attention_backward(AttentionSaved { q, k, v, starts, out, lse, spec }, grad)
+        };
+        custom::<B, 6, 3>("causal_attention_backward", inputs, starts, outputs, run)
     }
 
     fn token_losses(

@@ -67,11 +67,12 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        starts: Option<IntTensor<Self>>,
         spec: AttentionSpec,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         match attention::tile(&q, attention::forward_bytes).filter(|_| computes(&[&q, &k, &v])) {
-            Some(tile) => attention::forward(q, k, v, spec.scale, tile),
-            None => reference::causal_attention::<Self>(q, k, v, spec),
+            Some(tile) => attention::forward(q, k, v, starts, spec.scale, tile),
+            None => reference::causal_attention::<Self>(q, k, v, starts, spec),
         }
     }
 
@@ -80,11 +81,11 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         let Some(tile) = tile.filter(|_| computes(&[&saved.q, &saved.k, &saved.v, &grad])) else {
             return reference::causal_attention_backward::<Self>(saved, grad);
         };
-        let AttentionSaved { q, k, v, out, lse, spec } = saved;
+        let AttentionSaved { q, k, v, starts, out, lse, spec } = saved;
         // What the softmax's backward subtracts: `rowsum(dO · O)`, `[batch, q_len, n_heads, 1]`.
         let product = tensor::<Self, 4>(out).cast(DType::F32) * tensor::<Self, 4>(grad.clone()).cast(DType::F32);
         let delta = primitive(product.sum_dim(3));
-        attention::backward([q, k, v, grad], lse, delta, spec.scale, tile)
+        attention::backward([q, k, v, grad], starts, lse, delta, spec.scale, tile)
     }
 
     fn token_losses(

@@ -3,7 +3,9 @@
 //!
 //! Threads take heads. Tensors are read with their strides, so neither projections nor caches are copied.
 
-use burn::tensor::{Shape, TensorMetadata};
+use std::ops::Range;
+
+use burn::tensor::{Int, Shape, Tensor, TensorMetadata};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
@@ -63,9 +65,43 @@ impl Sizes {
     }
 
     /// Tiles of keys that a tile of queries sees: first key and number.
-    fn k_tiles(&self, (q_start, q_rows): (usize, usize)) -> impl Iterator<Item = (usize, usize)> + use<> {
+    fn k_tiles(
+        &self,
+        (q_start, q_rows): (usize, usize),
+        starts: &[usize],
+    ) -> impl Iterator<Item = (usize, usize)> + use<> {
         let end = self.visible(q_start + q_rows - 1);
-        (0..end).step_by(K_TILE).map(move |start| (start, K_TILE.min(end - start)))
+        // The rows' documents begin one after the other.
+        let first = starts.get(q_start).map_or(0, |first| first / K_TILE * K_TILE);
+        (first..end).step_by(K_TILE).map(move |start| (start, K_TILE.min(end - start)))
+    }
+
+    /// Of the `cols` keys from `k_start` on, those that query `i` sees.
+    fn range(&self, i: usize, starts: &[usize], k_start: usize, cols: usize) -> Range<usize> {
+        let end = self.visible(i).saturating_sub(k_start).min(cols);
+        let first = starts.get(i).map_or(0, |first| first.saturating_sub(k_start));
+        first.min(end)..end
+    }
+}
+
+/// The first key of each query, sequence after sequence, or nothing.
+struct Starts {
+    all: Vec<usize>,
+    q_len: usize,
+}
+
+impl Starts {
+    fn new(starts: Option<FlexTensor>, q_len: usize) -> Self {
+        let read =
+            |starts| Tensor::<Flex, 2, Int>::from_primitive(starts).into_data().iter::<i64>().collect::<Vec<_>>();
+        let all: Vec<usize> =
+            starts.map(read).unwrap_or_default().into_iter().map(|start| start.max(0) as usize).collect();
+        Self { all, q_len }
+    }
+
+    /// Those of a sequence.
+    fn of(&self, batch: usize) -> &[usize] {
+        self.all.get(batch * self.q_len..(batch + 1) * self.q_len).unwrap_or(&[])
     }
 }
 
@@ -129,11 +165,18 @@ impl Output {
     }
 }
 
-pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, spec: AttentionSpec) -> (FlexTensor, FlexTensor) {
+pub(super) fn forward(
+    q: FlexTensor,
+    k: FlexTensor,
+    v: FlexTensor,
+    starts: Option<FlexTensor>,
+    spec: AttentionSpec,
+) -> (FlexTensor, FlexTensor) {
     let (scale, precision) = (spec.scale as f32, spec.precision);
     let [q, k, v] = [q, k, v].map(readable);
     let sizes = Sizes::new(&q, &k, precision);
     let Sizes { batch, q_len, n_heads, head_dim, .. } = sizes;
+    let starts = Starts::new(starts, q_len);
     let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
     let mut out = Buffer::zeros(batch * q_len * n_heads * head_dim);
     let mut lse = Buffer::zeros(batch * n_heads * q_len);
@@ -153,7 +196,8 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, spec: Attenti
                     let out = out_ptr.slice(((b * q_len + row) * n_heads + head) * head_dim, head_dim);
                     (out, lse_ptr.slice(index * q_len + row, 1))
                 };
-                lse[0] = attend(out, qs.row(q, row), (&ks, k), (&vs, v), sizes.visible(row), scale);
+                let seen = sizes.range(row, starts.of(b), 0, kv_len);
+                lse[0] = attend(out, qs.row(q, row), (&ks, k), (&vs, v), seen, scale);
             }
         };
         if batch * n_heads * sizes.kv_len * head_dim < PARALLEL {
@@ -176,14 +220,14 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, spec: Attenti
                 let lse = unsafe { lse_ptr.slice(index * q_len + start, rows) };
                 let mut maxima = [f32::NEG_INFINITY; Q_TILE];
                 let mut sums = [0.0f32; Q_TILE];
-                for (k_start, cols) in sizes.k_tiles(tile) {
+                for (index, (k_start, cols)) in sizes.k_tiles(tile, starts.of(b)).enumerate() {
                     let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
                     // SAFETY: `scores` holds a tile.
                     unsafe { multiply(scores.as_mut_ptr(), cols as isize, q, k.transposed(), scaled) };
                     for (row, scores) in scores.chunks_exact_mut(cols).take(rows).enumerate() {
-                        let seen = sizes.visible(start + row).saturating_sub(k_start).min(cols);
+                        let seen = sizes.range(start + row, starts.of(b), k_start, cols);
                         let keep = online_softmax(scores, seen, &mut maxima[row], &mut sums[row]);
-                        if k_start > 0 {
+                        if index > 0 {
                             // SAFETY: this row of this head is this task's own.
                             let out = unsafe { out_ptr.slice(out_at(row), head_dim) };
                             out.iter_mut().for_each(|x| *x *= keep);
@@ -192,9 +236,7 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, spec: Attenti
                     let weights = Matrix::rows(scores, rows, cols);
                     let stride = (n_heads * head_dim) as isize;
                     // SAFETY: these rows of this head are this task's own.
-                    unsafe {
-                        multiply(out_ptr.at(out_at(0)), stride, weights, v, Product { add: k_start > 0, ..plain })
-                    };
+                    unsafe { multiply(out_ptr.at(out_at(0)), stride, weights, v, Product { add: index > 0, ..plain }) };
                 }
                 for row in 0..rows {
                     lse[row] = maxima[row] + sums[row].ln();
@@ -210,12 +252,13 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, spec: Attenti
 }
 
 pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTensor; 3] {
-    let AttentionSaved { q, k, v, out, lse, spec: AttentionSpec { scale, precision } } = saved;
+    let AttentionSaved { q, k, v, starts, out, lse, spec: AttentionSpec { scale, precision } } = saved;
     let scale = scale as f32;
     let [q, k, v, out, grad] = [q, k, v, out, grad].map(readable);
     let lse = contiguous(lse);
     let sizes = Sizes::new(&q, &k, precision);
     let Sizes { batch, q_len, kv_len, n_heads, n_kv_heads, head_dim, .. } = sizes;
+    let starts = Starts::new(starts, q_len);
     let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
     let (outs, grads, lse) = (Heads::new(&out), Heads::new(&grad), values(&lse));
     let mut d_q = Buffer::zeros(batch * q_len * n_heads * head_dim);
@@ -240,7 +283,7 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
                         *delta = dot(outs.row(out, row), grads.row(d_out, row));
                     }
                     let d_q = d_q_ptr.at(((b * q_len + start) * n_heads + head) * head_dim);
-                    for (k_start, cols) in sizes.k_tiles(tile) {
+                    for (k_start, cols) in sizes.k_tiles(tile, starts.of(b)) {
                         let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
                         // SAFETY: both buffers hold a tile.
                         unsafe {
@@ -249,7 +292,7 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
                         }
                         let tiles = weights.chunks_exact_mut(cols).zip(d_weights.chunks_exact_mut(cols));
                         for (row, (weights, d_scores)) in tiles.take(rows).enumerate() {
-                            let seen = sizes.visible(start + row).saturating_sub(k_start).min(cols);
+                            let seen = sizes.range(start + row, starts.of(b), k_start, cols);
                             softmax_backward(weights, d_scores, seen, lse[row], delta[row], scale);
                         }
                         let weights = Matrix::rows(weights, rows, cols);
@@ -271,18 +314,19 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
 }
 
 vectorized! {
-    /// One query over the first `seen` keys and values. Returns the log-sum-exp.
+    /// One query over the keys and values it sees. Returns the log-sum-exp.
     fn attend<'a>(
         out: &'a mut [f32],
         q: &'a [f32],
         keys: (&'a Heads<'a>, Matrix),
         vals: (&'a Heads<'a>, Matrix),
-        seen: usize,
+        seen: Range<usize>,
         scale: f32,
     ) -> f32 {
-        let mut weights = vec![0.0f32; seen];
+        let first = seen.start;
+        let mut weights = vec![0.0f32; seen.len()];
         for (t, weight) in weights.iter_mut().enumerate() {
-            *weight = scale * sum2(q, keys.0.row(keys.1, t), |q, k| q * k);
+            *weight = scale * sum2(q, keys.0.row(keys.1, first + t), |q, k| q * k);
         }
         let largest = max(&weights);
         for weight in weights.iter_mut() {
@@ -291,7 +335,7 @@ vectorized! {
         let sum = sum1(&weights, |x| x);
         for (t, weight) in weights.iter().enumerate() {
             let weight = weight / sum;
-            for (out, v) in out.iter_mut().zip(vals.0.row(vals.1, t)) {
+            for (out, v) in out.iter_mut().zip(vals.0.row(vals.1, first + t)) {
                 *out += weight * v;
             }
         }
@@ -300,11 +344,15 @@ vectorized! {
 }
 
 vectorized! {
-    /// One row of one tile of the online softmax: scores become weights relative to the largest score so far, those from
-    /// `seen` on zero. Returns the factor for what was summed before.
-    fn online_softmax<'a>(scores: &'a mut [f32], seen: usize, largest: &'a mut f32, sum: &'a mut f32) -> f32 {
-        let (seen, hidden) = scores.split_at_mut(seen);
-        hidden.fill(0.0);
+    /// One row of one tile of the online softmax: scores become weights relative to the largest score so far, those outside
+    /// `seen` zero. Returns the factor for what was summed before.
+    fn online_softmax<'a>(scores: &'a mut [f32], seen: Range<usize>, largest: &'a mut f32, sum: &'a mut f32) -> f32 {
+        scores[..seen.start].fill(0.0);
+        scores[seen.end..].fill(0.0);
+        let seen = &mut scores[seen];
+        if seen.is_empty() {
+            return 1.0;
+        }
         let new_largest = max(seen).max(*largest);
         for score in seen.iter_mut() {
             *score = exp(*score - new_largest);
@@ -317,18 +365,20 @@ vectorized! {
 }
 
 vectorized! {
-    /// One row of one tile: scores become weights, their gradients the scores' gradients, those from `seen` on zero.
+    /// One row of one tile: scores become weights, their gradients the scores' gradients, those outside `seen` zero.
     fn softmax_backward<'a>(
         weights: &'a mut [f32],
         d_scores: &'a mut [f32],
-        seen: usize,
+        seen: Range<usize>,
         lse: f32,
         delta: f32,
         scale: f32,
     ) -> () {
-        weights[seen..].fill(0.0);
-        d_scores[seen..].fill(0.0);
-        for (weight, d_score) in weights[..seen].iter_mut().zip(&mut d_scores[..seen]) {
+        for hidden in [0..seen.start, seen.end..weights.len()] {
+            weights[hidden.clone()].fill(0.0);
+            d_scores[hidden].fill(0.0);
+        }
+        for (weight, d_score) in weights[seen.clone()].iter_mut().zip(&mut d_scores[seen]) {
             *weight = exp(*weight - lse);
             *d_score = *weight * (*d_score - delta) * scale;
         }

@@ -106,11 +106,17 @@ impl LlamaBackend for Flex {
         rows::rotary(x, cos, sin, inverse)
     }
 
-    fn causal_attention(q: FlexTensor, k: FlexTensor, v: FlexTensor, spec: AttentionSpec) -> (FlexTensor, FlexTensor) {
+    fn causal_attention(
+        q: FlexTensor,
+        k: FlexTensor,
+        v: FlexTensor,
+        starts: Option<IntTensor<Flex>>,
+        spec: AttentionSpec,
+    ) -> (FlexTensor, FlexTensor) {
         if !is_f32(&[&q, &k, &v]) {
-            return reference::causal_attention::<Flex>(q, k, v, spec);
+            return reference::causal_attention::<Flex>(q, k, v, starts, spec);
         }
-        attention::forward(q, k, v, spec)
+        attention::forward(q, k, v, starts, spec)
     }
 
     fn causal_attention_backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTensor; 3] {
