@@ -2,10 +2,12 @@
 //!
 //! | step | here |
 //! | --- | --- |
-//! | text files, folders, JSONL (also `.gz`, `.zst`) to documents | [`source`] |
+//! | dumps to cleaned documents and token shards (paper, section 2.1) | [`pipeline`], of [`read`], [`clean`], [`filter`] and [`dedup`] |
+//! | which source when (paper, table 1) | [`mixture`] |
+//! | text files, folders, JSONL (also compressed) to documents | [`source`] |
 //! | documents to token ids (paper, section 2.1, "Tokenizer") | [`tokenizer`] |
 //! | token ids to files with a checked header | [`shard`] |
-//! | the three above in one call | [`prepare`] |
+//! | clean text to shards in one call | [`prepare`] |
 //! | files to training windows | [`TokenDataset`] |
 //! | which window when: a pure function of seed and step | [`order`] |
 //! | batches made ahead of the training thread | [`loader`] |
@@ -34,27 +36,12 @@ pub mod shard;
 pub mod source;
 pub mod tokenizer;
 
+mod atomic;
 mod dataset;
 mod error;
 mod progress;
 
+pub(crate) use atomic::{AtomicFile, write_atomically};
 pub use dataset::TokenDataset;
 pub use error::DataError;
 pub use progress::{NoProgress, Progress};
-
-/// Writes a file beside its place and renames it into it, so that it is there whole or not at all.
-pub(crate) fn write_atomically(
-    path: &std::path::Path,
-    write: impl FnOnce(&mut std::io::BufWriter<&mut std::fs::File>) -> std::io::Result<()>,
-) -> Result<(), DataError> {
-    let io = |error| DataError::io(path, error);
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(std::path::Path::new("."));
-    let mut file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder).map_err(io)?;
-    let mut buffer = std::io::BufWriter::with_capacity(1 << 20, file.as_file_mut());
-    write(&mut buffer).map_err(io)?;
-    std::io::Write::flush(&mut buffer).map_err(io)?;
-    drop(buffer);
-    file.as_file().sync_all().map_err(io)?;
-    file.persist(path).map_err(|error| io(error.error))?;
-    Ok(())
-}

@@ -17,14 +17,12 @@
 //! | | 8 each | index of each document's first token |
 
 use std::fs::File;
-use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
-use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use crate::DataError;
+use crate::{AtomicFile, DataError};
 
 const MAGIC: &[u8; 8] = b"LLAMATOK";
 const VERSION: u32 = 1;
@@ -99,8 +97,7 @@ impl Header {
 /// Writes one shard: documents are appended, then [`finish`](Self::finish) puts the file into its place. A writer that
 /// is dropped before leaves nothing.
 pub struct ShardWriter {
-    path: PathBuf,
-    file: BufWriter<NamedTempFile>,
+    file: AtomicFile,
     hash: Xxh3,
     header: Header,
     documents: Vec<u64>,
@@ -112,10 +109,8 @@ impl ShardWriter {
     /// # Errors
     /// [`DataError::Io`].
     pub fn create(path: &Path, vocab_size: usize, tokenizer: u64) -> Result<Self, DataError> {
-        let io = |error| DataError::io(path, error);
-        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut file = tempfile::Builder::new().prefix(".tmp-shard-").tempfile_in(folder).map_err(io)?;
-        file.write_all(&[0; HEADER]).map_err(io)?;
+        let mut file = AtomicFile::create(path)?;
+        file.push(&[0; HEADER])?;
         let header = Header {
             token_bytes: if vocab_size <= 1 << 16 { 2 } else { 4 },
             vocab_size: vocab_size as u64,
@@ -124,8 +119,7 @@ impl ShardWriter {
             documents: 0,
             checksum: 0,
         };
-        let file = BufWriter::with_capacity(1 << 20, file);
-        Ok(Self { path: path.into(), file, hash: Xxh3::new(), header, documents: Vec::new() })
+        Ok(Self { file, hash: Xxh3::new(), header, documents: Vec::new() })
     }
 
     /// Tokens so far.
@@ -140,7 +134,7 @@ impl ShardWriter {
     pub fn push(&mut self, tokens: &[u32]) -> Result<(), DataError> {
         if let Some(token) = tokens.iter().find(|&&token| u64::from(token) >= self.header.vocab_size) {
             let reason = format!("token {token} is outside the vocabulary of {}", self.header.vocab_size);
-            return Err(DataError::format(&self.path, reason));
+            return Err(DataError::format(self.file.path(), reason));
         }
         self.documents.push(self.header.tokens);
         self.header.tokens += tokens.len() as u64;
@@ -164,19 +158,13 @@ impl ShardWriter {
         self.write(bytemuck::cast_slice(&index))?;
         self.header.documents = index.len() as u64;
         self.header.checksum = self.hash.digest();
-
-        let io = |error| DataError::io(&self.path, error);
-        let mut file = self.file.into_inner().map_err(|error| io(error.into_error()))?;
-        file.seek(SeekFrom::Start(0)).map_err(io)?;
-        file.write_all(&self.header.to_bytes()).map_err(io)?;
-        file.as_file().sync_all().map_err(io)?;
-        file.persist(&self.path).map_err(|error| io(error.error))?;
-        Ok(())
+        self.file.set_start(&self.header.to_bytes())?;
+        self.file.finish()
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), DataError> {
         self.hash.update(bytes);
-        self.file.write_all(bytes).map_err(|error| DataError::io(&self.path, error))
+        self.file.push(bytes)
     }
 }
 

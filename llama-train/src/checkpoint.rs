@@ -103,10 +103,11 @@ pub fn save<B: TrainBackend>(
     let place = folder.join(format!("step-{:08}", state.step));
     remove_half_written(&folder)?;
     // Removed again when dropped, so that a failed write leaves no debris.
-    let temporary = tempfile::Builder::new()
-        .prefix(TEMPORARY)
-        .tempdir_in(&folder)
-        .map_err(|error| TrainError::io(&folder, error))?;
+    let mut builder = tempfile::Builder::new();
+    // Readable as any folder is; a temporary one would be its owner's alone.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+    let temporary = builder.prefix(TEMPORARY).tempdir_in(&folder).map_err(|error| TrainError::io(&folder, error))?;
     let at = |name: &str| temporary.path().join(name);
     hf::save(&model.llama, &state.config.model, temporary.path())?;
     weights::save_tensors(&at(OPTIMIZER_FILE), optimizer.to_tensors())?;

@@ -6,16 +6,14 @@
 //! candidates, and their signatures decide.
 
 use std::collections::HashMap;
-use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use memmap2::Mmap;
-use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::keys::{KeyFile, KeyWriter};
 use super::{Item, gather};
-use crate::DataError;
+use crate::{AtomicFile, DataError};
 
 /// Values of a signature.
 pub const HASHES: usize = 128;
@@ -132,10 +130,7 @@ const SEEDS: [u64; HASHES] = {
 pub struct Signatures(Option<Mmap>);
 
 /// Writes signatures as they come.
-pub struct SignatureWriter {
-    path: PathBuf,
-    file: BufWriter<NamedTempFile>,
-}
+pub struct SignatureWriter(AtomicFile);
 
 impl SignatureWriter {
     /// Begins a file beside its place.
@@ -143,9 +138,7 @@ impl SignatureWriter {
     /// # Errors
     /// [`DataError::Io`].
     pub fn create(path: &Path) -> Result<Self, DataError> {
-        let folder = path.parent().unwrap_or(Path::new("."));
-        let file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(folder);
-        Ok(Self { path: path.into(), file: BufWriter::new(file.map_err(|error| DataError::io(path, error))?) })
+        AtomicFile::create(path).map(Self)
     }
 
     /// Appends a signature.
@@ -153,7 +146,7 @@ impl SignatureWriter {
     /// # Errors
     /// [`DataError::Io`].
     pub fn push(&mut self, signature: &Signature) -> Result<(), DataError> {
-        self.file.write_all(bytemuck::cast_slice(signature)).map_err(|error| DataError::io(&self.path, error))
+        self.0.push(bytemuck::cast_slice(signature))
     }
 
     /// Renames the file into its place.
@@ -161,11 +154,7 @@ impl SignatureWriter {
     /// # Errors
     /// [`DataError::Io`].
     pub fn finish(self) -> Result<(), DataError> {
-        let io = |error| DataError::io(&self.path, error);
-        let file = self.file.into_inner().map_err(|error| io(error.into_error()))?;
-        file.as_file().sync_all().map_err(io)?;
-        file.persist(&self.path).map_err(|error| io(error.error))?;
-        Ok(())
+        self.0.finish()
     }
 }
 

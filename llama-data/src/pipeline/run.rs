@@ -87,8 +87,9 @@ pub fn run(config: &PrepareConfig, threads: usize, progress: &dyn Progress) -> R
         weight: source.weight,
     });
     MixtureConfig { source: sources.collect() }.save(&config.output)?;
-    let json = |file: &mut std::io::BufWriter<&mut std::fs::File>| serde_json::to_writer_pretty(file, &report);
-    crate::write_atomically(&config.output.join("report.json"), |file| json(file).map_err(Into::into))?;
+    crate::write_atomically(&config.output.join("report.json"), |file| {
+        serde_json::to_writer_pretty(file, &report).map_err(Into::into)
+    })?;
     for (name, text) in [("report.txt", report.table()), ("report.html", html::page(&report))] {
         crate::write_atomically(&config.output.join(name), |file| std::io::Write::write_all(file, text.as_bytes()))?;
     }

@@ -1,6 +1,6 @@
 //! Reading and cleaning one shard.
 
-use std::io::{BufRead, Write};
+use std::io::BufRead;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{SyncSender, sync_channel};
 
@@ -10,7 +10,6 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::report::ShardReport;
 use super::step::Dedup;
-use crate::DataError;
 use crate::clean::{Clean, Tally, ccnet};
 use crate::dedup::ItemSet;
 use crate::dedup::keys::KeyWriter;
@@ -18,6 +17,7 @@ use crate::dedup::minhash::{HASHES, Signature, SignatureWriter};
 use crate::input::{self, Limits, Line, Lines};
 use crate::read::Format;
 use crate::source::Document;
+use crate::{AtomicFile, DataError};
 
 /// Text that is cleaned in parallel at a time.
 const BATCH_BYTES: usize = 4 << 20;
@@ -213,8 +213,7 @@ impl Keys {
 
 /// A shard while it is written.
 struct Writer {
-    path: PathBuf,
-    file: tempfile::NamedTempFile,
+    file: AtomicFile,
     dedup: Option<Dedup>,
     keys: KeyWriter,
     signatures: Option<SignatureWriter>,
@@ -223,15 +222,13 @@ struct Writer {
 
 impl Writer {
     fn create(out: &ShardPath, dedup: Option<(Dedup, usize)>) -> Result<Self, DataError> {
-        let path = out.documents();
-        let file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(&out.folder);
-        let file = file.map_err(|error| DataError::io(&path, error))?;
+        let file = AtomicFile::create(&out.documents())?;
         let signatures = match dedup {
             Some((Dedup::Near(_), _)) => Some(SignatureWriter::create(&out.signatures())?),
             _ => None,
         };
         let keys = KeyWriter::new(dedup.map_or(0, |(_, partitions)| partitions));
-        Ok(Self { path, file, dedup: dedup.map(|(dedup, _)| dedup), keys, signatures, items: 0 })
+        Ok(Self { file, dedup: dedup.map(|(dedup, _)| dedup), keys, signatures, items: 0 })
     }
 
     /// Cleans documents in parallel and writes those that are kept, in their order.
@@ -264,7 +261,7 @@ impl Writer {
                     frames.push(Vec::new());
                 }
                 if let Some(frame) = frames.last_mut() {
-                    frame.extend(line.map_err(|error| DataError::format(&self.path, error))?);
+                    frame.extend(line.map_err(|error| DataError::format(self.file.path(), error))?);
                     frame.push(b'\n');
                 }
                 self.add_keys(keys)?;
@@ -273,7 +270,7 @@ impl Writer {
         // A zstd file may have many frames, so they are compressed in parallel.
         let compress = |frame: Vec<u8>| compress_to_vec(frame.as_slice(), CompressionLevel::Fastest);
         let frames: Vec<Vec<u8>> = frames.into_par_iter().filter(|frame| !frame.is_empty()).map(compress).collect();
-        frames.iter().try_for_each(|frame| self.file.write_all(frame)).map_err(|error| DataError::io(&self.path, error))
+        frames.iter().try_for_each(|frame| self.file.push(frame))
     }
 
     fn add_keys(&mut self, keys: Keys) -> Result<(), DataError> {
@@ -303,9 +300,7 @@ impl Writer {
     }
 
     fn finish(self, out: &ShardPath) -> Result<(), DataError> {
-        let io = |error| DataError::io(&self.path, error);
-        self.file.as_file().sync_all().map_err(io)?;
-        self.file.persist(&self.path).map_err(|error| io(error.error))?;
+        self.file.finish()?;
         if self.dedup.is_some() {
             self.keys.write(&out.keys())?;
         }
