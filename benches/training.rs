@@ -79,7 +79,7 @@ impl Training {
         device: &B::Device,
     ) {
         let llama = config.init::<B>(0, device).expect("the size is a valid model").with_compute(compute);
-        let mut model = Pretrainer { llama, z_loss: 0.0 };
+        let mut model = Pretrainer { llama, z_loss: 0.0, loss_scale: 1.0 };
         let mut optimizer = AdamW::<B>::new(OptimizerConfig::default());
         let ids: Vec<i32> = (0..batch * seq_len).map(|i| (i * 7919 % config.vocab_size) as i32).collect();
         let data = TokenBatch { inputs: ids.clone(), targets: ids, starts: None, batch, seq_len };

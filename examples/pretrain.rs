@@ -83,7 +83,7 @@ struct Args {
     /// Peak learning rate
     #[arg(long)]
     lr: Option<f64>,
-    /// Precision of the products with weights: f32 or bf16
+    /// Precision of the products with weights: f32, bf16 or f16
     #[arg(long)]
     precision: Option<Precision>,
     /// What a block keeps for its backward: none (all is kept), selective, or full (least memory)

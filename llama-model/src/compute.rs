@@ -1,7 +1,11 @@
 //! How a model computes: what is neither architecture nor training recipe, and changes results in the last digits at most
 //! ([`Recompute`]) or within a known rounding ([`Precision`]). Not saved with a model.
 
+use burn::tensor::DType;
+use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
+
+use crate::ModelError;
 
 /// The names of a choice, for command lines.
 macro_rules! names {
@@ -40,9 +44,37 @@ pub enum Precision {
     /// Operands rounded to bfloat16 (8 bits of mantissa), sums in f32: about twice the speed where the hardware has such
     /// products, never slower on the CPU.
     Bf16,
+    /// Operands rounded to half precision (11 bits of mantissa, values up to 65,504), for devices without bfloat16. Training scales
+    /// the loss so that gradients fit its range. On a CPU it takes longer than f32.
+    F16,
 }
 
-names!(Precision, "precision", F32 = "f32", Bf16 = "bf16");
+names!(Precision, "precision", F32 = "f32", Bf16 = "bf16", F16 = "f16");
+
+impl Precision {
+    /// The type that operands are rounded to.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
+        }
+    }
+
+    /// Whether a device has the type at all.
+    ///
+    /// # Errors
+    /// If not, with what to choose.
+    pub fn check<B: Backend>(self, device: &B::Device) -> Result<(), ModelError> {
+        match B::dtype_usage(device, self.dtype()).is_empty() {
+            false => Ok(()),
+            true => Err(ModelError::Config {
+                field: "precision",
+                reason: format!("cannot be `{self}` on {device:?}, which has no such numbers: choose another or f32"),
+            }),
+        }
+    }
+}
 
 /// What the forward of a block keeps for its backward (paper, section 2.4). Gradients are the same bit for bit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

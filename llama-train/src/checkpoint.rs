@@ -19,7 +19,7 @@ use llama_model::weights::{self, TensorFile};
 use llama_model::{ModelError, TrainBackend, hf};
 use serde::{Deserialize, Serialize};
 
-use crate::{AdamW, PretrainConfig, Pretrainer, TrainError};
+use crate::{AdamW, LossScale, PretrainConfig, Pretrainer, TrainError};
 
 /// Name of the tokenizer in checkpoints and data folders.
 pub const TOKENIZER_FILE: &str = "tokenizer.model";
@@ -41,6 +41,9 @@ pub struct RunState {
     pub updates: u64,
     /// Tokens trained on.
     pub tokens: u64,
+    /// Factor of the loss, in half precision.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
     /// Backend that computed, for the record.
     pub backend: String,
     /// The run's configuration.

@@ -23,6 +23,7 @@ mod config;
 mod error;
 mod gradients;
 mod loader;
+mod loss_scale;
 mod optimizer;
 mod peak;
 mod pretrain;
@@ -35,6 +36,7 @@ pub use config::{BatchConfig, DataConfig, OptimizerConfig, PretrainConfig, RunCo
 pub use error::TrainError;
 pub use gradients::GradientList;
 pub use loader::TokenLoader;
+pub use loss_scale::LossScale;
 pub use optimizer::AdamW;
 pub use peak::measure_peak_flops;
 pub use pretrain::{Display, PretrainReport, pretrain};

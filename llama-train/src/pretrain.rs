@@ -17,8 +17,8 @@ use crate::checkpoint::{self, Restored, TOKENIZER_FILE};
 use crate::metrics::StepMetric;
 use crate::strategy::{Components, Outcome};
 use crate::{
-    AdamW, LineRenderer, PretrainConfig, PretrainStrategy, Pretrainer, Stop, TokenLoader, TrainError, WarmupCosine,
-    curve, log, measure_peak_flops,
+    AdamW, LineRenderer, LossScale, PretrainConfig, PretrainStrategy, Pretrainer, Stop, TokenLoader, TrainError,
+    WarmupCosine, curve, log, measure_peak_flops,
 };
 
 /// Name of the loss curve in a run's folder.
@@ -68,6 +68,7 @@ pub fn pretrain<B: TrainBackend>(
     interrupter: Interrupter,
 ) -> Result<PretrainReport<B>, TrainError> {
     config.validate()?;
+    config.compute.precision.check::<B>(device)?;
     let tokenizer = Tokenizer::load(&config.data.folder.join(TOKENIZER_FILE))?;
     if tokenizer.vocab_size() != config.model.vocab_size {
         let (has, wants) = (tokenizer.vocab_size(), config.model.vocab_size);
@@ -86,16 +87,18 @@ pub fn pretrain<B: TrainBackend>(
     let folder = &config.run.folder;
     std::fs::create_dir_all(folder).map_err(|error| TrainError::io(folder, error))?;
 
-    let (model, optimizer, step, tokens) = match resume_from {
+    let micro_batch = (config.batch.sequences * config.batch.seq_len) as u64;
+    let (model, optimizer, step, tokens, loss_scale) = match resume_from {
         Some(checkpoint) => {
             let Restored { model, optimizer, state } = checkpoint::load::<B>(checkpoint, device)?;
             check_same_run(config, &state.config)?;
             // What is kept for the backward may change with a resume.
-            (Pretrainer::new(model.llama, config), optimizer, state.step, state.tokens)
+            (Pretrainer::new(model.llama, config), optimizer, state.step, state.tokens, state.loss_scale)
         }
         None => {
             let llama = config.model.init::<B>(config.seed, device)?;
-            (Pretrainer::new(llama, config), AdamW::new(config.optimizer.clone()), 0, 0)
+            let loss_scale = LossScale::new(config.compute.precision, micro_batch);
+            (Pretrainer::new(llama, config), AdamW::new(config.optimizer.clone()), 0, 0, loss_scale)
         }
     };
     let per_step = config.sequences_per_step();
@@ -107,7 +110,7 @@ pub fn pretrain<B: TrainBackend>(
     let valid = TokenLoader::new(valid, batch, 0, end);
 
     let peak_flops = config.run.peak_flops.unwrap_or_else(|| measure_peak_flops::<B::InnerBackend>(device));
-    let strategy = PretrainStrategy::new(config.clone(), tokenizer, peak_flops, optimizer, step, tokens);
+    let strategy = PretrainStrategy::new(config.clone(), tokenizer, peak_flops, optimizer, step, tokens, loss_scale);
     let outcome = strategy.outcome();
     let train: Arc<dyn DataLoader<B, _>> = Arc::new(train);
     let valid: Arc<dyn DataLoader<B::InnerBackend, _>> = Arc::new(valid);

@@ -16,7 +16,7 @@ use llama_model::TrainBackend;
 
 use crate::checkpoint::{self, RunState};
 use crate::log::{Line, MetricsFile};
-use crate::{AdamW, GradientList, PretrainConfig, Pretrainer, StepOutput, TrainError, WarmupCosine};
+use crate::{AdamW, GradientList, LossScale, PretrainConfig, Pretrainer, StepOutput, TrainError, WarmupCosine};
 
 /// Steps in a row without a finite loss and gradient after which a run gives up.
 const MAX_SKIPPED: u64 = 20;
@@ -47,6 +47,7 @@ struct Start<B: TrainBackend> {
     optimizer: AdamW<B>,
     step: u64,
     tokens: u64,
+    loss_scale: Option<LossScale>,
 }
 
 /// How a run ended.
@@ -58,8 +59,8 @@ pub(crate) struct Outcome {
 }
 
 impl<B: TrainBackend> PretrainStrategy<B> {
-    /// A strategy that goes on after `step` steps and `tokens` tokens with an optimizer. The learner's model must be the
-    /// one of that step, and the training loader must begin at its data position.
+    /// A strategy that goes on after `step` steps and `tokens` tokens with an optimizer and, in half precision, a factor of the loss.
+    /// The learner's model must be the one of that step, and the training loader must begin at its data position.
     pub fn new(
         config: PretrainConfig,
         tokenizer: Tokenizer,
@@ -67,8 +68,9 @@ impl<B: TrainBackend> PretrainStrategy<B> {
         optimizer: AdamW<B>,
         step: u64,
         tokens: u64,
+        loss_scale: Option<LossScale>,
     ) -> Self {
-        let start = Mutex::new(Some(Start { optimizer, step, tokens }));
+        let start = Mutex::new(Some(Start { optimizer, step, tokens, loss_scale }));
         Self { config, tokenizer, peak_flops, start, outcome: Arc::default() }
     }
 
@@ -91,7 +93,7 @@ impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for PretrainStra
         let model = learner.model();
         drop(learner);
         let start = self.start.lock().expect("no other thread holds this").take();
-        let Start { optimizer, step, tokens } = start.expect("a strategy runs once");
+        let Start { optimizer, step, tokens, loss_scale } = start.expect("a strategy runs once");
         let mut run = Run {
             schedule: WarmupCosine::new(self.config.schedule.clone()),
             flops_per_token: self.config.model.flops_per_token(self.config.batch.seq_len).training(),
@@ -100,6 +102,7 @@ impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for PretrainStra
             optimizer,
             step,
             tokens,
+            loss_scale,
             skipped: 0,
             skipped_in_a_row: 0,
             processor: components.event_processor,
@@ -120,6 +123,7 @@ struct Run<'a, B: TrainBackend> {
     optimizer: AdamW<B>,
     step: u64,
     tokens: u64,
+    loss_scale: Option<LossScale>,
     skipped: u64,
     skipped_in_a_row: u64,
     processor: SupervisedTrainingEventProcessor<Components<B>>,
@@ -179,6 +183,10 @@ impl<B: TrainBackend> Run<'_, B> {
         let mut waited = Duration::ZERO;
         let mut grads = GradientList::default();
         let mut output = StepOutput { lr: self.schedule.lr(self.step), ..Default::default() };
+        let loss_scale = self.loss_scale.map_or(1.0, |scale| scale.factor);
+        if let Some(model) = &mut self.model {
+            model.loss_scale = loss_scale;
+        }
         for _ in 0..self.strategy.config.batch.accumulation {
             let before = Instant::now();
             let batch = next_batch().ok_or_else(|| DataError::Loader("it has no more batches".into()))?;
@@ -190,23 +198,28 @@ impl<B: TrainBackend> Run<'_, B> {
             output.tokens += micro.item.tokens;
         }
         // The sum over all tokens is divided by their number once, whatever the micro-batches.
-        let per_token = 1.0 / output.tokens as f64;
+        let per_token = 1.0 / (output.tokens as f64 * loss_scale);
         output.grad_norm = grads.norm() * per_token;
         self.step += 1;
         if !output.loss_sum.is_finite() || !output.grad_norm.is_finite() {
             let (loss, grad_norm) = (output.loss().to_string(), output.grad_norm.to_string());
             log.write(&Line::Skipped { step: self.step, loss, grad_norm })?;
             self.skipped += 1;
-            self.skipped_in_a_row += 1;
+            // In half precision the gradient's overflow is expected, and the factor falls.
+            if !output.loss_sum.is_finite() || !self.loss_scale.as_mut().is_some_and(LossScale::shrink) {
+                self.skipped_in_a_row += 1;
+            }
             if self.skipped_in_a_row == MAX_SKIPPED {
                 return Err(TrainError::NotFinite { step: self.step, count: MAX_SKIPPED });
             }
             return Ok(None);
         }
         self.skipped_in_a_row = 0;
+        self.loss_scale.iter_mut().for_each(LossScale::grow);
         let scale = self.optimizer.clip_factor(output.grad_norm) * per_token;
-        let Pretrainer { llama, z_loss } = self.model.take().expect("the model is only away during an update");
-        self.model = Some(Pretrainer { llama: self.optimizer.update(output.lr, llama, grads, scale), z_loss });
+        let model = self.model.take().expect("the model is only away during an update");
+        let llama = self.optimizer.update(output.lr, model.llama, grads, scale);
+        self.model = Some(Pretrainer { llama, z_loss: model.z_loss, loss_scale });
 
         self.tokens += output.tokens;
         let seconds = start.elapsed().as_secs_f64();
@@ -235,6 +248,7 @@ impl<B: TrainBackend> Run<'_, B> {
             step: self.step,
             updates: self.optimizer.step_count(),
             tokens: self.tokens,
+            loss_scale: self.loss_scale,
             backend: B::name(&Default::default()),
             config: self.strategy.config.clone(),
         };

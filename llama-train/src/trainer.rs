@@ -16,6 +16,8 @@ pub struct Pretrainer<B: LlamaBackend> {
     pub llama: Llama<B>,
     /// Factor of the z-loss in training; 0 is off. Validation is without.
     pub z_loss: f64,
+    /// Factor of the loss whose gradients a training step returns; 1 but in half precision.
+    pub loss_scale: f64,
 }
 
 /// What a step gives, and what metrics are made of.
@@ -49,7 +51,7 @@ impl StepOutput {
 impl<B: LlamaBackend> Pretrainer<B> {
     /// A model in training, with the configured precision, recomputation and z-loss.
     pub fn new(llama: Llama<B>, config: &PretrainConfig) -> Self {
-        Self { llama: llama.with_compute(config.compute), z_loss: config.optimizer.z_loss }
+        Self { llama: llama.with_compute(config.compute), z_loss: config.optimizer.z_loss, loss_scale: 1.0 }
     }
 
     /// Summed loss of a batch, `[1]`.
@@ -70,14 +72,17 @@ impl<B: TrainBackend> TrainStep for Pretrainer<B> {
     type Input = TokenBatch;
     type Output = StepOutput;
 
-    /// Forward and backward of the **summed** loss: who drives the step divides by the tokens of all its
-    /// micro-batches.
+    /// Forward and backward of the **summed** loss, times `loss_scale`: who drives the step divides the gradients by it and by the
+    /// tokens of all its micro-batches.
     ///
     /// # Panics
     /// If the sequences are longer than the model's; a checked configuration rules it out.
     fn step(&self, batch: TokenBatch) -> TrainOutput<StepOutput> {
         let loss = self.loss(&batch, self.z_loss).expect("the configuration was checked");
-        let grads = loss.backward();
+        let grads = match self.loss_scale {
+            1.0 => loss.backward(),
+            factor => loss.clone().mul_scalar(factor).backward(),
+        };
         let loss_sum = loss.into_scalar().elem();
         let output = StepOutput { loss_sum, tokens: batch.tokens() as u64, ..Default::default() };
         TrainOutput::new(self, grads, output)

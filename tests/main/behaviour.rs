@@ -65,7 +65,10 @@ fn step<B: TrainBackend>(
 }
 
 fn new_model<B: TrainBackend>(config: &LlamaConfig, device: &B::Device) -> (Pretrainer<B>, AdamW<B>) {
-    (Pretrainer { llama: config.init::<B>(1, device).unwrap(), z_loss: 0.0 }, AdamW::new(OptimizerConfig::default()))
+    (
+        Pretrainer { llama: config.init::<B>(1, device).unwrap(), z_loss: 0.0, loss_scale: 1.0 },
+        AdamW::new(OptimizerConfig::default()),
+    )
 }
 
 fn parameters<B: TrainBackend>(model: &Pretrainer<B>) -> Vec<f64> {
@@ -77,7 +80,7 @@ fn parameters<B: TrainBackend>(model: &Pretrainer<B>) -> Vec<f64> {
 device_test! {
     fn an_untrained_model_knows_nothing<B>(device) {
         for config in [small(), LlamaConfig { tied_head: false, ..small() }, LlamaConfig::tiny(2048)] {
-            let model = Pretrainer { llama: config.init::<B::InnerBackend>(3, &device).unwrap(), z_loss: 0.0 };
+            let model = Pretrainer { llama: config.init::<B::InnerBackend>(3, &device).unwrap(), z_loss: 0.0, loss_scale: 1.0 };
             let batch = batch(0..4, 64);
             let loss = floats(model.loss(&batch, 0.0).unwrap())[0] / batch.tokens() as f64;
             let chance = (config.vocab_size as f64).ln();
@@ -117,7 +120,7 @@ device_test! {
 device_test! {
     /// Joined documents with attention inside each have the losses and gradients they have apart.
     fn documents_do_not_see_one_another<B>(device) {
-        let model = Pretrainer { llama: small().init::<B>(1, &device).unwrap(), z_loss: 0.0 };
+        let model = Pretrainer { llama: small().init::<B>(1, &device).unwrap(), z_loss: 0.0, loss_scale: 1.0 };
         let of = |parts: &[(usize, usize)], block_causal: bool| {
             let (mut inputs, mut targets, mut starts) = (Vec::new(), Vec::new(), Vec::new());
             for &(seed, len) in parts {
@@ -237,7 +240,7 @@ device_test! {
 
 device_test! {
     fn a_seed_gives_the_same_weights<B>(device) {
-        let params = |seed| parameters(&Pretrainer { llama: small().init::<B>(seed, &device).unwrap(), z_loss: 0.0 });
+        let params = |seed| parameters(&Pretrainer { llama: small().init::<B>(seed, &device).unwrap(), z_loss: 0.0, loss_scale: 1.0 });
         assert_eq!(params(1), params(1));
         assert_ne!(params(1), params(2));
         // Pinned, so that they are the same on every backend and in every version.

@@ -144,7 +144,7 @@ fn train<B: TrainBackend>(variant: &str, decay_norms: bool, device: &B::Device) 
     let (tokens, dims) = stored_ints(&format!("{variant}/train_tokens.safetensors"), "tokens");
     assert_eq!(dims, [20, 4, 33]);
 
-    let mut model = Pretrainer { llama: load::<B>(variant, device).0, z_loss: 0.0 };
+    let mut model = Pretrainer { llama: load::<B>(variant, device).0, z_loss: 0.0, loss_scale: 1.0 };
     let mut optimizer = AdamW::<B>::new(config);
     let (mut losses, mut norms, mut clips, mut rates) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (step, tokens) in tokens.chunks(4 * 33).enumerate() {

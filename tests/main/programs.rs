@@ -55,6 +55,20 @@ fn every_program_has_help() {
 }
 
 #[test]
+fn half_precision_with_a_scaled_loss_trains_as_f32_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let last_loss = |precision: &str| {
+        let path = folder.path().join(precision);
+        run(pretrain(&path, 12).args(["--precision", precision]));
+        let metrics = std::fs::read_to_string(path.join("metrics.jsonl")).unwrap();
+        let line = metrics.lines().rfind(|line| line.contains("\"lr\"")).unwrap();
+        serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64().unwrap()
+    };
+    let (exact, half) = (last_loss("f32"), last_loss("f16"));
+    assert!((exact - half).abs() < 0.01 * exact && exact != half, "{exact} {half}");
+}
+
+#[test]
 fn pretrain_then_generate() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("run");

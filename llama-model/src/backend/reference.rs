@@ -33,9 +33,9 @@ pub fn dequantize<B: Backend>(values: IntTensor<B>, scales: FloatTensor<B>) -> F
 fn product<B: Backend>(a: FloatTensor<B>, b: FloatTensor<B>, precision: Precision) -> FloatTensor<B> {
     match precision {
         Precision::F32 => B::float_matmul(a, b),
-        Precision::Bf16 => {
+        Precision::Bf16 | Precision::F16 => {
             let dtype = a.dtype();
-            let [a, b] = [a, b].map(|x| B::float_cast(x, DType::BF16.into()));
+            let [a, b] = [a, b].map(|x| B::float_cast(x, precision.dtype().into()));
             B::float_cast(B::float_matmul(a, b), dtype.into())
         }
     }

@@ -98,12 +98,12 @@ pub(super) unsafe fn multiply(out: *mut f32, out_row_stride: isize, a: Matrix, b
         return;
     }
     #[cfg(target_arch = "x86_64")]
-    if a.cols > 0 && simd::has_avx512() {
+    if a.cols > 0 && simd::has_avx512() && product.precision != Precision::F16 {
         let out = Output(out);
         // SAFETY: the caller's promise, and the CPU was asked.
         return unsafe {
             match product.precision {
-                Precision::F32 => by::<avx512::Single>(out, out_row_stride, a, b, product),
+                Precision::F32 | Precision::F16 => by::<avx512::Single>(out, out_row_stride, a, b, product),
                 #[cfg(target_os = "linux")]
                 Precision::Bf16 if amx::available() => by::<amx::MatrixUnit>(out, out_row_stride, a, b, product),
                 Precision::Bf16 if avx512::fast_dot() => {
@@ -113,8 +113,8 @@ pub(super) unsafe fn multiply(out: *mut f32, out_row_stride: isize, a: Matrix, b
             }
         };
     }
-    if product.precision == Precision::Bf16 {
-        let (rounded_a, rounded_b) = (rounded(a), rounded(b));
+    if product.precision != Precision::F32 {
+        let [rounded_a, rounded_b] = [a, b].map(|x| rounded(x, product.precision));
         let (a, b) = (Matrix::rows(&rounded_a, a.rows, a.cols), Matrix::rows(&rounded_b, b.rows, b.cols));
         // SAFETY: as the caller's; the operands are this function's own.
         return unsafe { multiply(out, out_row_stride, a, b, Product { precision: Precision::F32, ..product }) };
@@ -147,10 +147,15 @@ pub(super) unsafe fn multiply(out: *mut f32, out_row_stride: isize, a: Matrix, b
 }
 
 /// A copy with every element rounded to bf16, row by row.
-fn rounded(x: Matrix) -> Vec<f32> {
+fn rounded(x: Matrix, precision: Precision) -> Vec<f32> {
     let round = |row, col| {
         // SAFETY: the element is inside the matrix.
-        half::bf16::from_f32(unsafe { *x.at(row, col) }).to_f32()
+        let value = unsafe { *x.at(row, col) };
+        match precision {
+            Precision::F32 => value,
+            Precision::Bf16 => half::bf16::from_f32(value).to_f32(),
+            Precision::F16 => half::f16::from_f32(value).to_f32(),
+        }
     };
     (0..x.rows).flat_map(|row| (0..x.cols).map(move |col| round(row, col))).collect()
 }
