@@ -60,8 +60,10 @@ fn run(args: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     if let Some(model) = &language {
         bench.measure("language", &|text| model.predict(&text.replace('\n', " "), 1).len());
     }
-    let caches = EncodeCaches::default();
-    bench.measure("tokens", &|text| caches.with(|cache| tokenizer.encode_with(text, cache).len()));
+    // Every round begins with empty caches.
+    bench.measure_with("tokens", EncodeCaches::default, &|caches, text| {
+        caches.with(|cache| tokenizer.encode_with(text, cache).len())
+    });
     Ok(())
 }
 
@@ -90,6 +92,10 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     fn measure(&self, name: &str, work: &(dyn Fn(&str) -> usize + Sync)) {
+        self.measure_with(name, || (), &|(), text| work(text));
+    }
+
+    fn measure_with<S: Sync>(&self, name: &str, state: impl Fn() -> S, work: &(dyn Fn(&S, &str) -> usize + Sync)) {
         let rounds = if self.args.smoke { 1 } else { 5 };
         let timed = |run: &dyn Fn() -> usize| {
             let times: Vec<Duration> = (0..rounds)
@@ -101,8 +107,14 @@ impl Bench<'_> {
                 .collect();
             self.bytes as f64 / 1e6 / (median(times) / 1e3)
         };
-        let one = timed(&|| self.texts.iter().map(|text| work(text)).sum());
-        let all = timed(&|| self.texts.par_iter().map(|text| work(text)).sum());
+        let one = timed(&|| {
+            let state = state();
+            self.texts.iter().map(|text| work(&state, text)).sum()
+        });
+        let all = timed(&|| {
+            let state = state();
+            self.texts.par_iter().map(|text| work(&state, text)).sum()
+        });
         println!("| {name} | {one:.1} | {all:.1} |");
         append(self.args, &serde_json::json!({ "what": name, "one": one, "all": all, "bytes": self.bytes }));
     }

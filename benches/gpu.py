@@ -4,7 +4,7 @@ where it is installed. Prints one table.
 
     python3 benches/gpu.py                            # CUDA: builds what it needs first
     python3 benches/gpu.py --device vulkan --sizes tiny
-    python3 benches/gpu.py --pack gpu                 # builds and strips the programs into a folder
+    python3 benches/gpu.py --pack gpu                 # builds and strips the programs into a folder and gpu.tar.xz
     python3 gpu/gpu.py --binaries gpu                 # on a machine with a GPU, without a toolchain or a network
 
 The raw output goes to gpu.log.
@@ -17,13 +17,14 @@ LOG = None
 
 
 def run(command, env=None, limit=None, cwd=None):
-    """Output of a command; what it prints is logged. None if it fails or takes too long."""
+    """Output of a command; what it prints is logged. None if it fails or takes too long, which is printed."""
     LOG.write(f"$ {' '.join(command)}\n")
     LOG.flush()
     try:
         done = subprocess.run(command, env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit, cwd=cwd)
     except subprocess.TimeoutExpired as error:
-        LOG.write(f"{error.stdout or ''}\ntook longer than {limit} s\n")
+        LOG.write((error.stdout or b"").decode(errors="replace"))
+        print(f"{os.path.basename(command[0])} took longer than {limit:.0f} s")
         return None
     LOG.write(done.stdout)
     return done.stdout if done.returncode == 0 else None
@@ -44,8 +45,7 @@ def build(feature, folder):
             subprocess.run(["strip", path], check=True)
     shutil.copytree(os.path.join(ROOT, "tests", "fixtures"), os.path.join(folder, "fixtures"), dirs_exist_ok=True)
     for script in ("gpu.py", "compare_torch.py"):
-        if os.path.abspath(folder) != HERE:
-            shutil.copy(os.path.join(HERE, script), folder)
+        shutil.copy(os.path.join(HERE, script), folder)
 
 
 def lines(bench, binaries, device, arguments, limit):
@@ -75,7 +75,8 @@ def main():
     args = parser.parse_args()
     feature = args.device.split(":")[0]
     if args.pack:
-        return build(feature, args.pack)
+        build(feature, args.pack)
+        return print(shutil.make_archive(args.pack.rstrip("/"), "xztar", args.pack))
     LOG = open("gpu.log", "a")
     binaries = args.binaries
     if not binaries:
@@ -86,9 +87,9 @@ def main():
 
     parity = run([os.path.join(os.path.abspath(binaries), "parity"), "ops::", "block::", "parity::"],
                  env={"LLAMA_TEST_DEVICE": args.device, "CUBECL_AUTOTUNE_LEVEL": "minimal",
-                      "LLAMA_TEST_FIXTURES": os.path.join(os.path.abspath(binaries), "fixtures")}, limit=left() / 2)
+                      "LLAMA_TEST_FIXTURES": os.path.join(os.path.abspath(binaries), "fixtures")}, limit=left() * 0.6)
     result = [line for line in (parity or "").splitlines() if line.startswith("test result")]
-    print("parity:", result[-1] if result else "FAILED, see gpu.log")
+    print("parity:", result[-1] if result else "no result, see gpu.log")
 
     try:
         import torch

@@ -17,6 +17,8 @@ const VERSION: i32 = 12;
 /// Appended to every line.
 const END: &str = "</s>";
 const LABEL: &str = "__label__";
+/// Longer n-grams than any model has.
+const MAX_NGRAM: usize = 64;
 
 /// Words with their rows.
 pub(super) type Words = FxHashMap<String, u32>;
@@ -102,6 +104,13 @@ impl FastText {
             sizes.max_chars = 0;
         }
 
+        let has_ngrams = sizes.max_chars > 0 || sizes.word_ngrams > 1;
+        if (has_ngrams && sizes.buckets == 0) || sizes.word_ngrams > MAX_NGRAM || sizes.max_chars > MAX_NGRAM {
+            return Err(format!(
+                "n-grams of {} words and {} characters in {} buckets",
+                sizes.word_ngrams, sizes.max_chars, sizes.buckets
+            ));
+        }
         let [entries, word_count, label_count] = [file.int()?, file.int()?, file.int()?];
         file.long()?;
         let pruned_len = file.long()?;
@@ -364,6 +373,30 @@ mod tests {
             }
         }
         assert!(!model.predict("", 1).is_empty(), "an empty line is its end mark");
+    }
+
+    proptest::proptest! {
+        /// A changed file is refused, or is a model that predicts.
+        #[test]
+        fn changed_files_do_not_panic(changes in proptest::collection::vec((0.0f64..1.0, proptest::num::u8::ANY), 1..6)) {
+            thread_local! {
+                static TOY: Vec<u8> = {
+                    let mut bytes = Vec::new();
+                    super::super::train::tests::toy().write_to(&mut bytes).unwrap();
+                    bytes
+                };
+            }
+            let mut bytes = TOY.with(Clone::clone);
+            for (place, byte) in changes {
+                // Half of the changes go to the header, whose numbers matter most.
+                let len = if place < 0.5 { 100 } else { bytes.len() };
+                let at = (place.fract() * 2.0 % 1.0 * len as f64) as usize;
+                bytes[at] = byte;
+            }
+            if let Ok(model) = FastText::parse(&bytes) {
+                model.predict("the committee published a report", 3);
+            }
+        }
     }
 
     #[test]
