@@ -7,7 +7,7 @@ use crate::clean::Count;
 
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}\
 table{border-collapse:collapse;width:100%;margin:1rem 0}th,td{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}\
-th:first-child,td:first-child{text-align:left}td.bar{width:40%}\
+th:first-child,td:first-child{text-align:left}td:first-child{width:15rem}td.bar{width:38%}\
 .bar div{height:.9rem;border-radius:2px}.kept{background:#2a7f62}.dropped{background:#c8553d}.trimmed{background:#e0a458}.tokens{background:#33658a}\
 pre{background:#f6f6f6;padding:.8rem;overflow-x:auto;font-size:13px}";
 

@@ -53,10 +53,11 @@ pub fn run(config: &PrepareConfig, threads: usize, progress: &dyn Progress) -> R
         report.sources.push(source_report);
     }
 
+    let bytes: Vec<u64> = report.sources.iter().map(|source| source.total.kept.bytes).collect();
     let tokenizer_path = config.output.join("tokenizer.model");
     let work: Box<dyn Fn() -> Result<(), DataError> + Send + Sync> = match &config.tokenizer.file {
         Some(file) => Box::new(|| Tokenizer::load(file)?.save(&tokenizer_path)),
-        None => Box::new(|| tokens::train(config, &cleaned, &tokenizer_path, progress)),
+        None => Box::new(|| tokens::train(config, &cleaned, &bytes, &tokenizer_path, progress)),
     };
     claims::run("tokenizer", &[Task { result: tokenizer_path.clone(), units: 1, work }], 1, &crate::NoProgress)?;
     let tokenizer = Tokenizer::load(&tokenizer_path)?;
