@@ -202,6 +202,14 @@ mod tests {
         assert_eq!(to_text(html), text);
     }
 
+    proptest::proptest! {
+        #[test]
+        fn no_text_panics(html in "(<(/)?(p|pre|li|script|svg|table|!--)( a=.)?>?|&(amp|#x)?;?|[<>&a \né]){0,40}") {
+            to_text(&html);
+            unescape(&html);
+        }
+    }
+
     #[test]
     fn broken_html_is_read_as_far_as_it_goes() {
         assert_eq!(to_text("<p>a<b>c</p></div></i>d<"), "ac\n\nd<");

@@ -193,6 +193,25 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        /// A changed file is refused, or is a model that scores.
+        #[test]
+        fn changed_files_do_not_panic(changes in proptest::collection::vec((0.0f64..1.0, proptest::num::u8::ANY), 1..5)) {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("lm.arpa");
+            NgramModel::train(TEXT.iter(), 3, Units::Words).unwrap().save_arpa(&path).unwrap();
+            let mut bytes = std::fs::read(&path).unwrap();
+            for (place, byte) in changes {
+                let at = (place * bytes.len() as f64) as usize;
+                bytes[at] = byte;
+            }
+            std::fs::write(&path, bytes).unwrap();
+            if let Ok(model) = NgramModel::load_arpa(&path, Units::Words) {
+                model.perplexity(TEXT.iter());
+            }
+        }
+    }
+
     #[test]
     fn too_little_text_is_an_error() {
         assert!(NgramModel::train(["a"; 0].iter(), 3, Units::Words).is_err());
