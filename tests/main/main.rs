@@ -12,6 +12,7 @@ mod behaviour;
 mod block;
 mod data;
 mod formats;
+mod generation;
 mod inputs;
 mod ops;
 mod parity;
