@@ -6,7 +6,7 @@
 //! candidates, and their signatures decide.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 use xxhash_rust::xxh3::xxh3_64;
@@ -90,13 +90,12 @@ impl MinHash {
         all.sort_unstable();
         let mut pairs = Vec::new();
         for group in all.chunk_by(|a, b| a.0 == b.0) {
-            let mut leaders: Vec<Item> = Vec::new();
+            let mut leaders: Vec<(Item, &[u32])> = Vec::new();
             for &(_, item) in group {
-                let signature = |item: Item| signatures[item.0 as usize].get(item.1);
-                match leaders.iter().find(|&&leader| similarity(signature(leader), signature(item)) >= self.similarity)
-                {
-                    Some(&leader) => pairs.push((leader, item)),
-                    None if leaders.len() < MAX_LEADERS => leaders.push(item),
+                let own = signatures[item.0 as usize].get(item.1)?;
+                match leaders.iter().find(|(_, leader)| similarity(leader, own) >= self.similarity) {
+                    Some(&(leader, _)) => pairs.push((leader, item)),
+                    None if leaders.len() < MAX_LEADERS => leaders.push((item, own)),
                     None => {}
                 }
             }
@@ -127,7 +126,11 @@ const SEEDS: [u64; HASHES] = {
 
 /// The signatures of a shard's documents, one after the other, mapped into memory.
 #[derive(Debug)]
-pub struct Signatures(Option<Mmap>);
+pub struct Signatures {
+    path: PathBuf,
+    /// None for an empty file, which cannot be mapped.
+    map: Option<Mmap>,
+}
 
 /// Writes signatures as they come.
 pub struct SignatureWriter(AtomicFile);
@@ -171,17 +174,22 @@ impl Signatures {
             return Err(DataError::format(path, format!("{len} bytes are no whole number of signatures")));
         }
         // SAFETY: the map is read only; the file is written once and renamed into place, and nothing changes it.
-        Ok(Self(if len == 0 { None } else { Some(unsafe { Mmap::map(&file) }.map_err(io)?) }))
+        let map = if len == 0 { None } else { Some(unsafe { Mmap::map(&file) }.map_err(io)?) };
+        Ok(Self { path: path.into(), map })
     }
 
     /// A document's signature.
     ///
-    /// # Panics
-    /// If there is no such document.
-    pub fn get(&self, document: u64) -> &[u32] {
-        let map = self.0.as_ref().expect("a document's shard has signatures");
-        let start = document as usize * size_of::<Signature>();
-        bytemuck::cast_slice(&map[start..start + size_of::<Signature>()])
+    /// # Errors
+    /// [`DataError::Format`] if the file has none for the document.
+    pub fn get(&self, document: u64) -> Result<&[u32], DataError> {
+        let all: &[u32] = self.map.as_deref().map_or(&[], bytemuck::cast_slice);
+        all.chunks_exact(HASHES).nth(document as usize).ok_or_else(|| {
+            DataError::format(
+                &self.path,
+                format!("there is no signature of document {document}; delete the file's folder"),
+            )
+        })
     }
 }
 
@@ -306,6 +314,20 @@ mod tests {
         let right = found.iter().filter(|&&item| item % 2 == 1 && item < 2 * pairs as u64).count();
         let (recall, precision) = (right as f64 / pairs as f64, right as f64 / found.len() as f64);
         assert!(recall >= 0.95 && precision >= 0.95, "recall {recall}, precision {precision}");
+    }
+
+    #[test]
+    fn a_file_that_is_too_short_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("signatures");
+        let mut writer = SignatureWriter::create(&path).unwrap();
+        writer.push(&[7; HASHES]).unwrap();
+        writer.finish().unwrap();
+        let signatures = Signatures::open(&path).unwrap();
+        assert_eq!(signatures.get(0).unwrap(), [7; HASHES]);
+        assert!(signatures.get(1).unwrap_err().to_string().contains("document 1"));
+        std::fs::write(&path, "").unwrap();
+        assert!(Signatures::open(&path).unwrap().get(0).is_err());
     }
 
     #[test]
