@@ -58,7 +58,7 @@ fn run(args: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let near = MinHash { shingle: 5, similarity: 0.8 };
     bench.measure("minhash", &|text| near.signature(text).map_or(0, |signature| signature[0] as usize));
     if let Some(model) = &language {
-        bench.measure("language", &|text| model.predict(&text.replace('\n', " "), 1).len());
+        bench.measure("language", &|text| model.predict(text, 1).len());
     }
     // Every round begins with empty caches.
     bench.measure_with("tokens", EncodeCaches::default, &|caches, text| {

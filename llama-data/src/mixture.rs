@@ -237,17 +237,22 @@ impl Mixture {
 
     /// Appends the inputs and targets of the window at a position.
     pub fn read(&self, position: u64, inputs: &mut Vec<i32>, targets: &mut Vec<i32>) {
+        let (data, window) = self.locate(position);
+        data.read(window, inputs, targets);
+    }
+
+    /// The source of a position, and its window.
+    fn locate(&self, position: u64) -> (&TokenDataset, u64) {
         let (source, index) = self.shares.locate(position);
         let (data, order) = &self.sources[source];
-        data.read(order.window(index), inputs, targets);
+        (data, order.window(index))
     }
 
     /// Appends, if batches are [`block_causal`](Self::block_causal), where the document of each input of the window at a position begins.
     pub fn read_starts(&self, position: u64, starts: &mut Option<Vec<i32>>) {
         if self.block_causal {
-            let (source, index) = self.shares.locate(position);
-            let (data, order) = &self.sources[source];
-            data.read_starts(order.window(index), starts.get_or_insert_default());
+            let (data, window) = self.locate(position);
+            data.read_starts(window, starts.get_or_insert_default());
         }
     }
 

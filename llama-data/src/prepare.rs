@@ -98,8 +98,8 @@ pub fn prepare(
 ) -> Result<PrepareReport, DataError> {
     let files = sources.files()?;
     std::fs::create_dir_all(folder).map_err(|error| DataError::io(folder, error))?;
-    let mut train = Split::new(folder, "train", tokenizer, options);
-    let mut valid = Split::new(folder, "valid", tokenizer, options);
+    let mut train = Split::new(folder, "train", 0, tokenizer, options.shard_tokens);
+    let mut valid = Split::new(folder, "valid", 0, tokenizer, options.shard_tokens);
     let mut report = PrepareReport::default();
     let mut hold_out = HoldOut { fraction: options.valid_fraction, documents: 0, bytes: 0, due: 0.0 };
     let caches = EncodeCaches::default();
@@ -202,40 +202,42 @@ impl HoldOut {
     }
 }
 
-/// The shards of one split.
-struct Split<'a> {
+/// The shards of one split. A shard is begun with its first document, so there is none without.
+pub(crate) struct Split<'a> {
     folder: &'a Path,
     name: &'static str,
     vocab_size: usize,
     tokenizer: u64,
     shard_tokens: u64,
     writer: Option<ShardWriter>,
-    shards: usize,
+    /// Number of the shard that is written, or of the next.
+    shard: usize,
     tokens: u64,
 }
 
 impl<'a> Split<'a> {
-    fn new(folder: &'a Path, name: &'static str, tokenizer: &Tokenizer, options: &PrepareOptions) -> Self {
+    /// Shards from number `first` on; each is closed at the document that brings it to `shard_tokens`.
+    pub fn new(folder: &'a Path, name: &'static str, first: usize, tokenizer: &Tokenizer, shard_tokens: u64) -> Self {
         Self {
             folder,
             name,
             vocab_size: tokenizer.vocab_size(),
             tokenizer: tokenizer.fingerprint(),
-            shard_tokens: options.shard_tokens,
+            shard_tokens,
             writer: None,
-            shards: 0,
+            shard: first,
             tokens: 0,
         }
     }
 
-    fn push(&mut self, tokens: &[u32]) -> Result<(), DataError> {
+    pub fn push(&mut self, tokens: &[u32]) -> Result<(), DataError> {
         if tokens.is_empty() {
             return Ok(());
         }
         let writer = match &mut self.writer {
             Some(writer) => writer,
             None => {
-                let path = self.folder.join(format!("{}-{:05}.bin", self.name, self.shards));
+                let path = self.folder.join(format!("{}-{:05}.bin", self.name, self.shard));
                 self.writer.insert(ShardWriter::create(&path, self.vocab_size, self.tokenizer)?)
             }
         };
@@ -248,12 +250,12 @@ impl<'a> Split<'a> {
     }
 
     fn close(&mut self) -> Result<(), DataError> {
-        self.shards += 1;
+        self.shard += 1;
         self.writer.take().map_or(Ok(()), ShardWriter::finish)
     }
 
     /// Number of tokens written.
-    fn finish(mut self) -> Result<u64, DataError> {
+    pub fn finish(mut self) -> Result<u64, DataError> {
         self.close()?;
         Ok(self.tokens)
     }

@@ -219,7 +219,7 @@ impl<B: TrainBackend> Run<'_, B> {
         let scale = self.optimizer.clip_factor(output.grad_norm) * per_token;
         let model = self.model.take().expect("the model is only away during an update");
         let llama = self.optimizer.update(output.lr, model.llama, grads, scale);
-        self.model = Some(Pretrainer { llama, z_loss: model.z_loss, loss_scale });
+        self.model = Some(Pretrainer { llama, ..model });
 
         self.tokens += output.tokens;
         let seconds = start.elapsed().as_secs_f64();

@@ -174,7 +174,8 @@ impl FastText {
         &self.labels
     }
 
-    /// The `k` most probable labels of a line, best first; none for a line that nothing is known of.
+    /// The `k` most probable labels of a text, best first; none for one that nothing is known of. The lines of a page are joined, as
+    /// CCNet joins them: an end of line separates words.
     pub fn predict(&self, line: &str, k: usize) -> Vec<(String, f32)> {
         let rows = self.features(line);
         if rows.is_empty() {

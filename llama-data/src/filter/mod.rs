@@ -30,9 +30,7 @@ pub struct Language {
 impl Clean for Language {
     fn clean(&self, mut document: Document, tally: &mut Tally) -> Option<Document> {
         let bytes = document.text.len();
-        // CCNet joins the page's lines: the model was trained on single ones.
-        let line = document.text.replace('\n', " ");
-        let Some((label, probability)) = self.model.predict(&line, 1).pop() else {
+        let Some((label, probability)) = self.model.predict(&document.text, 1).pop() else {
             return tally.drop("language: no words", bytes);
         };
         let language = label.strip_prefix("__label__").unwrap_or(&label);
@@ -84,7 +82,7 @@ pub struct Quality {
 impl Clean for Quality {
     fn clean(&self, mut document: Document, tally: &mut Tally) -> Option<Document> {
         let bytes = document.text.len();
-        let predicted = self.model.predict(&document.text.replace('\n', " "), usize::MAX);
+        let predicted = self.model.predict(&document.text, usize::MAX);
         let probability = predicted.iter().find(|(label, _)| *label == self.label).map_or(0.0, |(_, p)| *p);
         if probability < self.min_probability {
             return tally.drop("quality: not like a reference", bytes);

@@ -221,9 +221,8 @@ fn plan(config: &PrepareConfig, source: &SourceConfig, path: &Path) -> Result<Pl
 
 /// The source's files, sorted within each path. A folder of LaTeX is itself one.
 fn files(source: &SourceConfig, format: Format) -> Result<Vec<SourceFile>, DataError> {
-    let own = |extensions: &Vec<String>| extensions.clone();
-    let extensions =
-        source.extensions.as_ref().map_or_else(|| format.extensions().iter().map(|e| e.to_string()).collect(), own);
+    let usual = || format.extensions().iter().map(ToString::to_string).collect();
+    let extensions = source.extensions.clone().unwrap_or_else(usual);
     if format != Format::Latex {
         return Sources { paths: source.paths.clone(), extensions }.files();
     }

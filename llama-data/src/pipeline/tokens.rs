@@ -8,7 +8,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::config::PrepareConfig;
 use super::report::ShardReport;
 use super::segment::{ShardPath, read_shard};
-use crate::shard::ShardWriter;
+use crate::prepare::Split;
 use crate::tokenizer::{EncodeCaches, Tokenizer, TrainOptions};
 use crate::{DataError, Progress};
 
@@ -67,8 +67,8 @@ pub(super) fn tokenize(
     config: &PrepareConfig,
 ) -> Result<(), DataError> {
     let mut report = ShardReport::default();
-    let mut train = Split::new(folder, "train", index);
-    let mut valid = Split::new(folder, "valid", index);
+    let split = |name| Split::new(folder, name, index, tokenizer, u64::MAX);
+    let (mut train, mut valid) = (split("train"), split("valid"));
     let caches = EncodeCaches::default();
     let mut batch = Vec::new();
     let mut bytes = 0;
@@ -81,7 +81,7 @@ pub(super) fn tokenize(
             })
             .collect();
         for (tokens, held_out) in encoded {
-            if held_out { valid.push(&tokens, tokenizer)? } else { train.push(&tokens, tokenizer)? }
+            if held_out { valid.push(&tokens)? } else { train.push(&tokens)? }
         }
         Ok(())
     };
@@ -98,36 +98,6 @@ pub(super) fn tokenize(
     report.train_tokens = train.finish()?;
     report.valid_tokens = valid.finish()?;
     report.write(&ShardPath::new(folder, index).report())
-}
-
-/// A shard file that is begun with its first document.
-struct Split {
-    path: std::path::PathBuf,
-    writer: Option<ShardWriter>,
-}
-
-impl Split {
-    fn new(folder: &Path, split: &str, index: usize) -> Self {
-        Self { path: folder.join(format!("{split}-{index:05}.bin")), writer: None }
-    }
-
-    fn push(&mut self, tokens: &[u32], tokenizer: &Tokenizer) -> Result<(), DataError> {
-        let writer = match &mut self.writer {
-            Some(writer) => writer,
-            None => {
-                let writer = ShardWriter::create(&self.path, tokenizer.vocab_size(), tokenizer.fingerprint())?;
-                self.writer.insert(writer)
-            }
-        };
-        writer.push(tokens)
-    }
-
-    fn finish(self) -> Result<u64, DataError> {
-        let Some(writer) = self.writer else { return Ok(0) };
-        let tokens = writer.tokens();
-        writer.finish()?;
-        Ok(tokens)
-    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use super::{Broken, Record, too_long};
+use super::{Record, broken_record, too_long};
 use crate::input::{Line, Lines};
 use crate::source::Document;
 
@@ -28,11 +28,10 @@ impl Iterator for JsonLines {
 
     fn next(&mut self) -> Option<Record> {
         loop {
-            let broken = |offset, reason: String| Some(Err(Broken { path: self.path.clone(), offset, reason }));
             let offset = match self.lines.next(&mut self.buffer)? {
                 Line::Read(offset) => offset,
-                Line::TooLong(offset) => return broken(offset, too_long(self.lines.limit())),
-                Line::Failed(offset, error) => return broken(offset, error.to_string()),
+                Line::TooLong(offset) => return broken_record(&self.path, offset, too_long(self.lines.limit())),
+                Line::Failed(offset, error) => return broken_record(&self.path, offset, error.to_string()),
             };
             self.number += 1;
             if self.buffer.trim_ascii().is_empty() {
@@ -41,7 +40,7 @@ impl Iterator for JsonLines {
             let origin = || format!("{}:{}", self.path.display(), self.number);
             return match parse(&self.buffer, origin) {
                 Ok(document) => Some(Ok(document)),
-                Err(reason) => broken(offset, reason),
+                Err(reason) => broken_record(&self.path, offset, reason),
             };
         }
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::BufRead;
 use std::path::PathBuf;
 
-use super::{Broken, Record, too_long, xml};
+use super::{Record, broken_record, too_long, xml};
 use crate::input::{Line, Lines};
 use crate::source::Document;
 
@@ -60,21 +60,20 @@ impl Iterator for MediaWiki {
 
     fn next(&mut self) -> Option<Record> {
         loop {
-            let broken = |path: &PathBuf, offset, reason| Some(Err(Broken { path: path.clone(), offset, reason }));
             let offset = match self.page()? {
                 Ok(offset) => offset,
-                Err((offset, reason)) => return broken(&self.path, offset, reason),
+                Err((offset, reason)) => return broken_record(&self.path, offset, reason),
             };
             let mut page = match xml::texts(&self.page) {
                 Ok(page) => page,
-                Err(reason) => return broken(&self.path, offset, reason),
+                Err(reason) => return broken_record(&self.path, offset, reason),
             };
             if page.get("page/ns").is_some_and(|namespace| namespace != "0") || page.contains_key("page/redirect@title")
             {
                 continue;
             }
             let (Some(text), Some(title)) = (page.remove("page/revision/text"), page.remove("page/title")) else {
-                return broken(&self.path, offset, "the page has no title or no text".into());
+                return broken_record(&self.path, offset, "the page has no title or no text".into());
             };
             let origin = format!("{}:{title}", self.path.display());
             let mut meta = BTreeMap::from([("title".to_string(), title)]);

@@ -33,8 +33,6 @@ use crate::clean::github;
 use crate::input::{self, Limits, Lines};
 use crate::source::Document;
 
-pub use stackexchange::Post;
-
 /// What a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -129,6 +127,11 @@ fn whole_file(path: &Path, limits: Limits) -> Record {
     })?;
     let text = text.strip_prefix('\u{feff}').map(String::from).unwrap_or(text);
     Ok(Document { text, origin: path.display().to_string(), meta: BTreeMap::new() })
+}
+
+/// The item of a stream that stands for a record that cannot be read.
+fn broken_record(path: &Path, offset: u64, reason: String) -> Option<Record> {
+    Some(Err(Broken { path: path.into(), offset, reason }))
 }
 
 /// The message for a record above the limit.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Broken, Record, too_long, xml};
+use super::{Record, broken_record, too_long, xml};
 use crate::input::{Line, Lines};
 use crate::source::Document;
 
@@ -20,17 +20,17 @@ const MAX_PARTS: u64 = 512;
 
 /// A question or an answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Post {
+struct Post {
     /// Its id.
-    pub id: u64,
+    id: u64,
     /// Of an answer, its question.
-    pub parent: Option<u64>,
+    parent: Option<u64>,
     /// Votes for less those against.
-    pub score: i64,
+    score: i64,
     /// Of a question.
-    pub title: Option<String>,
+    title: Option<String>,
     /// HTML.
-    pub body: String,
+    body: String,
 }
 
 /// A question with its answers.
@@ -79,11 +79,10 @@ impl Iterator for Questions {
     type Item = Record;
 
     fn next(&mut self) -> Option<Record> {
-        let broken = |path: &PathBuf, offset, reason| Some(Err(Broken { path: path.clone(), offset, reason }));
         while self.rows.is_some() {
             match self.spread() {
                 Some(Ok(())) => {}
-                Some(Err((offset, reason))) => return broken(&self.path, offset, reason),
+                Some(Err((offset, reason))) => return broken_record(&self.path, offset, reason),
                 None => self.rows = None,
             }
         }
@@ -96,7 +95,7 @@ impl Iterator for Questions {
                     questions.reverse();
                     self.ready = questions;
                 }
-                Err(error) => return broken(&self.path, 0, format!("temporary file: {error}")),
+                Err(error) => return broken_record(&self.path, 0, format!("temporary file: {error}")),
             }
         }
     }

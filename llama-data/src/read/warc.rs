@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::BufRead;
 use std::path::PathBuf;
 
-use super::{Broken, Record, too_long};
+use super::{Record, broken_record, too_long};
 use crate::clean::html;
 use crate::input::{Line, Lines};
 use crate::source::Document;
@@ -112,15 +112,14 @@ impl Iterator for Warc {
 
     fn next(&mut self) -> Option<Record> {
         while !self.done {
-            let broken = |path: &PathBuf, offset, reason| Some(Err(Broken { path: path.clone(), offset, reason }));
             let header = match self.header()? {
                 Ok(header) => header,
-                Err((offset, reason)) => return broken(&self.path, offset, reason),
+                Err((offset, reason)) => return broken_record(&self.path, offset, reason),
             };
             match self.record(&header) {
                 Ok(Some(document)) => return Some(Ok(document)),
                 Ok(None) => {}
-                Err(reason) => return broken(&self.path, header.offset, reason),
+                Err(reason) => return broken_record(&self.path, header.offset, reason),
             }
         }
         None

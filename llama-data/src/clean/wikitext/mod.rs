@@ -13,8 +13,6 @@ use crate::source::Document;
 use markup::Markup;
 use names::{DROPPED, TAIL_SECTIONS};
 
-pub use names::LANGUAGES;
-
 /// Turns wikitext into text and drops what has next to none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wikipedia {

@@ -1,12 +1,5 @@
 //! Names that Wikipedia's markup gives a meaning, in the paper's languages.
 
-/// Languages of the paper's Wikipedia.
-#[rustfmt::skip]
-pub const LANGUAGES: [&str; 20] = [
-    "bg", "ca", "cs", "da", "de", "en", "es", "fr", "hr", "hu", "it", "nl", "pl", "pt", "ro", "ru", "sl", "sr",
-    "sv", "uk",
-];
-
 /// Elements that go with what they hold.
 #[rustfmt::skip]
 pub(super) const DROPPED: [&str; 12] = [
