@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::product::{Matrix, PRODUCT, Product, multiply};
 use super::simd::{exp, max, sum1, sum2, vectorized};
-use super::{Buffer, Strided, contiguous, values};
+use super::{Buffer, Strided, contiguous, team, values};
 use crate::Precision;
 use crate::backend::{AttentionSaved, AttentionSpec};
 use burn::backend::Flex;
@@ -203,7 +203,7 @@ pub(super) fn forward(
         if batch * n_heads * sizes.kv_len * head_dim < PARALLEL {
             (0..batch * n_heads).for_each(head);
         } else {
-            (0..batch * n_heads).into_par_iter().for_each(head);
+            team::for_each(batch * n_heads, head);
         }
         return (out.into_tensor(q.shape()), lse.into_tensor(Shape::new([batch, n_heads, q_len])));
     }

@@ -4,11 +4,10 @@
 use burn::tensor::{DType, Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 use half::bf16;
-use rayon::prelude::*;
 
 use super::product::Output;
 use super::simd::{LANES, tree_sum, vectorized};
-use super::{Buffer, contiguous, values};
+use super::{Buffer, contiguous, team, values};
 use crate::backend::QUANT_BLOCK;
 
 /// Rows of the input up to which this beats the product of blocks.
@@ -110,11 +109,7 @@ fn multiply(x: &FlexTensor, weights: &[Stored]) -> Vec<FlexTensor> {
             first += d_out;
         }
     };
-    if tasks == 1 {
-        task(0)
-    } else {
-        (0..tasks).into_par_iter().with_max_len(1).for_each(task)
-    }
+    team::for_each(tasks, task);
     outs.into_iter().zip(widths).map(|(out, d_out)| out.into_tensor(Shape::new([rows, d_out]))).collect()
 }
 

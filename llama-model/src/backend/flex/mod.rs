@@ -11,6 +11,7 @@ mod decode;
 mod product;
 mod rows;
 mod simd;
+mod team;
 
 use burn::backend::Flex;
 use burn::tensor::ops::{FloatTensor, IntTensor};
