@@ -85,7 +85,7 @@ impl Decoding {
     fn measure<B: LlamaBackend>(&self, name: &str, config: &LlamaConfig, format: WeightFormat, device: &B::Device) {
         let model = config.init::<B>(0, device).expect("the size is a valid model");
         let model = model.with_weights(format).expect("the sizes are multiples of 32");
-        let steps = if self.args.smoke { 2 } else { 48 };
+        let steps = if self.args.smoke { 2 } else { self.args.number("--steps").unwrap_or(48) };
         let options = GenerateOptions { max_new_tokens: steps, sampling: Sampling::greedy(), ..Default::default() };
         let prompt: Vec<u32> = (0..PROMPT as u32).map(|i| i % config.vocab_size as u32).collect();
         let mut bandwidths = vec![bandwidth(self.args.smoke)];

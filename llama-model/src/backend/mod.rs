@@ -227,6 +227,14 @@ pub trait LlamaBackend: Backend {
         reference::causal_attention::<Self>(q, k, v, starts, spec)
     }
 
+    /// Replaces the positions of `cache` from `start` on by those of `new`, in place where the caller's is the only handle.
+    ///
+    /// # Shapes
+    /// `cache [batch, capacity, n_kv_heads, head_dim]`, `new [batch, len, n_kv_heads, head_dim]`, result as `cache`.
+    fn cache_write(cache: FloatTensor<Self>, new: FloatTensor<Self>, start: usize) -> FloatTensor<Self> {
+        reference::cache_write::<Self>(cache, new, start)
+    }
+
     /// Gradients of [`causal_attention`](Self::causal_attention) for `q`, `k` and `v`.
     fn causal_attention_backward(saved: AttentionSaved<Self>, grad: FloatTensor<Self>) -> [FloatTensor<Self>; 3] {
         reference::causal_attention_backward::<Self>(saved, grad)

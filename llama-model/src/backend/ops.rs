@@ -180,6 +180,21 @@ pub fn causal_attention<B: LlamaBackend>(
     tensor(B::causal_attention(primitive(q), primitive(k), primitive(v), starts, spec).0)
 }
 
+/// Replaces the positions of a cache of keys or values from `start` on; see [`LlamaBackend::cache_write`].
+///
+/// # Shapes
+/// `cache [batch, capacity, n_kv_heads, head_dim]`, `new [batch, len, n_kv_heads, head_dim]`, result as `cache`.
+///
+/// # Panics
+/// If the shapes do not fit or the cache ends before the last position.
+pub fn cache_write<B: LlamaBackend>(cache: Tensor<B, 4>, new: Tensor<B, 4>, start: usize) -> Tensor<B, 4> {
+    let [batch, capacity, heads, head_dim] = cache.dims();
+    let [new_batch, len, new_heads, new_dim] = new.dims();
+    assert_eq!((batch, heads, head_dim), (new_batch, new_heads, new_dim), "cache: the new positions do not fit it");
+    assert!(start + len <= capacity, "cache: {len} positions from {start} on, but it has {capacity}");
+    tensor(B::cache_write(primitive(cache), primitive(new), start))
+}
+
 /// `silu(gate) · up` (Shazeer, SwiGLU).
 ///
 /// # Shapes

@@ -206,6 +206,13 @@ pub fn causal_attention<B: Backend>(
     (primitive(out), primitive(lse))
 }
 
+/// `cache[:, start ..] = new`.
+pub fn cache_write<B: Backend>(cache: FloatTensor<B>, new: FloatTensor<B>, start: usize) -> FloatTensor<B> {
+    let (cache, new) = (tensor::<B, 4>(cache), tensor::<B, 4>(new));
+    let [batch, len, heads, head_dim] = new.dims();
+    primitive(cache.slice_assign([0..batch, start..start + len, 0..heads, 0..head_dim], new))
+}
+
 /// [`LlamaBackend::causal_attention_backward`](super::LlamaBackend::causal_attention_backward).
 ///
 /// With `P = exp(S - lse)`: `dV = Pᵀ dO`, `dP = dO Vᵀ`, `dS = P · (dP - rowsum(dO · O))`, `dQ = scale dS K`,

@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 
-use crate::backend::LlamaBackend;
+use crate::backend::{LlamaBackend, ops};
 use crate::{LlamaConfig, ModelError};
 
 /// Room for the keys and values of every layer. Full is an error, never a silent slide.
@@ -98,9 +98,7 @@ impl<B: LlamaBackend> LayerCache<B> {
         // Taken out for the write, so that the buffer has one owner and is changed in place.
         let write = |slot: &mut Option<Tensor<B, 4>>, new: Tensor<B, 4>| {
             let buffer = slot.take().expect("the slot is only empty inside this function");
-            let [batch, _, heads, dim] = new.dims();
-            let buffer = buffer.slice_assign([0..batch, start..end, 0..heads, 0..dim], new);
-            slot.insert(buffer).clone().narrow(1, 0, end)
+            slot.insert(ops::cache_write(buffer, new, start)).clone().narrow(1, 0, end)
         };
         (write(&mut self.keys, k), write(&mut self.values, v))
     }

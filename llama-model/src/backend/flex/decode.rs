@@ -202,7 +202,7 @@ mod avx512 {
     const SUMS: usize = 4;
     /// Bytes between what is read and what is asked for. Rows are read one after the other, a single stream: several at
     /// a time were half as fast where rows are short.
-    const AHEAD: usize = 2048;
+    const AHEAD: usize = 4096;
 
     /// A stored value that 16 of are widened at a time.
     pub trait Widen: Copy {

@@ -120,6 +120,13 @@ impl LlamaBackend for Flex {
         attention::forward(q, k, v, starts, spec)
     }
 
+    fn cache_write(cache: FlexTensor, new: FlexTensor, start: usize) -> FlexTensor {
+        if !is_f32(&[&cache, &new]) {
+            return reference::cache_write::<Flex>(cache, new, start);
+        }
+        rows::cache_write(cache, new, start)
+    }
+
     fn causal_attention_backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTensor; 3] {
         if !is_f32(&[&saved.q, &saved.k, &saved.v, &grad]) {
             return reference::causal_attention_backward::<Flex>(saved, grad);

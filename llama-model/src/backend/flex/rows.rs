@@ -169,6 +169,19 @@ vectorized! {
     }
 }
 
+/// Flex's own assignment copies the whole buffer first, which made every token cost as much as all before it.
+pub(super) fn cache_write(cache: FlexTensor, new: FlexTensor, start: usize) -> FlexTensor {
+    let (mut cache, new) = (contiguous(cache), contiguous(new));
+    let [_, capacity, heads, head_dim] = cache.shape().dims();
+    let [_, len, _, _] = new.shape().dims();
+    let width = heads * head_dim;
+    let sequences = cache.storage_mut::<f32>().chunks_exact_mut(capacity * width);
+    for (cache, new) in sequences.zip(values(&new).chunks_exact(len * width)) {
+        cache[start * width..][..len * width].copy_from_slice(new);
+    }
+    cache
+}
+
 pub(super) fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
     let (gate, up) = (contiguous(gate), contiguous(up));
     // SAFETY: every element is written.
