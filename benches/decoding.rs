@@ -1,25 +1,29 @@
-//! Decoding token by token with a cache: tokens per second, and the share of what reading the weights allows.
+//! Reading a prompt of 128 tokens in one pass, then decoding token by token with a cache: tokens per second of both, and
+//! the share of what reading the weights allows.
 //!
 //! ```sh
 //! cargo bench --bench decoding                                  # every size and weight format, on the CPU
 //! cargo bench --bench decoding -- --size 110m --weights q8
+//! cargo bench --bench decoding -- --model smollm2.gguf          # a checkpoint of any format instead of the sizes
 //! cargo bench --bench decoding -- --json results.jsonl          # also as JSON lines
 //! ```
 //!
 //! The memory's bandwidth is measured in the same run, on the host: it bounds the CPU's figures only.
 #![recursion_limit = "256"]
 
+use std::path::Path;
 use std::time::Instant;
 
+use llama::model::formats::Checkpoint;
 use llama::model::generate::{GenerateOptions, Generation, Sampling};
-use llama::model::{BackendTask, LlamaBackend, LlamaConfig, TrainBackend, WeightFormat};
+use llama::model::{BackendTask, Compute, Llama, LlamaBackend, LlamaConfig, TrainBackend, WeightFormat};
 
 #[path = "common/mod.rs"]
 mod common;
 use common::{Arguments, append, median};
 
 /// Tokens of the prompt.
-const PROMPT: usize = 64;
+const PROMPT: usize = 128;
 
 fn main() {
     common::run(|args| Decoding { args });
@@ -53,44 +57,64 @@ fn sizes() -> Vec<(&'static str, LlamaConfig)> {
 fn bytes_per_token(config: &LlamaConfig, format: WeightFormat) -> f64 {
     let head = (config.vocab_size * config.d_model) as u64;
     let blocks = config.num_params() - head * if config.tied_head { 1 } else { 2 };
-    let per_weight = match format {
-        WeightFormat::F32 => 4.0,
-        WeightFormat::Bf16 => 2.0,
-        WeightFormat::Q8 => 1.125,
-    };
-    (blocks + head) as f64 * per_weight
+    // Embeddings and the head stay in 8 bits.
+    let of_head = if format == WeightFormat::Q4 { WeightFormat::Q8 } else { format };
+    blocks as f64 * format.bytes_per_weight() + head as f64 * of_head.bytes_per_weight()
 }
 
 impl BackendTask for Decoding {
     type Output = ();
 
     fn run<B: TrainBackend>(self, device: B::Device) {
-        println!("| size | weights | device | ms a token | tokens/s | GB/s | memory GB/s | share | resident MB |");
-        println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- |");
-        for (name, config) in sizes() {
-            if !self.args.selects(name) {
+        println!(
+            "| model | weights | device | prefill tokens/s | ms a token | tokens/s | GB/s | memory GB/s | share | resident MB |"
+        );
+        println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |");
+        for &format in WeightFormat::ALL {
+            if self.args.value("--weights").is_some_and(|only| only != format.to_string()) {
                 continue;
             }
-            for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Q8] {
-                if self.args.value("--weights").is_some_and(|only| only != format.to_string()) {
-                    continue;
-                }
-                self.measure::<B::InnerBackend>(name, &config, format, &device);
+            if let Some(path) = self.args.value("--model") {
+                let checkpoint = Checkpoint::open(Path::new(&path)).unwrap_or_else(|error| panic!("{error}"));
+                let model = checkpoint.load::<B::InnerBackend>(format, &device, |_| ());
+                let model = model.unwrap_or_else(|error| panic!("{error}"));
+                self.measure("checkpoint", checkpoint.config(), model, format, &device);
+                continue;
+            }
+            for (name, config) in sizes().into_iter().filter(|(name, _)| self.args.selects(name)) {
+                let model = config.init::<B::InnerBackend>(0, &device).expect("the size is a valid model");
+                let model = model.with_weights(format).expect("the sizes are multiples of 32");
+                self.measure(name, &config, model, format, &device);
             }
         }
     }
 }
 
 impl Decoding {
-    fn measure<B: LlamaBackend>(&self, name: &str, config: &LlamaConfig, format: WeightFormat, device: &B::Device) {
-        let model = config.init::<B>(0, device).expect("the size is a valid model");
-        let model = model.with_weights(format).expect("the sizes are multiples of 32");
-        let steps = if self.args.smoke { 2 } else { self.args.number("--steps").unwrap_or(48) };
-        let options = GenerateOptions { max_new_tokens: steps, sampling: Sampling::greedy(), ..Default::default() };
-        let prompt: Vec<u32> = (0..PROMPT as u32).map(|i| i % config.vocab_size as u32).collect();
+    fn measure<B: LlamaBackend>(
+        &self,
+        name: &str,
+        config: &LlamaConfig,
+        model: Llama<B>,
+        format: WeightFormat,
+        device: &B::Device,
+    ) {
+        let compute = Compute { precision: format.precision::<B>(device), ..Default::default() };
+        let model = model.with_compute(compute);
+        let (prefills, steps) = if self.args.smoke { (1, 2) } else { (5, self.args.number("--steps").unwrap_or(48)) };
+        let prompt: Vec<u32> = (0..PROMPT as u32).map(|i| i * 37 % config.vocab_size as u32).collect();
+        let begin = || {
+            let options = GenerateOptions { max_new_tokens: steps, sampling: Sampling::greedy(), ..Default::default() };
+            let prompt = std::slice::from_ref(&prompt);
+            let mut generation = Generation::new(&model, config, prompt, options, device).expect("it fits");
+            let start = Instant::now();
+            generation.next();
+            (generation, start.elapsed())
+        };
+        // The first one warms up.
+        let prefill = median((0..=prefills).map(|_| begin().1).skip(1).collect());
         let mut bandwidths = vec![bandwidth(self.args.smoke)];
-        let mut generation = Generation::new(&model, config, &[prompt], options, device).expect("it fits");
-        generation.next();
+        let (mut generation, _) = begin();
         let mut times = Vec::new();
         let mut start = Instant::now();
         while generation.next().is_some() {
@@ -101,8 +125,9 @@ impl Decoding {
         let memory = bandwidths.iter().sum::<f64>() / bandwidths.len() as f64;
         let ms = median(times);
         let read = bytes_per_token(config, format) / ms * 1e3;
+        let prefill = PROMPT as f64 / prefill * 1e3;
         println!(
-            "| {name} | {format} | {} | {ms:.2} | {:.1} | {:.1} | {:.1} | {:.0}% | {:.0} |",
+            "| {name} | {format} | {} | {prefill:.0} | {ms:.2} | {:.1} | {:.1} | {:.1} | {:.0}% | {:.0} |",
             self.args.device,
             1e3 / ms,
             read / 1e9,
@@ -113,8 +138,9 @@ impl Decoding {
         append(
             &self.args,
             &serde_json::json!({
-                "bench": "decoding", "size": name, "weights": format.to_string(), "device": self.args.device.to_string(),
-                "tokens_per_second": 1e3 / ms, "bytes_per_second": read, "memory_bytes_per_second": memory,
+                "bench": "decoding", "model": name, "weights": format.to_string(), "device": self.args.device.to_string(),
+                "prefill_tokens_per_second": prefill, "tokens_per_second": 1e3 / ms, "bytes_per_second": read,
+                "memory_bytes_per_second": memory,
             }),
         );
     }

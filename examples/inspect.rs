@@ -15,8 +15,8 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Parser;
-use llama::model::RopeScaling;
 use llama::model::formats::{Checkpoint, TensorInfo};
+use llama::model::{RopeScaling, WeightFormat};
 use llama::text;
 
 /// Shows what is in a checkpoint of any format.
@@ -72,10 +72,9 @@ fn main() -> Result<()> {
         line("tensors", format!("{count} of {dtype}, {:.1} MB", bytes as f64 / 1e6));
     }
     let gigabytes = |per_weight: f64| format!("{:.2} GB", config.num_params() as f64 * per_weight / 1e9);
-    line(
-        "memory for weights",
-        format!("{} in f32, {} in bf16, {} in q8", gigabytes(4.0), gigabytes(2.0), gigabytes(1.125)),
-    );
+    let formats =
+        WeightFormat::ALL.iter().map(|format| format!("{} in {format}", gigabytes(format.bytes_per_weight())));
+    line("memory for weights", formats.collect::<Vec<_>>().join(", "));
     let cache = (2 * config.n_layers * config.d_kv() * 4) as f64;
     line("memory for the cache", format!("{:.1} KB a token", cache / 1e3));
     line("memory to train", format!("{} for weights, gradients and moments", gigabytes(16.0)));

@@ -13,7 +13,7 @@ use llama::data::source::Sources;
 use llama::data::tokenizer::Codec;
 use llama::model::formats::{Checkpoint, Format};
 use llama::model::generate::Sampling;
-use llama::model::{Device, Llama, LlamaBackend, LlamaConfig, WeightFormat};
+use llama::model::{Compute, Device, Llama, LlamaBackend, LlamaConfig, Precision, WeightFormat};
 use llama::text;
 use llama::train::checkpoint;
 
@@ -113,9 +113,12 @@ pub struct ModelArgs {
     /// Tokenizer, where the checkpoint has none beside it: tokenizer.model, tokenizer.json or a GGUF file
     #[arg(long)]
     pub tokenizer: Option<PathBuf>,
-    /// How matrices are kept in memory: f32, bf16 or q8 (8 bits in blocks of 32); fewer bytes decode faster
+    /// How matrices are kept in memory: f32, bf16, f16, q8 or q4 (8 or 4 bits in blocks of 32); fewer bytes decode faster
     #[arg(long, default_value = "f32")]
     pub weights: WeightFormat,
+    /// Precision of products when a text is read, f32, bf16 or f16; by default short for short weights
+    #[arg(long)]
+    pub precision: Option<Precision>,
     /// Where to compute
     #[arg(long, default_value = "flex", help = format!("Where to compute: {}", Device::choices().join(", ")))]
     pub device: String,
@@ -171,6 +174,9 @@ pub fn load<B: LlamaBackend>(path: &Path, args: &ModelArgs, device: &B::Device) 
     bar.start(&format!("loading {}", path.display()), Some(config.num_params()));
     let model = checkpoint.load::<B>(args.weights, device, |read| bar.advance(read))?;
     bar.finish();
+    let precision = args.precision.unwrap_or_else(|| args.weights.precision::<B>(device));
+    precision.check::<B>(device)?;
+    let model = model.with_compute(Compute { precision, ..Default::default() });
     Ok(Loaded { model, config, codec })
 }
 

@@ -10,6 +10,11 @@ use crate::ModelError;
 /// The names of a choice, for command lines.
 macro_rules! names {
     ($type:ident, $what:literal, $($variant:ident = $name:literal),*) => {
+        impl $type {
+            /// All there are.
+            pub const ALL: &[Self] = &[$(Self::$variant),*];
+        }
+
         impl std::fmt::Display for $type {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.write_str(match self { $(Self::$variant => $name),* })

@@ -1,13 +1,14 @@
 //! Weights in fewer bytes, for generation: decoding is limited by the memory they are read from.
 
-use burn::module::{Param, ParamId};
+use burn::module::Param;
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor, TensorData};
 
-use crate::backend::QUANT_BLOCK;
+use crate::backend::{Bits, QUANT_BLOCK};
 use crate::compute::names;
+use crate::modules::Quantized;
 use crate::weights::{ParamMap, map_params};
-use crate::{Block, Linear, Llama, LlamaBackend, ModelError};
+use crate::{Llama, LlamaBackend, ModelError, Precision};
 
 /// How matrices are stored. Norm gains, activations and the key/value cache are f32 in every case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -15,55 +16,136 @@ pub enum WeightFormat {
     /// 4 bytes.
     #[default]
     F32,
-    /// 2 bytes.
+    /// 2 bytes, 8 bits of mantissa.
     Bf16,
-    /// 8 bits and an f32 scale for every 32 of them: 1.125 bytes. Token embeddings stay as they are.
+    /// 2 bytes, 11 bits of mantissa, values up to 65,504.
+    F16,
+    /// 8 bits and a scale for every 32 weights: 1.0625 bytes.
     Q8,
+    /// 4 bits, a scale and a smallest value for every 32 weights: 0.625 bytes. Token embeddings and the head are as in
+    /// [`Q8`](Self::Q8).
+    Q4,
 }
 
-names!(WeightFormat, "weights", F32 = "f32", Bf16 = "bf16", Q8 = "q8");
+names!(WeightFormat, "weights", F32 = "f32", Bf16 = "bf16", F16 = "f16", Q8 = "q8", Q4 = "q4");
+
+impl WeightFormat {
+    /// The dtype of whole matrices, or none where they are in blocks.
+    pub(crate) fn dtype(self) -> Option<DType> {
+        match self {
+            Self::F32 => Some(DType::F32),
+            Self::Bf16 => Some(DType::BF16),
+            Self::F16 => Some(DType::F16),
+            Self::Q8 | Self::Q4 => None,
+        }
+    }
+
+    /// Bytes that a weight of a linear layer takes.
+    pub fn bytes_per_weight(self) -> f64 {
+        match self {
+            Self::F32 => 4.0,
+            Self::Bf16 | Self::F16 => 2.0,
+            Self::Q8 => 1.0625,
+            Self::Q4 => 0.625,
+        }
+    }
+}
+
+impl WeightFormat {
+    /// The precision of products that suits such weights on a device: rounding activations as well adds little to the
+    /// rounding of the weights, and makes reading a prompt several times as fast. bfloat16 where the device has it, for its
+    /// range, then half precision.
+    pub fn precision<B: Backend>(self, device: &B::Device) -> Precision {
+        let short = [Precision::Bf16, Precision::F16].into_iter().find(|short| short.check::<B>(device).is_ok());
+        if self == Self::F32 { Precision::F32 } else { short.unwrap_or_default() }
+    }
+}
+
+/// A matrix of the model, in whichever form.
+struct Slot<'a, B: LlamaBackend> {
+    path: String,
+    weight: &'a mut Param<Tensor<B, 2>>,
+    quantized: &'a mut Option<Quantized<B>>,
+    /// Whether it has a row for each token.
+    vocabulary: bool,
+}
 
 impl<B: LlamaBackend> Llama<B> {
-    /// The model with its matrices in another format, for inference. Not reversible: the rounding stays.
-    ///
-    /// A tied model gets a head of its own in 8 bits.
+    /// The model with its matrices in another format, for inference. The rounding stays.
     ///
     /// # Errors
-    /// [`ModelError::Config`] for [`WeightFormat::Q8`] where a matrix has rows that are not a multiple of 32 long.
+    /// [`ModelError::Config`] for formats in blocks where a matrix has rows that are not a multiple of 32 long.
     pub fn with_weights(mut self, format: WeightFormat) -> Result<Self, ModelError> {
-        match format {
-            WeightFormat::F32 => Ok(map_params(self, &mut Cast(DType::F32))),
-            WeightFormat::Bf16 => Ok(map_params(self, &mut Cast(DType::BF16))),
-            WeightFormat::Q8 => {
-                let head = self.head_weight();
-                let output = self.output.take();
-                self.output = Some(output.unwrap_or_else(|| Linear {
-                    weight: Param::initialized(ParamId::new(), head.clone()),
-                    quantized: None,
-                }));
-                for linear in self.linears_mut() {
-                    let [_, d_in] = linear.weight.dims();
-                    if !d_in.is_multiple_of(QUANT_BLOCK) {
-                        return Err(ModelError::Config {
-                            field: "d_model, d_ff",
-                            reason: format!("must be multiples of {QUANT_BLOCK} for 8-bit weights, not {d_in}"),
-                        });
-                    }
-                    *linear = linear.quantize();
-                }
+        for Slot { weight, quantized, .. } in self.slots() {
+            if let Some(matrix) = quantized.take() {
+                *weight = Param::initialized(weight.id, matrix.dense());
+            }
+        }
+        match format.dtype() {
+            Some(dtype) => Ok(map_params(self, &mut Cast(dtype))),
+            None => {
+                self.quantize(format, |_, weight| Ok(weight.val().into_data()))?;
                 Ok(self)
             }
         }
     }
 
-    /// Every linear layer, the head last.
-    fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear<B>> {
-        let blocks = self.layers.iter_mut().flat_map(|Block { attention, feed_forward, .. }| {
-            let [wq, wk] = [&mut attention.wq, &mut attention.wk];
-            let [wv, wo] = [&mut attention.wv, &mut attention.wo];
-            [wq, wk, wv, wo, &mut feed_forward.w1, &mut feed_forward.w2, &mut feed_forward.w3]
-        });
-        blocks.chain(&mut self.output)
+    /// Replaces each matrix by the one that `read` gives for its path, in blocks.
+    pub(crate) fn quantize(
+        &mut self,
+        format: WeightFormat,
+        mut read: impl FnMut(&str, &Param<Tensor<B, 2>>) -> Result<TensorData, ModelError>,
+    ) -> Result<(), ModelError> {
+        for Slot { path, weight, quantized, vocabulary } in self.slots() {
+            let [_, d_in] = weight.dims();
+            if !d_in.is_multiple_of(QUANT_BLOCK) {
+                return Err(ModelError::Config {
+                    field: "d_model, d_ff",
+                    reason: format!("must be multiples of {QUANT_BLOCK} for {format} weights, not {d_in}"),
+                });
+            }
+            let bits = if format == WeightFormat::Q4 && !vocabulary { Bits::Four } else { Bits::Eight };
+            let matrix = Quantized::new(read(&path, weight)?, bits, &weight.device());
+            *weight = matrix.placeholder(weight);
+            *quantized = Some(matrix);
+        }
+        Ok(())
+    }
+
+    /// Every matrix of the model.
+    fn slots(&mut self) -> Vec<Slot<'_, B>> {
+        let embedding = &mut self.tok_embeddings;
+        let mut slots = vec![Slot {
+            path: "tok_embeddings.weight".into(),
+            weight: &mut embedding.weight,
+            quantized: &mut embedding.quantized,
+            vocabulary: true,
+        }];
+        for (layer, block) in self.layers.iter_mut().enumerate() {
+            let (attention, feed_forward) = (&mut block.attention, &mut block.feed_forward);
+            let linears = [
+                ("attention.wq", &mut attention.wq),
+                ("attention.wk", &mut attention.wk),
+                ("attention.wv", &mut attention.wv),
+                ("attention.wo", &mut attention.wo),
+                ("feed_forward.w1", &mut feed_forward.w1),
+                ("feed_forward.w2", &mut feed_forward.w2),
+                ("feed_forward.w3", &mut feed_forward.w3),
+            ];
+            slots.extend(linears.map(|(name, linear)| Slot {
+                path: format!("layers.{layer}.{name}.weight"),
+                weight: &mut linear.weight,
+                quantized: &mut linear.quantized,
+                vocabulary: false,
+            }));
+        }
+        slots.extend(self.output.as_mut().map(|output| Slot {
+            path: "output.weight".into(),
+            weight: &mut output.weight,
+            quantized: &mut output.quantized,
+            vocabulary: true,
+        }));
+        slots
     }
 }
 

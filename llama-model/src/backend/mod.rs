@@ -17,6 +17,7 @@ mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 pub mod ops;
+pub mod quantized;
 pub mod reference;
 
 use burn::tensor::backend::{AutodiffBackend, Backend};
@@ -24,6 +25,7 @@ use burn::tensor::ops::{FloatTensor, IntTensor};
 
 use crate::Precision;
 pub use block::{BlockSpec, BlockWeights};
+pub use quantized::{Bits, QUANT_BLOCK, QuantizedWeight};
 
 /// A backend that can train: its tensors track gradients, and both it and its inner backend have LLaMA's operations.
 pub trait TrainBackend: AutodiffBackend<InnerBackend: LlamaBackend> + LlamaBackend {}
@@ -55,9 +57,6 @@ impl AdamWStep {
         (1.0 - self.beta_1.powf(self.step as f64), 1.0 - self.beta_2.powf(self.step as f64))
     }
 }
-
-/// Weights of a row that share a scale in 8 bits.
-pub const QUANT_BLOCK: usize = 32;
 
 /// Target of a position that takes no part in the loss.
 pub const IGNORE_TARGET: i64 = -100;
@@ -118,19 +117,6 @@ pub trait LlamaBackend: Backend {
         reference::project::<Self>(x, weight, precision)
     }
 
-    /// [`project`](Self::project) for a weight in 8 bits, `values · scale` with a scale for every [`QUANT_BLOCK`] values
-    /// of a row. For inference: it has no backward for the weight.
-    ///
-    /// # Shapes
-    /// `x [tokens, d_in]`, `values [d_out, d_in]`, `scales [d_out, d_in / QUANT_BLOCK]`, result `[tokens, d_out]`.
-    fn project_quantized(
-        x: FloatTensor<Self>,
-        values: IntTensor<Self>,
-        scales: FloatTensor<Self>,
-    ) -> FloatTensor<Self> {
-        Self::project(x, reference::dequantize::<Self>(values, scales), Precision::F32)
-    }
-
     /// [`project`](Self::project) of one input with several weights.
     fn project_all(
         x: FloatTensor<Self>,
@@ -140,12 +126,13 @@ pub trait LlamaBackend: Backend {
         weights.into_iter().map(|weight| Self::project(x.clone(), weight, precision)).collect()
     }
 
-    /// [`project_quantized`](Self::project_quantized) of one input with several weights.
-    fn project_quantized_all(
+    /// [`project_all`](Self::project_all) for weights in 8 or 4 bits. For inference: it has no backward for the weights.
+    fn project_quantized(
         x: FloatTensor<Self>,
-        weights: Vec<(IntTensor<Self>, FloatTensor<Self>)>,
+        weights: Vec<QuantizedWeight<Self>>,
+        precision: Precision,
     ) -> Vec<FloatTensor<Self>> {
-        weights.into_iter().map(|(values, scales)| Self::project_quantized(x.clone(), values, scales)).collect()
+        Self::project_all(x, weights.into_iter().map(QuantizedWeight::dense).collect(), precision)
     }
 
     /// Gradient of [`project`](Self::project) for its input, summed over the weights that read it: `Σ grad · weight`.

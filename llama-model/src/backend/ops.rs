@@ -4,7 +4,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Int, Tensor, TensorPrimitive};
 
-use super::{AttentionSpec, BlockSpec, BlockWeights, LlamaBackend, LossSpec, QUANT_BLOCK, reference};
+use super::{AttentionSpec, BlockSpec, BlockWeights, LlamaBackend, LossSpec, QuantizedWeight};
 use crate::{Compute, Precision};
 
 /// A primitive as a tensor.
@@ -69,22 +69,21 @@ pub fn linear_all<B: LlamaBackend, const D: usize, const N: usize>(
     unfold(B::project_all(primitive(fold(x)), weights, precision), dims)
 }
 
-/// [`linear_quantized`] with several weights, in one go where the backend can.
+/// [`linear_all`] for weights in 8 or 4 bits; see [`LlamaBackend::project_quantized`].
 ///
 /// # Panics
 /// As there.
-pub fn linear_quantized_all<B: LlamaBackend, const D: usize, const N: usize>(
+pub fn linear_quantized<B: LlamaBackend, const D: usize, const N: usize>(
     x: Tensor<B, D>,
-    weights: [(Tensor<B, 2, Int>, Tensor<B, 2>); N],
+    weights: [QuantizedWeight<B>; N],
+    precision: Precision,
 ) -> [Tensor<B, D>; N] {
     let dims = x.dims();
-    for (values, scales) in &weights {
-        let [d_out, d_in] = values.dims();
+    for weight in &weights {
+        let [_, d_in] = weight.dims();
         assert_eq!(dims[D - 1], d_in, "linear: the input has width {}, a weight takes {d_in}", dims[D - 1]);
-        assert_eq!(scales.dims(), [d_out, d_in / QUANT_BLOCK], "linear: the scales do not fit the values");
     }
-    let weights = weights.into_iter().map(|(values, scales)| (values.into_primitive(), primitive(scales))).collect();
-    unfold(B::project_quantized_all(primitive(fold(x)), weights), dims)
+    unfold(B::project_quantized(primitive(fold(x)), weights.into(), precision), dims)
 }
 
 /// Products of `[tokens, d_out]` each, with the leading dimensions of the input.
@@ -99,27 +98,6 @@ fn unfold<B: Backend, const D: usize, const N: usize>(
         product.reshape(dims)
     });
     std::array::from_fn(|_| products.next().expect("each weight has a product"))
-}
-
-/// [`linear`] for a weight in 8 bits; see [`LlamaBackend::project_quantized`].
-///
-/// # Shapes
-/// `x [.., d_in]`, `values [d_out, d_in]`, `scales [d_out, d_in / QUANT_BLOCK]`, result `[.., d_out]`.
-///
-/// # Panics
-/// If the widths differ.
-pub fn linear_quantized<B: LlamaBackend, const D: usize>(
-    x: Tensor<B, D>,
-    values: Tensor<B, 2, Int>,
-    scales: Tensor<B, 2>,
-) -> Tensor<B, D> {
-    let [out] = linear_quantized_all(x, [(values, scales)]);
-    out
-}
-
-/// A weight in 8 bits as floats.
-pub(crate) fn dequantize<B: LlamaBackend>(values: Tensor<B, 2, Int>, scales: Tensor<B, 2>) -> Tensor<B, 2> {
-    tensor(reference::dequantize::<B>(values.into_primitive(), primitive(scales)))
 }
 
 /// Root-mean-square normalisation (Zhang and Sennrich): `x / rms(x) · weight`.

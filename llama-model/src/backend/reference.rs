@@ -6,7 +6,7 @@ use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Int, Tensor, TensorMetadata, activation};
 
 use super::ops::{primitive, tensor};
-use super::{AdamWStep, AttentionSaved, AttentionSpec, IGNORE_TARGET, LossSpec, QUANT_BLOCK};
+use super::{AdamWStep, AttentionSaved, AttentionSpec, IGNORE_TARGET, LossSpec};
 use crate::Precision;
 
 /// Rows of logits that exist at once in the chunked cross entropy.
@@ -19,14 +19,6 @@ const MASKED: f64 = -1e30;
 pub fn project<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>, precision: Precision) -> FloatTensor<B> {
     let weight = if weight.dtype() == x.dtype() { weight } else { B::float_cast(weight, x.dtype().into()) };
     product::<B>(x, B::float_transpose(weight), precision)
-}
-
-/// An 8-bit weight in f32: see [`LlamaBackend::project_quantized`](super::LlamaBackend::project_quantized).
-pub fn dequantize<B: Backend>(values: IntTensor<B>, scales: FloatTensor<B>) -> FloatTensor<B> {
-    let (values, scales) = (Tensor::<B, 2, Int>::from_primitive(values), tensor::<B, 2>(scales));
-    let [d_out, d_in] = values.dims();
-    let values = values.float().cast(scales.dtype()).reshape([d_out, d_in / QUANT_BLOCK, QUANT_BLOCK]);
-    primitive((values * scales.unsqueeze_dim::<3>(2)).reshape([d_out, d_in]))
 }
 
 /// A matrix product with both operands in the precision, the result in the dtype of the first.

@@ -172,11 +172,18 @@ impl Checkpoint {
         &self,
         format: WeightFormat,
         device: &B::Device,
-        each: impl FnMut(u64),
+        mut each: impl FnMut(u64),
     ) -> Result<Llama<B>, ModelError> {
-        let dtype = if format == WeightFormat::Bf16 { DType::BF16 } else { DType::F32 };
-        let model = load_weights(self.config().init_empty::<B>(device)?, self, dtype, each)?;
-        if format == WeightFormat::Q8 { model.with_weights(format) } else { Ok(model) }
+        let mut model = self.config().init_empty::<B>(device)?;
+        if format.dtype().is_none() {
+            // Matrices go from the file to their blocks one by one.
+            model.quantize(format, |path, weight| {
+                let data = self.weight(path, &weight.dims())?;
+                each(data.num_elements() as u64);
+                Ok(data)
+            })?;
+        }
+        load_weights(model, self, format.dtype(), each)
     }
 }
 
@@ -209,29 +216,27 @@ impl Weights for ModelWeights {
     }
 }
 
-/// Replaces every parameter of a module by a weight, matrices in `dtype`.
+/// Replaces every parameter of a module by a weight, matrices in `dtype`; without one, matrices stay as they are.
 fn load_weights<B: LlamaBackend, M: Module<B>>(
     module: M,
     weights: &dyn Weights,
-    dtype: DType,
+    dtype: Option<DType>,
     each: impl FnMut(u64),
 ) -> Result<M, ModelError> {
     struct Load<'a, F> {
         weights: &'a dyn Weights,
-        dtype: DType,
+        dtype: Option<DType>,
         each: F,
         error: Option<ModelError>,
     }
     impl<B: Backend, F: FnMut(u64)> ParamMap<B> for Load<'_, F> {
         fn map<const D: usize>(&mut self, path: &str, value: Tensor<B, D>) -> Tensor<B, D> {
-            if self.error.is_some() {
-                return value;
-            }
+            let dtype = if D > 1 { self.dtype } else { Some(DType::F32) };
+            let (Some(dtype), None) = (dtype, &self.error) else { return value };
             let (dims, device) = (value.dims(), value.device());
             match self.weights.weight(path, &dims) {
                 Ok(data) => {
                     (self.each)(dims.iter().product::<usize>() as u64);
-                    let dtype = if D > 1 { self.dtype } else { DType::F32 };
                     Tensor::from_data(data.convert_dtype(dtype), (&device, dtype))
                 }
                 Err(error) => {

@@ -120,7 +120,7 @@ impl<B: LlamaBackend> Llama<B> {
     pub fn head<const D: usize>(&self, hidden: Tensor<B, D>) -> Tensor<B, D> {
         match &self.output {
             Some(output) => output.forward(hidden, self.compute.precision),
-            None => ops::linear(hidden, self.tok_embeddings.weight.val(), self.compute.precision),
+            None => self.tok_embeddings.logits(hidden, self.compute.precision),
         }
     }
 
@@ -194,10 +194,10 @@ impl<B: LlamaBackend> Llama<B> {
 
     /// Number of tokens the model knows.
     pub fn vocab_size(&self) -> usize {
-        self.tok_embeddings.weight.dims()[0]
+        self.tok_embeddings.vocab_size()
     }
 
     pub(crate) fn head_weight(&self) -> Tensor<B, 2> {
-        self.output.as_ref().map_or_else(|| self.tok_embeddings.weight.val(), Linear::dense)
+        self.output.as_ref().map_or_else(|| self.tok_embeddings.dense(), Linear::dense)
     }
 }

@@ -7,6 +7,7 @@ mod embedding;
 mod feed_forward;
 mod linear;
 mod llama;
+mod quantized;
 mod rms_norm;
 mod rotary;
 
@@ -15,8 +16,9 @@ pub use block::Block;
 pub use cache::{KvCache, LayerCache};
 pub use embedding::Embedding;
 pub use feed_forward::FeedForward;
-pub use linear::{Linear, Quantized};
+pub use linear::Linear;
 pub use llama::Llama;
+pub use quantized::Quantized;
 pub use rms_norm::RmsNorm;
 pub use rotary::RotaryEmbedding;
 pub(crate) use rotary::rotary_frequencies;

@@ -11,6 +11,7 @@ mod decode;
 mod product;
 mod rows;
 mod simd;
+mod stored;
 mod team;
 
 use burn::backend::Flex;
@@ -19,7 +20,7 @@ use burn::tensor::{DType, TensorData};
 use burn_flex::{FlexTensor, Layout};
 
 use self::buffer::Buffer;
-use super::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, reference};
+use super::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, QuantizedWeight, reference};
 use crate::Precision;
 
 impl LlamaBackend for Flex {
@@ -37,7 +38,7 @@ impl LlamaBackend for Flex {
 
     fn project(x: FlexTensor, weight: FlexTensor, precision: Precision) -> FlexTensor {
         if decode::takes(&x, &weight) {
-            return only(decode::project(x, vec![weight]));
+            return only(decode::project(x, vec![weight], precision));
         }
         if !is_f32(&[&x, &weight]) {
             return reference::project::<Flex>(x, weight, precision);
@@ -47,23 +48,16 @@ impl LlamaBackend for Flex {
 
     fn project_all(x: FlexTensor, weights: Vec<FlexTensor>, precision: Precision) -> Vec<FlexTensor> {
         if weights.iter().all(|weight| decode::takes(&x, weight)) {
-            return decode::project(x, weights);
+            return decode::project(x, weights, precision);
         }
         weights.into_iter().map(|weight| Self::project(x.clone(), weight, precision)).collect()
     }
 
-    fn project_quantized(x: FlexTensor, values: FlexTensor, scales: FlexTensor) -> FlexTensor {
-        if !decode::takes_q8(&x, &values, &scales) {
-            return Self::project(x, reference::dequantize::<Flex>(values, scales), Precision::F32);
+    fn project_quantized(x: FlexTensor, weights: Vec<QuantizedWeight<Flex>>, precision: Precision) -> Vec<FlexTensor> {
+        if weights.iter().all(|weight| decode::takes_blocks(&x, weight)) {
+            return decode::project_blocks(x, weights, precision);
         }
-        only(decode::project_q8(x, vec![(values, scales)]))
-    }
-
-    fn project_quantized_all(x: FlexTensor, weights: Vec<(FlexTensor, FlexTensor)>) -> Vec<FlexTensor> {
-        if weights.iter().all(|(values, scales)| decode::takes_q8(&x, values, scales)) {
-            return decode::project_q8(x, weights);
-        }
-        weights.into_iter().map(|(values, scales)| Self::project_quantized(x.clone(), values, scales)).collect()
+        Self::project_all(x, weights.into_iter().map(QuantizedWeight::dense).collect(), precision)
     }
 
     fn project_backward_input(pairs: Vec<(FlexTensor, FlexTensor)>, precision: Precision) -> FlexTensor {

@@ -6,9 +6,9 @@ use std::sync::OnceLock;
 /// best the CPU has. What its loops call must be `#[inline(always)]`: a call to code compiled for the baseline would
 /// turn every fused multiply-add into a library call.
 macro_rules! vectorized {
-    ($(#[$meta:meta])* fn $name:ident<$($life:lifetime),*>($($arg:ident: $type:ty),* $(,)?) -> $result:ty $body:block) => {
+    ($(#[$meta:meta])* $visible:vis fn $name:ident<$($life:lifetime),*>($($arg:ident: $type:ty),* $(,)?) -> $result:ty $body:block) => {
         $(#[$meta])*
-        fn $name<$($life),*>($($arg: $type),*) -> $result {
+        $visible fn $name<$($life),*>($($arg: $type),*) -> $result {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
             fn body<$($life),*>($($arg: $type),*) -> $result $body

@@ -1,0 +1,202 @@
+//! The loops by hand: the compiler widens short integers half a register at a time.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use crate::backend::QUANT_BLOCK;
+
+/// Sums at a time, so that none waits for the one before.
+const SUMS: usize = 4;
+/// Bytes between what is read and what is asked for. Rows are read one after the other, a single stream: several at a time
+/// were half as fast where rows are short.
+const AHEAD: usize = 4096;
+
+/// A float that 16 of are widened at a time.
+pub trait Widen: Copy {
+    /// # Safety
+    /// 16 values must follow `ptr`; the CPU must have AVX-512.
+    unsafe fn widen(ptr: *const Self) -> __m512;
+    fn value(self) -> f32;
+}
+
+impl Widen for f32 {
+    #[inline(always)]
+    unsafe fn widen(ptr: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(ptr) }
+    }
+    fn value(self) -> f32 {
+        self
+    }
+}
+
+impl Widen for bf16 {
+    #[inline(always)]
+    unsafe fn widen(ptr: *const bf16) -> __m512 {
+        unsafe {
+            let short = _mm512_cvtepu16_epi32(_mm256_loadu_si256(ptr.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(short))
+        }
+    }
+    fn value(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Widen for f16 {
+    #[inline(always)]
+    unsafe fn widen(ptr: *const f16) -> __m512 {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(ptr.cast())) }
+    }
+    fn value(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+/// The integer of a form in blocks, one or more to a byte.
+pub trait Block: Copy {
+    /// Bytes of a block.
+    const BYTES: usize;
+    /// Floats that describe a block.
+    const SCALES: usize;
+    /// The values of a block, by halves.
+    ///
+    /// # Safety
+    /// A block must follow `bytes`, its floats `scales`; the CPU must have AVX-512.
+    unsafe fn load(bytes: *const Self, scales: *const f32) -> [__m512; 2];
+}
+
+impl Block for i8 {
+    const BYTES: usize = QUANT_BLOCK;
+    const SCALES: usize = 1;
+
+    #[inline(always)]
+    unsafe fn load(bytes: *const i8, scales: *const f32) -> [__m512; 2] {
+        unsafe {
+            let scale = _mm512_set1_ps(*scales);
+            [0, 16].map(|half| {
+                let bytes = _mm_loadu_si128(bytes.add(half).cast());
+                _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), scale)
+            })
+        }
+    }
+}
+
+impl Block for u8 {
+    const BYTES: usize = QUANT_BLOCK / 2;
+    const SCALES: usize = 2;
+
+    #[inline(always)]
+    unsafe fn load(bytes: *const u8, scales: *const f32) -> [__m512; 2] {
+        unsafe {
+            // A block has 16 different values: they are looked up.
+            let counts = _mm512_set_ps(15., 14., 13., 12., 11., 10., 9., 8., 7., 6., 5., 4., 3., 2., 1., 0.);
+            let table = _mm512_fmadd_ps(counts, _mm512_set1_ps(*scales), _mm512_set1_ps(*scales.add(1)));
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.cast()));
+            // Only the last four bits of an index count.
+            [bytes, _mm512_srli_epi32::<4>(bytes)].map(|index| _mm512_permutexvar_ps(index, table))
+        }
+    }
+}
+
+/// `out[i] = Σ x · w[i]`
+///
+/// # Safety
+/// `w` must have a row as long as `x` for each result; the CPU must have AVX-512.
+#[target_feature(enable = "avx512f")]
+pub unsafe fn dots<T: Widen>(out: &mut [f32], x: &[f32], w: &[T]) {
+    for (out, w) in out.iter_mut().zip(w.chunks_exact(x.len())) {
+        let mut sums = [_mm512_setzero_ps(); SUMS];
+        let (x_blocks, x_rest) = x.as_chunks::<{ 16 * SUMS }>();
+        let (w_blocks, w_rest) = w.as_chunks::<{ 16 * SUMS }>();
+        for (x, w) in x_blocks.iter().zip(w_blocks) {
+            // SAFETY: 16 elements follow each place; fetching reads nothing.
+            unsafe {
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    fetch_ahead(w.as_ptr().add(16 * i));
+                    let x = _mm512_loadu_ps(x.as_ptr().add(16 * i));
+                    *sum = _mm512_fmadd_ps(x, T::widen(w.as_ptr().add(16 * i)), *sum);
+                }
+            }
+        }
+        let rest: f32 = x_rest.iter().zip(w_rest).map(|(x, w)| x * w.value()).sum();
+        *out = total(sums) + rest;
+    }
+}
+
+/// As [`dots`], for rows of whole blocks.
+///
+/// # Safety
+/// As there; `scales` must have those of as many blocks.
+#[target_feature(enable = "avx512f")]
+pub unsafe fn block_dots<T: Block>(out: &mut [f32], x: &[f32], w: &[T], scales: &[f16]) {
+    let blocks = x.len() / QUANT_BLOCK;
+    let mut floats = vec![0.0f32; (blocks * T::SCALES).next_multiple_of(16)];
+    let rows = w.chunks_exact(blocks * T::BYTES).zip(scales.chunks_exact(blocks * T::SCALES));
+    for (out, (w, scales)) in out.iter_mut().zip(rows) {
+        to_floats(&mut floats, scales);
+        let mut sums = [_mm512_setzero_ps(); SUMS];
+        let steps = x.as_chunks::<QUANT_BLOCK>().0.iter().zip(w.chunks_exact(T::BYTES));
+        for (i, ((x, w), scales)) in steps.zip(floats.chunks_exact(T::SCALES)).enumerate() {
+            // SAFETY: a block follows each pointer; fetching reads nothing.
+            unsafe {
+                fetch_ahead(w.as_ptr());
+                let [low, high] = T::load(w.as_ptr(), scales.as_ptr());
+                let at = 2 * i % SUMS;
+                sums[at] = _mm512_fmadd_ps(_mm512_loadu_ps(x.as_ptr()), low, sums[at]);
+                sums[at + 1] = _mm512_fmadd_ps(_mm512_loadu_ps(x.as_ptr().add(16)), high, sums[at + 1]);
+            }
+        }
+        *out = total(sums);
+    }
+}
+
+/// The values of whole blocks.
+///
+/// # Safety
+/// `out` must have room for the blocks and `scales` have their floats; the CPU must have AVX-512.
+#[target_feature(enable = "avx512f")]
+pub unsafe fn widen<T: Block>(out: &mut [f32], w: &[T], scales: &[f16]) {
+    /// Blocks whose scales are widened together.
+    const STEP: usize = 64;
+    let mut floats = [0.0f32; 2 * STEP];
+    let steps = out.chunks_mut(STEP * QUANT_BLOCK).zip(w.chunks(STEP * T::BYTES)).zip(scales.chunks(STEP * T::SCALES));
+    for ((out, w), scales) in steps {
+        to_floats(&mut floats, scales);
+        let blocks = out.as_chunks_mut::<QUANT_BLOCK>().0.iter_mut().zip(w.chunks_exact(T::BYTES));
+        for ((out, w), scales) in blocks.zip(floats.chunks_exact(T::SCALES)) {
+            // SAFETY: a block follows each pointer.
+            unsafe {
+                let [low, high] = T::load(w.as_ptr(), scales.as_ptr());
+                _mm512_storeu_ps(out.as_mut_ptr(), low);
+                _mm512_storeu_ps(out.as_mut_ptr().add(16), high);
+            }
+        }
+    }
+}
+
+/// Widens half floats into the beginning of a buffer.
+#[target_feature(enable = "avx512f")]
+fn to_floats(out: &mut [f32], halfs: &[f16]) {
+    let (blocks, rest) = halfs.as_chunks::<16>();
+    let (out_blocks, out_rest) = out.split_at_mut(16 * blocks.len());
+    for (out, block) in out_blocks.as_chunks_mut::<16>().0.iter_mut().zip(blocks) {
+        // SAFETY: both have 16 elements.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), f16::widen(block.as_ptr())) };
+    }
+    for (out, half) in out_rest.iter_mut().zip(rest) {
+        *out = half.to_f32();
+    }
+}
+
+/// Asks for what will be read soon: rows follow one another, so it may belong to the next.
+#[inline(always)]
+unsafe fn fetch_ahead<T>(ptr: *const T) {
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr.cast::<i8>().wrapping_add(AHEAD)) }
+}
+
+#[target_feature(enable = "avx512f")]
+fn total(sums: [__m512; SUMS]) -> f32 {
+    let [a, b, c, d] = sums;
+    _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)))
+}

@@ -1,0 +1,129 @@
+//! The forms that a weight is stored in for inference, and their values as floats.
+
+use burn::backend::Flex;
+use burn::tensor::DType;
+use burn_flex::FlexTensor;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use super::simd::vectorized;
+use crate::backend::{Bits, QUANT_BLOCK, QuantizedWeight};
+
+/// Rows of a weight in one of the forms it can be stored in.
+#[derive(Clone, Copy)]
+pub(super) enum Stored<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    F16(&'a [f16]),
+    /// Values, and one scale for each [`QUANT_BLOCK`] of them.
+    Q8(&'a [i8], &'a [f16]),
+    /// Pairs of values, and scale and minimum for each [`QUANT_BLOCK`] of them.
+    Q4(&'a [u8], &'a [f16]),
+}
+
+impl<'a> Stored<'a> {
+    /// A matrix that [`whole`] gave, in floats.
+    pub(super) fn floats(weight: &'a FlexTensor) -> Self {
+        match weight.dtype() {
+            DType::BF16 => Self::Bf16(weight.storage()),
+            DType::F16 => Self::F16(weight.storage()),
+            _ => Self::F32(weight.storage()),
+        }
+    }
+
+    /// A matrix in blocks, of tensors that [`whole`] gave.
+    pub(super) fn blocks(weight: &'a QuantizedWeight<Flex>) -> Self {
+        let (words, scales) = (weight.words.storage::<i32>(), weight.scales.storage::<f16>());
+        match weight.bits {
+            Bits::Eight => Self::Q8(bytemuck::cast_slice(words), scales),
+            Bits::Four => Self::Q4(bytemuck::cast_slice(words), scales),
+        }
+    }
+
+    /// Weights there are.
+    pub(super) fn len(self) -> usize {
+        match self {
+            Self::F32(w) => w.len(),
+            Self::Bf16(w) => w.len(),
+            Self::F16(w) => w.len(),
+            Self::Q8(w, _) => w.len(),
+            Self::Q4(w, _) => 2 * w.len(),
+        }
+    }
+
+    /// Rows `start..end`, each of `width` elements.
+    pub(super) fn rows(self, start: usize, end: usize, width: usize) -> Self {
+        let range = start * width..end * width;
+        let blocks = width / QUANT_BLOCK;
+        match self {
+            Self::F32(w) => Self::F32(&w[range]),
+            Self::Bf16(w) => Self::Bf16(&w[range]),
+            Self::F16(w) => Self::F16(&w[range]),
+            Self::Q8(w, scales) => Self::Q8(&w[range], &scales[start * blocks..end * blocks]),
+            Self::Q4(w, scales) => {
+                Self::Q4(&w[range.start / 2..range.end / 2], &scales[2 * start * blocks..2 * end * blocks])
+            }
+        }
+    }
+
+    /// Writes the values as floats.
+    pub(super) fn widen(self, out: &mut [f32]) {
+        debug_assert_eq!(out.len(), self.len());
+        #[cfg(target_arch = "x86_64")]
+        if super::simd::has_avx512() {
+            match self {
+                // SAFETY: the CPU was asked; values and scales are of as many blocks as `out`.
+                Self::Q8(w, scales) => return unsafe { super::decode::avx512::widen(out, w, scales) },
+                Self::Q4(w, scales) => return unsafe { super::decode::avx512::widen(out, w, scales) },
+                _ => {}
+            }
+        }
+        match self {
+            Self::F32(w) => out.copy_from_slice(w),
+            Self::Bf16(w) => widen_bf16(out, w),
+            Self::F16(w) => w.convert_to_f32_slice(out),
+            Self::Q8(w, scales) => widen_q8(out, w, scales),
+            Self::Q4(w, scales) => widen_q4(out, w, scales),
+        }
+    }
+}
+
+/// The tensor with its elements in order from the start of its buffer, as `contiguous` for any dtype.
+pub(super) fn whole(x: FlexTensor) -> FlexTensor {
+    let len = x.layout().num_elements() * x.dtype().size();
+    if x.is_contiguous() && x.layout().start_offset() == 0 && x.bytes().len() == len { x } else { x.to_contiguous() }
+}
+
+vectorized! {
+    fn widen_bf16<'a>(out: &'a mut [f32], w: &'a [bf16]) -> () {
+        for (out, w) in out.iter_mut().zip(w) {
+            *out = f32::from_bits(u32::from(w.to_bits()) << 16);
+        }
+    }
+}
+
+vectorized! {
+    pub(super) fn widen_q8<'a>(out: &'a mut [f32], w: &'a [i8], scales: &'a [f16]) -> () {
+        let blocks = out.as_chunks_mut::<QUANT_BLOCK>().0.iter_mut().zip(w.as_chunks::<QUANT_BLOCK>().0);
+        for ((out, w), scale) in blocks.zip(scales) {
+            let scale = scale.to_f32();
+            for (out, w) in out.iter_mut().zip(w) {
+                *out = scale * f32::from(*w);
+            }
+        }
+    }
+}
+
+vectorized! {
+    pub(super) fn widen_q4<'a>(out: &'a mut [f32], w: &'a [u8], scales: &'a [f16]) -> () {
+        let blocks = out.as_chunks_mut::<QUANT_BLOCK>().0.iter_mut().zip(w.as_chunks::<{ QUANT_BLOCK / 2 }>().0);
+        for ((out, w), [scale, min]) in blocks.zip(scales.as_chunks::<2>().0) {
+            let (scale, min) = (scale.to_f32(), min.to_f32());
+            let (low, high) = out.split_at_mut(QUANT_BLOCK / 2);
+            for ((low, high), w) in low.iter_mut().zip(high).zip(w) {
+                *low = scale.mul_add(f32::from(w & 15), min);
+                *high = scale.mul_add(f32::from(w >> 4), min);
+            }
+        }
+    }
+}

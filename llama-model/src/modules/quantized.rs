@@ -1,0 +1,67 @@
+//! A matrix in 8 or 4 bits, as linear layers and embeddings have it for inference.
+
+use burn::module::{Module, Param};
+use burn::tensor::{DType, Int, Tensor, TensorData};
+
+use crate::backend::quantized::quantize;
+use crate::backend::{Bits, LlamaBackend, QUANT_BLOCK, QuantizedWeight, ops};
+
+/// A matrix in blocks along its rows; [`backend::quantized`](crate::backend::quantized) has their layout.
+#[derive(Module, Debug)]
+pub struct Quantized<B: LlamaBackend> {
+    /// `[d_out, d_in / 32 · words]`
+    pub words: Tensor<B, 2, Int>,
+    /// `[d_out, d_in / 32 · scales]`
+    pub scales: Tensor<B, 2>,
+    /// Bits of a value.
+    #[module(skip)]
+    pub bits: Bits,
+}
+
+impl<B: LlamaBackend> Quantized<B> {
+    /// Rounds a matrix `[d_out, d_in]` of floats.
+    ///
+    /// # Panics
+    /// If the rows are not whole blocks, or the data is no matrix of floats.
+    pub fn new(data: TensorData, bits: Bits, device: &B::Device) -> Self {
+        let [d_out, d_in] = data.shape.dims();
+        assert!(d_in.is_multiple_of(QUANT_BLOCK), "rows of {d_in} are not whole blocks of {QUANT_BLOCK}");
+        let data = data.convert::<f32>();
+        let (words, scales) = quantize(bits, data.as_slice::<f32>().expect("it was just converted"));
+        let blocks = d_in / QUANT_BLOCK;
+        let words = TensorData::new(words, [d_out, blocks * bits.words()]);
+        let scales = TensorData::new(scales, [d_out, blocks * bits.scales()]);
+        let dtype = if B::supports_dtype(device, DType::F16) { DType::F16 } else { DType::F32 };
+        Self {
+            words: Tensor::from_data(words, (device, DType::I32)),
+            scales: Tensor::from_data(scales.convert_dtype(dtype), (device, dtype)),
+            bits,
+        }
+    }
+
+    /// For the operations of the backend.
+    pub fn weight(&self) -> QuantizedWeight<B> {
+        let (words, scales) = (self.words.clone().into_primitive(), ops::primitive(self.scales.clone()));
+        QuantizedWeight { bits: self.bits, words, scales }
+    }
+
+    /// The matrix in f32.
+    pub fn dense(&self) -> Tensor<B, 2> {
+        ops::tensor(self.weight().dense())
+    }
+
+    /// Some of its rows in f32.
+    ///
+    /// # Shapes
+    /// `rows [n]`, result `[n, d_in]`.
+    pub fn rows(&self, rows: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+        let words = self.words.clone().select(0, rows.clone());
+        Self { words, scales: self.scales.clone().select(0, rows), bits: self.bits }.dense()
+    }
+
+    /// What stands in for the parameter of a quantised matrix: it keeps id and width.
+    pub(crate) fn placeholder(&self, weight: &Param<Tensor<B, 2>>) -> Param<Tensor<B, 2>> {
+        let [_, d_in] = self.weight().dims();
+        Param::initialized(weight.id, Tensor::zeros([1, d_in], &self.words.device()))
+    }
+}
