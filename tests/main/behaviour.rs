@@ -179,7 +179,8 @@ device_test! {
                 whole
             };
             let exact = logits(WeightFormat::F32);
-            for (format, error) in [(WeightFormat::Bf16, 0.02), (WeightFormat::Q8, 0.05)] {
+            let formats = [(WeightFormat::Bf16, 0.02), (WeightFormat::F16, 0.01), (WeightFormat::Q8, 0.05), (WeightFormat::Q4, 0.25)];
+            for (format, error) in formats {
                 let rounded = logits(format);
                 assert_ne!(rounded, exact, "{format} rounds");
                 close(&format!("{format}"), &rounded, &exact, error * scale(&exact));
@@ -189,12 +190,14 @@ device_test! {
 }
 
 #[test]
-fn eight_bits_need_rows_of_whole_blocks() {
+fn blocks_need_rows_of_whole_blocks() {
     let config = LlamaConfig { d_ff: 90, ..small() };
     let model = config.init::<burn::backend::Flex>(1, &Default::default()).unwrap();
-    let error = model.with_weights(WeightFormat::Q8).unwrap_err().to_string();
-    assert!(error.contains("multiples of 32") && error.contains("90"), "{error}");
-    assert!("q4".parse::<WeightFormat>().unwrap_err().to_string().contains("q8"));
+    for format in [WeightFormat::Q8, WeightFormat::Q4] {
+        let error = model.clone().with_weights(format).unwrap_err().to_string();
+        assert!(error.contains("multiples of 32") && error.contains("90"), "{error}");
+    }
+    assert!("q3".parse::<WeightFormat>().unwrap_err().to_string().contains("q8"));
 }
 
 device_test! {

@@ -62,9 +62,9 @@ device_test! {
 
             let mut x = model.tok_embeddings.forward(tokens);
             check("hidden.0", floats(x.clone()), HIDDEN);
-            x = model.layers[0].forward(x, &model.rope, None, model.compute);
+            x = model.layers[0].forward(x, model.rope.tables(0, 32), None, model.compute);
             check("hidden.1", floats(x.clone()), HIDDEN);
-            x = model.layers[1].forward(x, &model.rope, None, model.compute);
+            x = model.layers[1].forward(x, model.rope.tables(0, 32), None, model.compute);
             check("hidden.prenorm_last", floats(x.clone()), HIDDEN);
             check("hidden.2", floats(model.norm.forward(x)), HIDDEN);
             assert_eq!(config.n_layers, 2);

@@ -104,7 +104,7 @@ pub(crate) fn quantize(bits: Bits, weights: &[f32]) -> (Vec<i32>, Vec<f16>) {
         match bits {
             Bits::Eight => {
                 let (scale, inverse) = scale(block.iter().fold(0.0f32, |max, w| max.max(w.abs())) / 127.0);
-                bytes.extend(block.map(|w| nearest(w * inverse).clamp(-127, 127) as u8));
+                bytes.extend(block.iter().map(|w| nearest(w * inverse).clamp(-127, 127) as u8));
                 scales.push(scale);
             }
             Bits::Four => {
@@ -112,8 +112,10 @@ pub(crate) fn quantize(bits: Bits, weights: &[f32]) -> (Vec<i32>, Vec<f16>) {
                 let max = block.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 let min = f16::from_f32(min);
                 let (scale, inverse) = scale((max - min.to_f32()) / 15.0);
-                let value = block.map(|w| nearest((w - min.to_f32()) * inverse).clamp(0, 15) as u8);
-                bytes.extend((0..QUANT_BLOCK / 2).map(|i| value[i] | value[i + QUANT_BLOCK / 2] << 4));
+                let low = min.to_f32();
+                let value = |w: &f32| nearest((w - low) * inverse).clamp(0, 15) as u8;
+                let (first, second) = block.split_at(QUANT_BLOCK / 2);
+                bytes.extend(first.iter().zip(second).map(|(a, b)| value(a) | value(b) << 4));
                 scales.extend([scale, min]);
             }
         }

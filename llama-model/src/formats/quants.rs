@@ -48,22 +48,22 @@ impl Quant {
         let (values, size) = self.block();
         let mut out = Vec::with_capacity(bytes.len() / size * values);
         for block in bytes.chunks_exact(size) {
+            // The scale, and the smallest value of the types that have one.
+            let (d, m) = (half(block, 0), half(block, 2));
             match self {
-                Self::Q4_0 => nibbles(&block[2..], |q, _| half(block, 0) * (q as i32 - 8) as f32, &mut out),
-                Self::Q4_1 => {
-                    nibbles(&block[4..], |q, _| half(block, 0) * q as f32 + half(block, 2), &mut out);
-                }
+                Self::Q4_0 => nibbles(&block[2..], |q, _| d * (q as i32 - 8) as f32, &mut out),
+                Self::Q4_1 => nibbles(&block[4..], |q, _| d * q as f32 + m, &mut out),
                 Self::Q5_0 => {
                     let high = bits(&block[2..6]);
                     let value = |q: u32, i: usize| (q | (high >> i & 1) << 4) as i32 - 16;
-                    nibbles(&block[6..], |q, i| half(block, 0) * value(q, i) as f32, &mut out);
+                    nibbles(&block[6..], |q, i| d * value(q, i) as f32, &mut out);
                 }
                 Self::Q5_1 => {
                     let high = bits(&block[4..8]);
                     let value = |q: u32, i: usize| q | (high >> i & 1) << 4;
-                    nibbles(&block[8..], |q, i| half(block, 0) * value(q, i) as f32 + half(block, 2), &mut out);
+                    nibbles(&block[8..], |q, i| d * value(q, i) as f32 + m, &mut out);
                 }
-                Self::Q8_0 => out.extend(block[2..].iter().map(|q| half(block, 0) * f32::from(*q as i8))),
+                Self::Q8_0 => out.extend(block[2..].iter().map(|q| d * f32::from(*q as i8))),
                 Self::Q2K => q2_k(block, &mut out),
                 Self::Q3K => q3_k(block, &mut out),
                 Self::Q4K => q4_k(block, &mut out),

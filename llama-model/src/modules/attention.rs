@@ -4,7 +4,7 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 
-use super::{LayerCache, Linear, RotaryEmbedding};
+use super::{LayerCache, Linear};
 use crate::backend::{LlamaBackend, ops};
 use crate::init::Init;
 use crate::{LlamaConfig, Precision};
@@ -36,26 +36,25 @@ impl<B: LlamaBackend> Attention<B> {
         }
     }
 
-    /// With a cache, `x` continues the sequences in it.
+    /// With a cache, `x` continues the sequences in it. `cos` and `sin` are the rotary embedding's for its positions.
     ///
     /// # Shapes
-    /// `x [batch, seq_len, d_model]`, result as `x`.
+    /// `x [batch, seq_len, d_model]`, `cos` and `sin` `[seq_len, head_dim / 2]`, result as `x`.
     pub fn forward(
         &self,
         x: Tensor<B, 3>,
-        rope: &RotaryEmbedding<B>,
+        [cos, sin]: [Tensor<B, 2>; 2],
         cache: Option<&mut LayerCache<B>>,
         precision: Precision,
     ) -> Tensor<B, 3> {
         let [batch, seq_len, _] = x.dims();
-        let start = cache.as_ref().map_or(0, |cache| cache.len());
         let heads = |x: Tensor<B, 3>| {
             let width = x.dims()[2];
             x.reshape([batch, seq_len, width / self.head_dim, self.head_dim])
         };
 
         let [q, k, v] = Linear::forward_all([&self.wq, &self.wk, &self.wv], x, precision).map(heads);
-        let (q, k) = (rope.forward(q, start), rope.forward(k, start));
+        let (q, k) = (ops::rotary(q, cos.clone(), sin.clone()), ops::rotary(k, cos, sin));
         let (k, v) = match cache {
             Some(cache) => cache.append(k, v),
             None => (k, v),

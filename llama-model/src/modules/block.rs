@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
-use super::{Attention, FeedForward, LayerCache, RmsNorm, RotaryEmbedding};
+use super::{Attention, FeedForward, LayerCache, RmsNorm};
 use crate::backend::ops::primitive;
 use crate::backend::{BlockWeights, LlamaBackend, ops};
 use crate::init::Init;
@@ -35,11 +35,11 @@ impl<B: LlamaBackend> Block<B> {
     /// The block as one operation with a backward of its own. With `starts`, tokens attend inside their document only.
     ///
     /// # Shapes
-    /// `x [batch, seq_len, d_model]`, `starts [batch, seq_len]`, result as `x`.
+    /// `x [batch, seq_len, d_model]`, `tables` `[seq_len, head_dim / 2]` each, `starts [batch, seq_len]`, result as `x`.
     pub fn forward(
         &self,
         x: Tensor<B, 3>,
-        rope: &RotaryEmbedding<B>,
+        tables: [Tensor<B, 2>; 2],
         starts: Option<Tensor<B, 2, Int>>,
         compute: Compute,
     ) -> Tensor<B, 3> {
@@ -55,24 +55,23 @@ impl<B: LlamaBackend> Block<B> {
             w2: primitive(feed_forward.w2.dense()),
             w3: primitive(feed_forward.w3.dense()),
         };
-        let seq_len = x.dims()[1];
-        ops::block(x, weights, rope.tables(0, seq_len), starts, self.attention_norm.eps, compute)
+        ops::block(x, weights, tables, starts, self.attention_norm.eps, compute)
     }
 
     /// The same, composed of its parts, for sequences that a cache continues.
     ///
     /// # Shapes
-    /// `x [batch, seq_len, d_model]`, result as `x`.
+    /// `x [batch, seq_len, d_model]`, `tables` `[seq_len, head_dim / 2]` each, result as `x`.
     pub fn forward_cached(
         &self,
         x: Tensor<B, 3>,
-        rope: &RotaryEmbedding<B>,
+        tables: [Tensor<B, 2>; 2],
         cache: &mut LayerCache<B>,
         compute: Compute,
     ) -> Tensor<B, 3> {
         let precision = compute.precision;
         let n = self.attention_norm.forward(x.clone());
-        let h = x + self.attention.forward(n, rope, Some(cache), precision);
+        let h = x + self.attention.forward(n, tables, Some(cache), precision);
         h.clone() + self.feed_forward.forward(self.ffn_norm.forward(h), precision)
     }
 }

@@ -103,11 +103,12 @@ impl<B: LlamaBackend> Llama<B> {
             return Err(ModelError::SequenceTooLong { len: past + seq_len, max: self.max_seq_len() });
         }
 
+        let tables = self.rope.tables(past, seq_len);
         let mut x = self.tok_embeddings.forward(tokens);
         for (layer, block) in self.layers.iter().enumerate() {
             x = match &mut cache {
-                None => block.forward(x, &self.rope, starts.clone(), self.compute),
-                Some(cache) => block.forward_cached(x, &self.rope, cache.layer(layer), self.compute),
+                None => block.forward(x, tables.clone(), starts.clone(), self.compute),
+                Some(cache) => block.forward_cached(x, tables.clone(), cache.layer(layer), self.compute),
             };
         }
         Ok(self.norm.forward(x))

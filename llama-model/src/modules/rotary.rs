@@ -46,8 +46,8 @@ impl<B: LlamaBackend> RotaryEmbedding<B> {
         ops::rotary(x, cos, sin)
     }
 
-    /// Cosines and sines of the positions from `start` on, `[seq_len, head_dim / 2]`.
-    pub(crate) fn tables(&self, start: usize, seq_len: usize) -> [Tensor<B, 2>; 2] {
+    /// Cosines and sines of the positions from `start` on, `[seq_len, head_dim / 2]`: the same for every layer.
+    pub fn tables(&self, start: usize, seq_len: usize) -> [Tensor<B, 2>; 2] {
         [&self.cos, &self.sin].map(|table| table.clone().narrow(0, start, seq_len))
     }
 }

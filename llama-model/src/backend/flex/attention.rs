@@ -3,6 +3,11 @@
 //!
 //! Threads take heads. Tensors are read with their strides, so neither projections nor caches are copied.
 
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx512;
+mod few;
+
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use burn::tensor::{Int, Shape, Tensor, TensorMetadata};
@@ -130,11 +135,27 @@ impl<'a> Heads<'a> {
         }
     }
 
-    /// Row `index` of a tile.
+    /// The same, as rows that can be read.
+    fn rows(&self, batch: usize, head: usize, rows: Range<usize>) -> Rows<'_> {
+        Rows { tile: self.tile(batch, head, rows.start, rows.len()), tensor: PhantomData }
+    }
+}
+
+/// Rows of a head, whose tensor they borrow.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    tile: Matrix,
+    tensor: PhantomData<&'a [f32]>,
+}
+
+impl<'a> Rows<'a> {
     #[inline(always)]
-    fn row(&self, tile: Matrix, index: usize) -> &[f32] {
-        // SAFETY: the row is inside the tensor, whose borrow the result keeps.
-        unsafe { std::slice::from_raw_parts(tile.ptr.offset(index as isize * tile.row_stride), tile.cols) }
+    fn row(self, index: usize) -> &'a [f32] {
+        debug_assert!(index < self.tile.rows);
+        // SAFETY: the row is inside the tensor, which stays borrowed.
+        unsafe {
+            std::slice::from_raw_parts(self.tile.ptr.offset(index as isize * self.tile.row_stride), self.tile.cols)
+        }
     }
 }
 
@@ -187,17 +208,17 @@ pub(super) fn forward(
         // Decoding: no tile of queries to share a packed key with, so keys are read where they are.
         let head = |index: usize| {
             let (b, head) = (index / n_heads, index % n_heads);
-            let (kv_head, kv_len) = (head / sizes.group(), sizes.kv_len);
-            let q = qs.tile(b, head, 0, q_len);
-            let (k, v) = (ks.tile(b, kv_head, 0, kv_len), vs.tile(b, kv_head, 0, kv_len));
+            let kv_head = head / sizes.group();
+            let q = qs.rows(b, head, 0..q_len);
             for row in 0..q_len {
                 // SAFETY: this row of this head is this task's own.
                 let (out, lse) = unsafe {
                     let out = out_ptr.slice(((b * q_len + row) * n_heads + head) * head_dim, head_dim);
                     (out, lse_ptr.slice(index * q_len + row, 1))
                 };
-                let seen = sizes.range(row, starts.of(b), 0, kv_len);
-                lse[0] = attend(out, qs.row(q, row), (&ks, k), (&vs, v), seen, scale);
+                let seen = sizes.range(row, starts.of(b), 0, sizes.kv_len);
+                let (k, v) = (ks.rows(b, kv_head, seen.clone()), vs.rows(b, kv_head, seen));
+                lse[0] = few::attend(out, q.row(row), k, v, scale);
             }
         };
         if batch * n_heads * sizes.kv_len * head_dim < PARALLEL {
@@ -276,11 +297,12 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
                 for tile in sizes.q_tiles() {
                     let (start, rows) = tile;
                     let (q, d_out) = (qs.tile(b, head, start, rows), grads.tile(b, head, start, rows));
-                    let out = outs.tile(b, head, start, rows);
+                    let (out_rows, grad_rows) =
+                        (outs.rows(b, head, start..start + rows), grads.rows(b, head, start..start + rows));
                     let lse = &lse[(b * n_heads + head) * q_len + start..][..rows];
                     let mut delta = [0.0f32; Q_TILE];
                     for (row, delta) in delta.iter_mut().enumerate().take(rows) {
-                        *delta = dot(outs.row(out, row), grads.row(d_out, row));
+                        *delta = dot(out_rows.row(row), grad_rows.row(row));
                     }
                     let d_q = d_q_ptr.at(((b * q_len + start) * n_heads + head) * head_dim);
                     for (k_start, cols) in sizes.k_tiles(tile, starts.of(b)) {
@@ -311,36 +333,6 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
         },
     );
     [d_q.into_tensor(q.shape()), d_k.into_tensor(k.shape()), d_v.into_tensor(v.shape())]
-}
-
-vectorized! {
-    /// One query over the keys and values it sees. Returns the log-sum-exp.
-    fn attend<'a>(
-        out: &'a mut [f32],
-        q: &'a [f32],
-        keys: (&'a Heads<'a>, Matrix),
-        vals: (&'a Heads<'a>, Matrix),
-        seen: Range<usize>,
-        scale: f32,
-    ) -> f32 {
-        let first = seen.start;
-        let mut weights = vec![0.0f32; seen.len()];
-        for (t, weight) in weights.iter_mut().enumerate() {
-            *weight = scale * sum2(q, keys.0.row(keys.1, first + t), |q, k| q * k);
-        }
-        let largest = max(&weights);
-        for weight in weights.iter_mut() {
-            *weight = exp(*weight - largest);
-        }
-        let sum = sum1(&weights, |x| x);
-        for (t, weight) in weights.iter().enumerate() {
-            let weight = weight / sum;
-            for (out, v) in out.iter_mut().zip(vals.0.row(vals.1, first + t)) {
-                *out += weight * v;
-            }
-        }
-        largest + sum.ln()
-    }
 }
 
 vectorized! {

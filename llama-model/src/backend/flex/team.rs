@@ -15,7 +15,8 @@ const AWAKE: Duration = Duration::from_micros(500);
 /// Looks at the next round between two looks at the clock, and before giving the processor away.
 const LOOKS: usize = 256;
 
-/// Runs `task(0)` to `task(tasks - 1)`, each once, on as many threads as rayon would. Who runs which is not defined.
+/// Runs `task(0)` to `task(tasks - 1)`, each once, on as many threads as rayon would. Each thread begins with a stretch of
+/// its own, in order, so that what is fetched ahead of one task is the beginning of the next, and then helps the others.
 ///
 /// A second caller at the same time runs its tasks alone.
 pub(super) fn for_each(tasks: usize, task: impl Fn(usize) + Sync) {
@@ -40,12 +41,16 @@ struct Shared {
     inside: AtomicUsize,
     /// Members that sleep, or are about to.
     asleep: AtomicUsize,
-    /// The next task that nobody has taken.
-    next: AtomicUsize,
+    /// For each thread, the caller first: how many tasks of its stretch are taken.
+    taken: Box<[Counter]>,
     job: UnsafeCell<Job>,
     /// The first panic of a task.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
+
+/// On a cache line of its own.
+#[repr(align(128))]
+struct Counter(AtomicUsize);
 
 #[derive(Clone, Copy)]
 struct Job {
@@ -71,13 +76,13 @@ impl Team {
             open: AtomicBool::new(false),
             inside: AtomicUsize::new(0),
             asleep: AtomicUsize::new(0),
-            next: AtomicUsize::new(0),
+            taken: (0..=members).map(|_| Counter(AtomicUsize::new(0))).collect(),
             job: UnsafeCell::new(Job { task: nothing, tasks: 0 }),
             panic: Mutex::new(None),
         });
         let member = |index: usize| {
             let shared = shared.clone();
-            let thread = thread::Builder::new().name(format!("decode-{index}")).spawn(move || shared.serve());
+            let thread = thread::Builder::new().name(format!("decode-{index}")).spawn(move || shared.serve(index + 1));
             // Fewer threads than asked for only make it slower.
             thread.ok().map(|handle| handle.thread().clone())
         };
@@ -93,13 +98,13 @@ impl Team {
             let task = std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(task);
             *shared.job.get() = Job { task, tasks };
         }
-        shared.next.store(0, SeqCst);
+        shared.taken.iter().for_each(|taken| taken.0.store(0, SeqCst));
         shared.open.store(true, SeqCst);
         shared.round.fetch_add(1, SeqCst);
         if shared.asleep.load(SeqCst) > 0 {
             self.members.iter().for_each(Thread::unpark);
         }
-        shared.work();
+        shared.work(0);
         // A member that comes from here on finds the round closed; those that are inside end their tasks.
         shared.open.store(false, SeqCst);
         let mut looks = 0;
@@ -115,18 +120,22 @@ impl Team {
 }
 
 impl Shared {
-    /// Takes tasks until there are none.
-    fn work(&self) {
+    /// Takes tasks until there are none, first of this thread's stretch.
+    fn work(&self, thread: usize) {
         // SAFETY: the round is open, or the caller is the one that opened it; the job does not change before it is over.
         let Job { task, tasks } = unsafe { *self.job.get() };
+        let threads = self.taken.len();
         let run = || {
-            loop {
-                let index = self.next.fetch_add(1, SeqCst);
-                if index >= tasks {
-                    return;
+            for owner in (thread..threads).chain(0..thread) {
+                let (start, end) = (owner * tasks / threads, (owner + 1) * tasks / threads);
+                // Looked at first: a counter that is only read stays in everybody's cache.
+                while self.taken[owner].0.load(SeqCst) < end - start {
+                    let index = start + self.taken[owner].0.fetch_add(1, SeqCst);
+                    if index < end {
+                        // SAFETY: as above.
+                        unsafe { (*task)(index) };
+                    }
                 }
-                // SAFETY: as above.
-                unsafe { (*task)(index) };
             }
         };
         if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
@@ -135,14 +144,14 @@ impl Shared {
     }
 
     /// A member's life.
-    fn serve(&self) {
+    fn serve(&self, thread: usize) {
         let mut seen = 0;
         loop {
             seen = self.next_round(seen);
             // First inside, then a look whether the round is open: the caller closes it first, then looks who is inside.
             self.inside.fetch_add(1, SeqCst);
             if self.open.load(SeqCst) {
-                self.work();
+                self.work(thread);
             }
             self.inside.fetch_sub(1, SeqCst);
         }
@@ -202,7 +211,11 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..500 {
-                        for_each(8, |_| for_each(3, |_| drop(total.fetch_add(1, SeqCst))));
+                        for_each(8, |_| {
+                            for_each(3, |_| {
+                                total.fetch_add(1, SeqCst);
+                            });
+                        });
                     }
                 });
             }
@@ -216,7 +229,9 @@ mod tests {
         let caught = catch_unwind(AssertUnwindSafe(|| team.run(4, &|index| assert!(index != 2, "task two"))));
         assert!(caught.is_err());
         let count = AtomicUsize::new(0);
-        team.run(4, &|_| drop(count.fetch_add(1, SeqCst)));
+        team.run(4, &|_| {
+            count.fetch_add(1, SeqCst);
+        });
         assert_eq!(count.load(SeqCst), 4);
     }
 }
