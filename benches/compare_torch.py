@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Training steps of this library against PyTorch on the same machine in one run, alternating.
+"""Training steps and forward passes of this library against PyTorch on the same machine in one run, alternating.
 
     pip install torch
     python3 benches/compare_torch.py                      # every size
@@ -14,18 +14,19 @@ what PyTorch's allocator has reserved.
 """
 import argparse, json, os, statistics, subprocess, sys, tempfile, threading, time
 
-# width, layers, heads, inner width, vocabulary, seq_len, batch, tied head: the sizes of benches/training.rs
+# width, layers, heads, key heads, inner width, vocabulary, seq_len, batch, tied head: the sizes of benches/training.rs
 SIZES = {
-    "tiny": (128, 4, 4, 352, 512, 256, 8, True),
-    "15m": (288, 6, 6, 768, 32000, 256, 8, True),
-    "60m": (512, 8, 8, 1376, 32000, 512, 4, False),
-    "110m": (768, 12, 12, 2048, 32000, 1024, 1, True),
+    "tiny": (128, 4, 4, 4, 352, 512, 256, 8, True),
+    "15m": (288, 6, 6, 6, 768, 32000, 256, 8, True),
+    "60m": (512, 8, 8, 8, 1376, 32000, 512, 4, False),
+    "110m": (768, 12, 12, 12, 2048, 32000, 1024, 1, True),
+    "135m": (576, 30, 9, 3, 1536, 49152, 128, 1, True),
 }
 # On a GPU, in batches that fill it.
 GPU_SIZES = {
-    "110m": (768, 12, 12, 2048, 32000, 1024, 16, True),
-    "350m": (1024, 24, 16, 2816, 32000, 2048, 8, False),
-    "1.1b": (2048, 24, 16, 5632, 32000, 2048, 4, False),
+    "110m": (768, 12, 12, 12, 2048, 32000, 1024, 16, True),
+    "350m": (1024, 24, 16, 16, 2816, 32000, 2048, 8, False),
+    "1.1b": (2048, 24, 16, 16, 5632, 32000, 2048, 4, False),
 }
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 << 20),
@@ -38,7 +39,7 @@ def torch_step(size, compiled, steps, precision, device):
     import torch.nn as nn
     import torch.nn.functional as F
 
-    dim, n_layers, n_heads, ffn, vocab, seq_len, batch, tied = (SIZES if device == "cpu" else GPU_SIZES)[size]
+    dim, n_layers, n_heads, n_kv_heads, ffn, vocab, seq_len, batch, tied = (SIZES if device == "cpu" else GPU_SIZES)[size]
     head_dim = dim // n_heads
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
@@ -62,13 +63,15 @@ def torch_step(size, compiled, steps, precision, device):
         def __init__(self):
             super().__init__()
             self.attention_norm, self.ffn_norm = Norm(), Norm()
-            self.wq, self.wk, self.wv, self.wo = (linear(dim, dim) for _ in range(4))
+            self.wq, self.wo = linear(dim, dim), linear(dim, dim)
+            self.wk, self.wv = (linear(dim, n_kv_heads * head_dim) for _ in range(2))
             self.w1, self.w3, self.w2 = linear(dim, ffn), linear(dim, ffn), linear(ffn, dim)
 
         def forward(self, x, cos, sin):
             h = self.attention_norm(x)
-            q, k, v = (w(h).view(batch, seq_len, n_heads, head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-            y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+            q, k, v = (w(h).view(batch, seq_len, -1, head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+            grouped = n_kv_heads < n_heads
+            y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=grouped)
             x = x + self.wo(y.transpose(1, 2).reshape(batch, seq_len, dim))
             h = self.ffn_norm(x)
             return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
@@ -99,6 +102,7 @@ def torch_step(size, compiled, steps, precision, device):
     def loss_of(x, y):
         return F.cross_entropy(model(x).view(-1, vocab), y.view(-1))
 
+    forward = torch.compile(model) if compiled else model
     loss_of = torch.compile(loss_of) if compiled else loss_of
     bf16 = torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16")
     times = []
@@ -115,12 +119,23 @@ def torch_step(size, compiled, steps, precision, device):
         wait(device)
         if step >= 2:
             times.append(time.perf_counter() - start)
+    passes = []
+    for step in range(2 + steps):
+        x = torch.randint(0, vocab, (batch, seq_len), device=device)
+        wait(device)
+        start = time.perf_counter()
+        with torch.no_grad(), bf16:
+            forward(x)
+        wait(device)
+        if step >= 2:
+            passes.append(time.perf_counter() - start)
     if device == "cpu":
         with open("/proc/self/status") as status:
             peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     else:
         peak = torch.cuda.max_memory_reserved()
-    print(json.dumps({"tokens_per_second": batch * seq_len / statistics.median(times), "memory_bytes": peak}))
+    rate, forward_rate = (batch * seq_len / statistics.median(seconds) for seconds in (times, passes))
+    print(json.dumps({"tokens_per_second": rate, "forward_tokens_per_second": forward_rate, "memory_bytes": peak}))
 
 
 def wait(device):
@@ -191,8 +206,9 @@ def main():
     if not args.binaries:
         features = ["--features", args.device] if args.device != "cpu" else []
         run(["cargo", "bench", "--bench", "training", "--no-run", *features])
-    print("| size | ours tok/s | torch eager | torch compile | ours / best torch | ours MB | torch MB (least) | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| size | training: ours tok/s | torch eager | torch compile | ours / best torch | forward: ours | best torch | ratio "
+          "| ours MB | torch MB (least) | ratio |")
+    print("|" + " --- |" * 11)
     for size in [args.size] if args.size else sizes:
         found = {"ours": [], "eager": [], "compile": []}
         for _ in range(args.rounds):
@@ -201,10 +217,15 @@ def main():
                 command = [sys.executable, os.path.join("benches", os.path.basename(__file__)), "--steps", str(args.steps)]
                 command += ["--precision", args.precision, "--device", args.device]
                 found[mode].append(json.loads(run(command + ["--one", size, mode], KEEP_MEMORY)))
-        rate = {side: max(r["tokens_per_second"] for r in results) for side, results in found.items()}
+        def most(key):
+            return {side: max(r[key] for r in results) for side, results in found.items()}
+
+        rate, forward = most("tokens_per_second"), most("forward_tokens_per_second")
         memory = {side: min(r["memory_bytes"] for r in results) / 1e6 for side, results in found.items()}
-        best, least = max(rate["eager"], rate["compile"]), min(memory["eager"], memory["compile"])
+        best, best_forward = (max(rates["eager"], rates["compile"]) for rates in (rate, forward))
+        least = min(memory["eager"], memory["compile"])
         print(f"| {size} | {rate['ours']:.0f} | {rate['eager']:.0f} | {rate['compile']:.0f} | {rate['ours'] / best:.2f} "
+              f"| {forward['ours']:.0f} | {best_forward:.0f} | {forward['ours'] / best_forward:.2f} "
               f"| {memory['ours']:.0f} | {least:.0f} | {memory['ours'] / least:.2f} |", flush=True)
 
 

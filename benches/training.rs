@@ -12,9 +12,13 @@
 
 use std::time::Instant;
 
+use burn::module::AutodiffModule;
+use burn::tensor::{Int, Tensor, TensorData};
 use burn::train::TrainStep;
 use llama::data::loader::TokenBatch;
-use llama::model::{BackendTask, Compute, LlamaConfig, ModelError, Precision, Recompute, TrainBackend};
+use llama::model::{
+    BackendTask, Compute, Llama, LlamaBackend, LlamaConfig, ModelError, Precision, Recompute, TrainBackend,
+};
 use llama::train::{AdamW, GradientList, OptimizerConfig, Pretrainer, measure_peak_flops};
 
 #[path = "common/mod.rs"]
@@ -43,9 +47,9 @@ impl BackendTask for Training {
         let peak = measure_peak_flops::<B::InnerBackend>(&device);
         println!("measured matrix-product peak: {:.0} GFLOP/s", peak / 1e9);
         println!(
-            "| size | parameters | seq_len x batch | precision | recompute | device | tokens/s | of peak | memory MB |"
+            "| size | parameters | seq_len x batch | precision | recompute | device | tokens/s | of peak | memory MB | forward tokens/s |"
         );
-        println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- |");
+        println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |");
         for (name, config, seq_len, batch) in common::sizes(&self.args.device) {
             if !self.args.selects(name) {
                 continue;
@@ -98,24 +102,48 @@ impl Training {
                 times.push(start.elapsed());
             }
         }
+        let peak_memory = memory("VmHWM");
         let rate = (batch * seq_len) as f64 / median(times) * 1e3;
+        let forward = self.forward_rate(&model.llama.valid(), (seq_len, batch), device);
         let share = rate * config.flops_per_token(seq_len).training() / peak;
         println!(
-            "| {name} | {} | {seq_len} x {batch} | {} | {} | {} | {rate:.0} | {:.0}% | {:.0} |",
+            "| {name} | {} | {seq_len} x {batch} | {} | {} | {} | {rate:.0} | {:.0}% | {:.0} | {forward:.0} |",
             config.num_params(),
             compute.precision,
             compute.recompute,
             self.args.device,
             100.0 * share,
-            memory("VmHWM") / 1e6
+            peak_memory / 1e6
         );
         append(
             &self.args,
             &serde_json::json!({
                 "bench": "training", "size": name, "parameters": config.num_params(), "seq_len": seq_len, "batch": batch,
                 "precision": compute.precision, "recompute": compute.recompute, "device": self.args.device.to_string(),
-                "tokens_per_second": rate, "share_of_peak": share, "peak_flops": peak, "memory_bytes": memory("VmHWM"),
+                "tokens_per_second": rate, "share_of_peak": share, "peak_flops": peak, "memory_bytes": peak_memory,
+                "forward_tokens_per_second": forward,
             }),
         );
+    }
+
+    /// Tokens per second of forward passes that make all logits.
+    fn forward_rate<B: LlamaBackend>(
+        &self,
+        model: &Llama<B>,
+        (seq_len, batch): (usize, usize),
+        device: &B::Device,
+    ) -> f64 {
+        let ids: Vec<i32> = (0..batch * seq_len).map(|i| (i * 7919 % model.vocab_size()) as i32).collect();
+        let tokens = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [batch, seq_len]), device);
+        let pass = || {
+            let start = Instant::now();
+            let logits = model.forward(tokens.clone(), None).expect("the sequence fits");
+            B::sync(device).expect("the device answers");
+            drop(logits);
+            start.elapsed()
+        };
+        // The first one warms up.
+        let passes = if self.args.smoke { 1 } else { 5 };
+        (batch * seq_len) as f64 / median((0..=passes).map(|_| pass()).skip(1).collect()) * 1e3
     }
 }

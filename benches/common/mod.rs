@@ -90,6 +90,17 @@ pub fn sizes(device: &Device) -> Vec<(&'static str, LlamaConfig, usize, usize)> 
         d_ff: 352,
         ..LlamaConfig::tiny(512)
     };
+    // SmolLM2-135M.
+    let smollm2 = LlamaConfig {
+        vocab_size: 49152,
+        d_model: 576,
+        n_layers: 30,
+        n_heads: 9,
+        n_kv_heads: 3,
+        head_dim: 64,
+        d_ff: 1536,
+        ..LlamaConfig::small_110m()
+    };
     let large = |d_model, n_heads, head_dim, d_ff| LlamaConfig {
         d_model,
         n_layers: 24,
@@ -106,6 +117,7 @@ pub fn sizes(device: &Device) -> Vec<(&'static str, LlamaConfig, usize, usize)> 
             ("15m", LlamaConfig::small_15m(), 256, 8),
             ("60m", LlamaConfig::small_60m(), 512, 4),
             ("110m", LlamaConfig::small_110m(), 1024, 1),
+            ("135m", smollm2, 128, 1),
         ],
         _ => vec![
             ("tiny", tiny, 256, 8),

@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""Reading a prompt of 128 tokens and decoding of this library against llama.cpp and PyTorch, with weights of one width, on the
+same machine in one run, alternating.
+
+    pip install torch transformers llama-cpp-python
+    python3 benches/compare_inference.py model.gguf --rounds 3
+
+The model is any checkpoint that `convert` reads. llama.cpp gets files that this library writes (4 bits: the model itself if it is
+a `Q4_1` file, else `Q4_0`, which is a tenth smaller than our 4 bits), PyTorch an exported folder through transformers. Tokens per
+second are those of the median step of a process, and the table has each side's best process. Everything is computed with the
+same number of threads. A program that is not installed is passed over.
+"""
+import argparse, json, os, statistics, subprocess, sys, tempfile, time
+
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+PROMPT, STEPS, PREFILLS = 128, 48, 5
+# Our name of a weight's width, llama.cpp's, PyTorch's.
+WIDTHS = [("f32", "f32", "float32"), ("bf16", "bf16", "bfloat16"), ("q8", "q8_0", None), ("q4", "q4_0", None)]
+
+
+def run(command):
+    return subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+
+
+def ours(model, weights):
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "results.jsonl")
+        run(["cargo", "bench", "--bench", "decoding", "--", "--model", model, "--weights", weights, "--json", path])
+        with open(path) as results:
+            result = json.loads(results.readline())
+        return result["prefill_tokens_per_second"], result["tokens_per_second"]
+
+
+def llama_cpp(file):
+    from llama_cpp import Llama
+
+    threads = os.cpu_count()
+    model = Llama(file, n_ctx=512, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False)
+    vocab = model.n_vocab()
+    prompt = [i * 37 % vocab for i in range(PROMPT)]
+
+    def read(tokens):
+        start = time.perf_counter()
+        model.eval(tokens)
+        return time.perf_counter() - start
+
+    def prefill():
+        model.reset()
+        return read(prompt)
+
+    prefills = [prefill() for _ in range(1 + PREFILLS)][1:]
+    steps = [read([100 + i]) for i in range(STEPS)]
+    return PROMPT / statistics.median(prefills), 1 / statistics.median(steps)
+
+
+def torch(folder, dtype):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(os.cpu_count())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    prompt = torch.tensor([[i * 37 % model.config.vocab_size for i in range(PROMPT)]])
+
+    def read(tokens, past):
+        start = time.perf_counter()
+        out = model(tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
+        return time.perf_counter() - start, out.past_key_values
+
+    with torch.no_grad():
+        prefills = [read(prompt, None)[0] for _ in range(1 + PREFILLS)][1:]
+        _, past = read(prompt, None)
+        steps = []
+        for i in range(STEPS):
+            seconds, past = read(torch.tensor([[100 + i]]), past)
+            steps.append(seconds)
+    return PROMPT / statistics.median(prefills), 1 / statistics.median(steps)
+
+
+def other(what, *args):
+    """A process of another program: its two rates, or None if it is not installed."""
+    command = [sys.executable, os.path.abspath(__file__), "-", "--one", what, *args]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        print(f"{what} {' '.join(args)}: {reason}", file=sys.stderr)
+        return None
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--weights", choices=[width[0] for width in WIDTHS], help="only this width")
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        what, *rest = args.one
+        print(json.dumps((llama_cpp if what == "llama.cpp" else torch)(*rest)))
+        return
+    args.model = os.path.abspath(args.model)
+    run(["cargo", "build", "--release", "--examples"])
+    run(["cargo", "bench", "--bench", "decoding", "--no-run"])
+    convert = os.path.join(ROOT, "target", "release", "examples", "convert")
+    kinds = run([os.path.join(ROOT, "target", "release", "examples", "inspect"), args.model])
+    print("| weights | | ours tok/s | llama.cpp | ratio | PyTorch | ratio |\n| --- | --- | --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as folder:
+        hf = os.path.join(folder, "hf")
+        run([convert, args.model, hf])
+        for weights, gguf_type, dtype in WIDTHS:
+            if args.weights not in (None, weights):
+                continue
+            gguf = os.path.join(folder, f"{weights}.gguf")
+            if weights == "q4" and "of Q4_1" in kinds:
+                gguf = args.model
+            else:
+                run([convert, args.model, gguf, "--type", gguf_type])
+            found = {"ours": [], "llama.cpp": [], "torch": []}
+            for _ in range(args.rounds):
+                found["ours"].append(ours(args.model, weights))
+                found["llama.cpp"].append(other("llama.cpp", gguf))
+                found["torch"].append(other("torch", hf, dtype) if dtype else None)
+            for index, what in enumerate(("prefill", "decoding")):
+                best = {side: max((r[index] for r in results if r), default=None) for side, results in found.items()}
+                cells = "".join(
+                    f" {best[side]:.1f} | {best['ours'] / best[side]:.2f} |" if best[side] else " | |"
+                    for side in ("llama.cpp", "torch")
+                )
+                print(f"| {weights} | {what} | {best['ours']:.1f} |{cells}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
