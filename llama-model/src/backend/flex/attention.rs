@@ -7,12 +7,12 @@
 pub(super) mod avx512;
 mod few;
 
+use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use burn::tensor::{Int, Shape, Tensor, TensorMetadata};
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
 use super::product::{Matrix, PRODUCT, Product, multiply};
 use super::simd::{exp, max, sum1, sum2, vectorized};
@@ -186,6 +186,18 @@ impl Output {
     }
 }
 
+/// Lends a thread's buffers for two tiles.
+fn with_tiles(each: impl FnOnce([&mut [f32]; 2])) {
+    thread_local! {
+        static TILES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    }
+    let mut tiles = TILES.take();
+    tiles.resize(2 * Q_TILE * K_TILE, 0.0);
+    let (first, second) = tiles.split_at_mut(Q_TILE * K_TILE);
+    each([first, second]);
+    TILES.set(tiles);
+}
+
 pub(super) fn forward(
     q: FlexTensor,
     k: FlexTensor,
@@ -228,9 +240,8 @@ pub(super) fn forward(
         }
         return (out.into_tensor(q.shape()), lse.into_tensor(Shape::new([batch, n_heads, q_len])));
     }
-    (0..batch * n_heads).into_par_iter().for_each_init(
-        || vec![0.0f32; Q_TILE * K_TILE],
-        |scores, index| {
+    team::for_each(batch * n_heads, |index| {
+        with_tiles(|[scores, _]| {
             let (b, head) = (index / n_heads, index % n_heads);
             let kv_head = head / sizes.group();
             for tile in sizes.q_tiles() {
@@ -267,8 +278,8 @@ pub(super) fn forward(
                     out.iter_mut().for_each(|x| *x *= inverse);
                 }
             }
-        },
-    );
+        });
+    });
     (out.into_tensor(q.shape()), lse.into_tensor(Shape::new([batch, n_heads, q_len])))
 }
 
@@ -289,9 +300,8 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
     let (scaled, sum) = (Product { factor: scale, ..plain }, Product { add: true, ..plain });
     let [d_q_ptr, d_k_ptr, d_v_ptr] = [&mut d_q, &mut d_k, &mut d_v].map(|x| Output(x.as_mut_ptr()));
     // A task has a key head and all query heads of its group, so it alone writes the key head's gradient.
-    (0..batch * n_kv_heads).into_par_iter().for_each_init(
-        || (vec![0.0f32; Q_TILE * K_TILE], vec![0.0f32; Q_TILE * K_TILE]),
-        |(weights, d_weights), index| {
+    team::for_each(batch * n_kv_heads, |index| {
+        with_tiles(|[weights, d_weights]| {
             let (b, kv_head) = (index / n_kv_heads, index % n_kv_heads);
             for head in kv_head * sizes.group()..(kv_head + 1) * sizes.group() {
                 for tile in sizes.q_tiles() {
@@ -330,8 +340,8 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
                     }
                 }
             }
-        },
-    );
+        });
+    });
     [d_q.into_tensor(q.shape()), d_k.into_tensor(k.shape()), d_v.into_tensor(v.shape())]
 }
 

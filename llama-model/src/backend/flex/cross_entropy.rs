@@ -3,11 +3,10 @@
 
 use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
 use super::product::{Matrix, PRODUCT, Product, multiply};
 use super::simd::{exp, max, sum1, vectorized};
-use super::{Buffer, contiguous, scalar, values};
+use super::{Buffer, contiguous, scalar, team, values};
 use crate::Precision;
 use crate::backend::{IGNORE_TARGET, LossSpec};
 
@@ -98,7 +97,7 @@ vectorized! {
 
 fn chunk_losses(logits: &mut [f32], targets: &[i64], head: &Head, losses: &mut [f32], grad: bool) {
     let z_loss = head.spec.z_loss as f32;
-    logits.par_chunks_mut(head.vocab_size).zip(targets).zip(losses).for_each(|((logits, target), loss)| {
+    team::each(logits.chunks_mut(head.vocab_size).zip(targets).zip(losses), |((logits, target), loss)| {
         *loss = row_loss(logits, *target, z_loss, grad);
     });
 }

@@ -12,7 +12,6 @@ use burn::tensor::{DType, Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use super::product::{self, Matrix, Output, PRODUCT, Product};
 use super::simd::{LANES, tree_sum, vectorized};
@@ -71,11 +70,11 @@ fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<Fle
     let total: usize = widths.iter().sum();
     let few = rows <= ROWS;
     let tasks = if few {
-        (total * d_in / TASK).clamp(1, 4 * rayon::current_num_threads())
+        (total * d_in / TASK).clamp(1, 4 * team::threads())
     } else {
         // The same number for each thread.
         let tasks = (total * d_in).div_ceil(WIDENED).min(total.div_ceil(16)).max(1);
-        tasks.next_multiple_of(rayon::current_num_threads())
+        tasks.next_multiple_of(team::threads())
     };
     let task = |task: usize| {
         let (start, end) = (task * total / tasks, (task + 1) * total / tasks);
@@ -94,11 +93,7 @@ fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<Fle
             first += d_out;
         }
     };
-    if few {
-        team::for_each(tasks, task);
-    } else {
-        (0..tasks).into_par_iter().with_max_len(1).for_each(task);
-    }
+    team::for_each(tasks, task);
     outs.into_iter().zip(widths).map(|(out, d_out)| out.into_tensor(Shape::new([rows, d_out]))).collect()
 }
 

@@ -2,10 +2,9 @@
 
 use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
-use rayon::prelude::*;
 
 use super::simd::{sigmoid, sum1, sum2, vectorized};
-use super::{Buffer, contiguous, scalar, values};
+use super::{Buffer, contiguous, scalar, team, values};
 use crate::backend::AdamWStep;
 
 /// Elements a thread takes at a time: small enough to share evenly, large enough to hide the hand-over. Fixed, so that
@@ -25,11 +24,8 @@ pub(super) fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f32) -> (FlexTens
     // SAFETY: every row is written.
     let (mut out, mut inv_rms) = unsafe { (Buffer::unwritten(rows * width), Buffer::unwritten(rows)) };
     let block = rows_per_block(width);
-    out.par_chunks_mut(block * width).zip(inv_rms.par_chunks_mut(block)).zip(xs.par_chunks(block * width)).for_each(
-        |((out, inv_rms), x)| {
-            rms_norm_rows(out, inv_rms, x, weights, eps);
-        },
-    );
+    let blocks = out.chunks_mut(block * width).zip(inv_rms.chunks_mut(block)).zip(xs.chunks(block * width));
+    team::each(blocks, |((out, inv_rms), x)| rms_norm_rows(out, inv_rms, x, weights, eps));
     (out.into_tensor(shape), inv_rms.into_tensor(Shape::new([rows, 1])))
 }
 
@@ -61,17 +57,16 @@ pub(super) fn rms_norm_backward(
     let mut d_x = unsafe { Buffer::unwritten(rows * width) };
     let block = rows_per_block(width);
     // Each block sums its own part of the weight's gradient; the parts are then added in their order.
-    let parts: Vec<Vec<f32>> = d_x
-        .par_chunks_mut(block * width)
-        .zip(xs.par_chunks(block * width))
-        .zip(grads.par_chunks(block * width))
-        .zip(invs.par_chunks(block))
-        .enumerate()
-        .map(|(index, (((d_x, x), grad), inv))| {
-            let residual = residual.as_ref().map_or(&[][..], |rows| &values(rows)[index * block * width..][..x.len()]);
-            rms_norm_backward_rows(d_x, x, grad, inv, weights, residual)
-        })
-        .collect();
+    let blocks = d_x
+        .chunks_mut(block * width)
+        .zip(xs.chunks(block * width))
+        .zip(grads.chunks(block * width))
+        .zip(invs.chunks(block))
+        .enumerate();
+    let parts = team::map(blocks, |(index, (((d_x, x), grad), inv))| {
+        let residual = residual.as_ref().map_or(&[][..], |rows| &values(rows)[index * block * width..][..x.len()]);
+        rms_norm_backward_rows(d_x, x, grad, inv, weights, residual)
+    });
     let mut d_weight = Buffer::zeros(width);
     for part in parts {
         d_weight.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
@@ -125,8 +120,8 @@ pub(super) fn token_embedding_backward(
     let tokens: Vec<i64> = tokens.into_data().iter::<i64>().collect();
     let zeros = || Buffer::zeros(vocab_size * d_model).into_tensor(Shape::new([vocab_size, d_model]));
     let mut d_weight = sum.map_or_else(zeros, contiguous);
-    let share = vocab_size.div_ceil(rayon::current_num_threads());
-    d_weight.storage_mut::<f32>().par_chunks_mut(share * d_model).enumerate().for_each(|(index, d_weight)| {
+    let share = vocab_size.div_ceil(team::threads());
+    team::each(d_weight.storage_mut::<f32>().chunks_mut(share * d_model).enumerate(), |(index, d_weight)| {
         let first = index * share;
         for (token, grad) in tokens.iter().zip(values(&grad).chunks_exact(d_model)) {
             let row = (*token as usize).checked_sub(first).and_then(|row| d_weight.chunks_exact_mut(d_model).nth(row));
@@ -146,7 +141,7 @@ pub(super) fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: b
     let out = x.storage_mut::<f32>();
     let width = heads * head_dim;
     let block = rows_per_block(width);
-    out.par_chunks_mut(block * width).enumerate().for_each(|(index, rows)| {
+    team::each(out.chunks_mut(block * width).enumerate(), |(index, rows)| {
         for (row, x) in rows.chunks_exact_mut(width).enumerate() {
             let position = (index * block + row) % seq_len * half;
             rotate_heads(x, &cos[position..][..half], &sin[position..][..half], sign);
@@ -186,10 +181,8 @@ pub(super) fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
     let (gate, up) = (contiguous(gate), contiguous(up));
     // SAFETY: every element is written.
     let mut out = unsafe { Buffer::unwritten(values(&gate).len()) };
-    out.par_chunks_mut(BLOCK)
-        .zip(values(&gate).par_chunks(BLOCK))
-        .zip(values(&up).par_chunks(BLOCK))
-        .for_each(|((out, gate), up)| swiglu_block(out, gate, up));
+    let blocks = out.chunks_mut(BLOCK).zip(values(&gate).chunks(BLOCK)).zip(values(&up).chunks(BLOCK));
+    team::each(blocks, |((out, gate), up)| swiglu_block(out, gate, up));
     out.into_tensor(gate.shape())
 }
 
@@ -206,13 +199,9 @@ pub(super) fn swiglu_backward(gate: FlexTensor, up: FlexTensor, grad: FlexTensor
     let len = values(&gate).len();
     // SAFETY: every element is written.
     let (mut d_gate, mut d_up) = unsafe { (Buffer::unwritten(len), Buffer::unwritten(len)) };
-    let inputs =
-        values(&gate).par_chunks(BLOCK).zip(values(&up).par_chunks(BLOCK)).zip(values(&grad).par_chunks(BLOCK));
-    d_gate
-        .par_chunks_mut(BLOCK)
-        .zip(d_up.par_chunks_mut(BLOCK))
-        .zip(inputs)
-        .for_each(|((d_gate, d_up), ((gate, up), grad))| swiglu_backward_block(d_gate, d_up, gate, up, grad));
+    let inputs = values(&gate).chunks(BLOCK).zip(values(&up).chunks(BLOCK)).zip(values(&grad).chunks(BLOCK));
+    let blocks = d_gate.chunks_mut(BLOCK).zip(d_up.chunks_mut(BLOCK)).zip(inputs);
+    team::each(blocks, |((d_gate, d_up), ((gate, up), grad))| swiglu_backward_block(d_gate, d_up, gate, up, grad));
     (d_gate.into_tensor(gate.shape()), d_up.into_tensor(gate.shape()))
 }
 
@@ -241,9 +230,9 @@ pub(super) fn adamw(
     step: &AdamWStep,
 ) -> [FlexTensor; 3] {
     let [mut param, grad, mut m, mut v] = [param, grad, m, v].map(contiguous);
-    let moments = m.storage_mut::<f32>().par_chunks_mut(BLOCK).zip(v.storage_mut::<f32>().par_chunks_mut(BLOCK));
-    let params = param.storage_mut::<f32>().par_chunks_mut(BLOCK).zip(values(&grad).par_chunks(BLOCK));
-    params.zip(moments).for_each(|((param, grad), (m, v))| adamw_block(param, grad, m, v, step));
+    let moments = m.storage_mut::<f32>().chunks_mut(BLOCK).zip(v.storage_mut::<f32>().chunks_mut(BLOCK));
+    let params = param.storage_mut::<f32>().chunks_mut(BLOCK).zip(values(&grad).chunks(BLOCK));
+    team::each(params.zip(moments), |((param, grad), (m, v))| adamw_block(param, grad, m, v, step));
     [param, m, v]
 }
 
@@ -273,7 +262,7 @@ vectorized! {
 
 pub(super) fn sum_of_squares(x: FlexTensor) -> FlexTensor {
     let x = contiguous(x);
-    let parts: Vec<f64> = values(&x).par_chunks(BLOCK).map(|block| f64::from(sum_of_squares_block(block))).collect();
+    let parts: Vec<f64> = team::map(values(&x).chunks(BLOCK), |block| f64::from(sum_of_squares_block(block)));
     scalar(parts.iter().sum::<f64>() as f32)
 }
 

@@ -1,5 +1,6 @@
-//! Threads that stay awake between the operations of decoding: a token takes tens of rounds of a few microseconds to a
-//! few hundred each, and waking a sleeping thread (rayon's sleep at once) takes as long as a whole round.
+//! The threads that share the work of an operation. They stay awake for a moment between two operations: a token takes
+//! tens of rounds of a few microseconds to a few hundred each, and waking a sleeping thread (rayon's sleep at once) takes as
+//! long as a whole round.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -21,14 +22,35 @@ const LOOKS: usize = 256;
 /// A second caller at the same time runs its tasks alone.
 pub(super) fn for_each(tasks: usize, task: impl Fn(usize) + Sync) {
     static TEAM: OnceLock<Mutex<Team>> = OnceLock::new();
-    let threads = rayon::current_num_threads().min(tasks);
-    if threads > 1 {
-        let team = TEAM.get_or_init(|| Mutex::new(Team::new(rayon::current_num_threads() - 1)));
+    if threads().min(tasks) > 1 {
+        let team = TEAM.get_or_init(|| Mutex::new(Team::new(threads() - 1)));
         if let Ok(team) = team.try_lock() {
             return team.run(tasks, &task);
         }
     }
     (0..tasks).for_each(task);
+}
+
+/// Runs `task` for every item, each once, on all threads.
+pub(super) fn each<T: Send>(items: impl Iterator<Item = T>, task: impl Fn(T) + Sync) {
+    let items: Vec<Mutex<Option<T>>> = items.map(|item| Mutex::new(Some(item))).collect();
+    for_each(items.len(), |index| {
+        let item = items[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        item.into_iter().for_each(&task);
+    });
+}
+
+/// The results of `task` for every item, in the order of the items.
+pub(super) fn map<T: Send, R: Send>(items: impl Iterator<Item = T>, task: impl Fn(T) -> R + Sync) -> Vec<R> {
+    let items: Vec<T> = items.collect();
+    let mut results: Vec<Option<R>> = items.iter().map(|_| None).collect();
+    each(items.into_iter().zip(&mut results), |(item, result)| *result = Some(task(item)));
+    results.into_iter().flatten().collect()
+}
+
+/// Threads that share an operation's work.
+pub(super) fn threads() -> usize {
+    rayon::current_num_threads()
 }
 
 /// What the threads share. The caller writes the job while no member is `inside` and the round is closed.
@@ -82,7 +104,7 @@ impl Team {
         });
         let member = |index: usize| {
             let shared = shared.clone();
-            let thread = thread::Builder::new().name(format!("decode-{index}")).spawn(move || shared.serve(index + 1));
+            let thread = thread::Builder::new().name(format!("flex-{index}")).spawn(move || shared.serve(index + 1));
             // Fewer threads than asked for only make it slower.
             thread.ok().map(|handle| handle.thread().clone())
         };
@@ -221,6 +243,14 @@ mod tests {
             }
         });
         assert_eq!(total.load(SeqCst), 4 * 500 * 8 * 3);
+    }
+
+    #[test]
+    fn items_are_taken_once_and_results_stay_in_order() {
+        let mut numbers = vec![0usize; 1000];
+        each(numbers.chunks_mut(7).enumerate(), |(index, chunk)| chunk.iter_mut().for_each(|x| *x += index));
+        assert!(numbers.iter().enumerate().all(|(i, x)| *x == i / 7));
+        assert_eq!(map(0..100, |i| i * i), (0..100).map(|i| i * i).collect::<Vec<_>>());
     }
 
     #[test]

@@ -15,6 +15,9 @@ const MC: usize = 36 * MR;
 /// Steps that panels are fetched ahead of their use.
 const AHEAD: usize = 16;
 
+/// Rows that are fetched ahead of packing them: the hardware does not see where a short stretch of the next row begins.
+const ROWS_AHEAD: isize = 8;
+
 /// How packed panels hold their operands: 4-byte lanes of one f32 or of two bf16, and what the kernel does with them.
 pub(super) trait Format {
     /// Terms of the sum in a lane.
@@ -165,7 +168,9 @@ pub(super) unsafe fn pack<F: Format, const W: usize>(panels: *mut f32, x: Matrix
                     let lanes = panel(first).wrapping_add(step * W);
                     for i in (0..W).step_by(16) {
                         let have = mask(rows.1.saturating_sub(first + i));
-                        let values = F::across(src.wrapping_add(first + i), x.col_stride, have, terms.1 - term);
+                        let from = src.wrapping_add(first + i);
+                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_offset(ROWS_AHEAD * x.col_stride).cast());
+                        let values = F::across(from, x.col_stride, have, terms.1 - term);
                         _mm512_mask_storeu_ps(lanes.add(i), mask(W - i), values);
                     }
                 }

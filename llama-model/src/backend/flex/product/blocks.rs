@@ -5,8 +5,7 @@
 use std::cell::RefCell;
 use std::thread::LocalKey;
 
-use rayon::prelude::*;
-
+use super::super::team;
 use super::{Matrix, Output, Product};
 
 /// Start and length of a stretch of rows, columns or terms.
@@ -103,7 +102,7 @@ impl Cut {
 /// As there; the CPU must have the kernel's instructions.
 pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: Matrix, b: Matrix, product: Product) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
-    let threads = if product.threads { rayon::current_num_threads() } else { 1 };
+    let threads = if product.threads { team::threads() } else { 1 };
     let cut = Cut::new::<K>((m, n, k), threads);
     let columns = b.transposed();
     let own_lanes = K::BLOCK.min(cut.rows) * K::lanes(cut.terms);
@@ -150,7 +149,7 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
     if !cut.shared {
         let task = |index: usize| starts().for_each(|start| task(index, start, None));
         if threads > 1 {
-            (0..count).into_par_iter().with_max_len(1).for_each(task);
+            team::for_each(count, task);
         } else {
             (0..count).for_each(task);
         }
@@ -162,12 +161,12 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
         let lanes = K::lanes(terms.1);
         with_buffer(&SHARED, n.next_multiple_of(K::COLS) * lanes, |strips| {
             let strips = Output(strips);
-            (0..n.div_ceil(part)).into_par_iter().with_max_len(1).for_each(|index| {
+            team::for_each(n.div_ceil(part), |index| {
                 let cols = (index * part, part.min(n - index * part));
                 // SAFETY: the columns are inside `b`, the part of the buffer is this task's own.
                 unsafe { K::pack_b(strips.at(0, 0, cols.0 * lanes), columns, cols, terms) };
             });
-            (0..count).into_par_iter().with_max_len(1).for_each(|index| task(index, start, Some(strips)));
+            team::for_each(count, |index| task(index, start, Some(strips)));
         });
     }
 }
