@@ -4,6 +4,7 @@
 //! ```sh
 //! cargo run --release --example convert -- runs/tiny tiny.gguf --type q8_0
 //! cargo run --release --example convert -- smollm2.gguf smollm2 --to hf --type bf16
+//! cargo run --release --example convert -- smollm2.gguf mine.gguf --adapter runs/mine     # with what `finetune` made
 //! ```
 #![recursion_limit = "256"]
 
@@ -17,6 +18,7 @@ use common::Bar;
 use llama::data::Progress;
 use llama::model::ModelError;
 use llama::model::formats::{self, Checkpoint, Extras, FileType, Format, Weights};
+use llama::model::lora::Adapters;
 use llama::text;
 
 /// Converts a checkpoint between formats.
@@ -33,6 +35,9 @@ struct Args {
     /// Type of matrices: f32, f16 or bf16; in GGUF also q8_0 and q4_0
     #[arg(long = "type", default_value = "f32")]
     dtype: FileType,
+    /// Adds adapters to the weights: a folder in PEFT's layout, or a run of `finetune`
+    #[arg(long)]
+    adapter: Option<PathBuf>,
     /// Tokenizer, where the checkpoint has none beside it
     #[arg(long)]
     tokenizer: Option<PathBuf>,
@@ -40,14 +45,14 @@ struct Args {
 
 /// Shows how far it is.
 struct Shown<'a> {
-    checkpoint: &'a Checkpoint,
+    weights: &'a dyn Weights,
     bar: &'a Bar,
 }
 
 impl Weights for Shown<'_> {
     fn weight(&self, path: &str, dims: &[usize]) -> Result<burn::tensor::TensorData, ModelError> {
         self.bar.advance(dims.iter().product::<usize>() as u64);
-        self.checkpoint.weight(path, dims)
+        self.weights.weight(path, dims)
     }
 }
 
@@ -71,16 +76,14 @@ fn main() -> Result<()> {
         extras.gguf =
             text::gguf_metadata(codec.as_ref().map_err(|error| anyhow!("{error}"))?).map_err(anyhow::Error::msg)?;
     }
+    let adapters =
+        args.adapter.as_deref().map(|path| Ok::<_, anyhow::Error>(Adapters::open(&common::adapter_path(path)?)?));
+    let adapters = adapters.transpose()?;
+    let merged = adapters.as_ref().map(|adapters| adapters.merged(&checkpoint));
+    let weights: &dyn Weights = merged.as_ref().map_or(&checkpoint, |merged| merged);
     let bar = Bar::default();
     bar.start(&format!("writing {}", args.to.display()), Some(checkpoint.config().num_params()));
-    formats::save(
-        &Shown { checkpoint: &checkpoint, bar: &bar },
-        checkpoint.config(),
-        &args.to,
-        format,
-        args.dtype,
-        &extras,
-    )?;
+    formats::save(&Shown { weights, bar: &bar }, checkpoint.config(), &args.to, format, args.dtype, &extras)?;
     bar.finish();
     // A vocabulary that came inside a file gets files of its own.
     if let (Format::HuggingFace, true, Ok(codec)) = (format, files.is_empty(), &codec) {

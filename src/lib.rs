@@ -6,7 +6,8 @@
 //! * [`data`]: text, tokenizers, token shards, training order;
 //! * [`train`]: configuration, learner, optimizer, schedule, metrics, checkpoints.
 //!
-//! and adds what joins the first two: [`text`], the tokenizer that a checkpoint comes with, and conversations.
+//! and adds what joins the first two: [`text`], the tokenizer that a checkpoint comes with, and conversations; [`instruct`],
+//! examples for fine-tuning.
 //!
 //! ```
 //! # #[cfg(feature = "flex")] {
@@ -34,4 +35,5 @@ pub use llama_data as data;
 pub use llama_model as model;
 pub use llama_train as train;
 
+pub mod instruct;
 pub mod text;

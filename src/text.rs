@@ -191,6 +191,14 @@ const TEMPLATE_STEPS: u64 = 5_000_000;
 /// # Errors
 /// [`TextError::Template`] if there is no template, it does not parse, or it refuses the conversation.
 pub fn chat_prompt(codec: &Codec, messages: &[Message]) -> Result<Vec<u32>, TextError> {
+    conversation(codec, messages, true)
+}
+
+/// A conversation as tokens; `open` for an answer, or as it is.
+///
+/// # Errors
+/// As [`chat_prompt`].
+pub fn conversation(codec: &Codec, messages: &[Message], open: bool) -> Result<Vec<u32>, TextError> {
     let Some(template) = &codec.chat_template else {
         return Err(TextError::Template("the checkpoint has none; it was not made for conversations".into()));
     };
@@ -206,7 +214,7 @@ pub fn chat_prompt(codec: &Codec, messages: &[Message]) -> Result<Vec<u32>, Text
     let render = |environment: &Environment| {
         environment.template_from_str(template)?.render(context! {
             messages => messages,
-            add_generation_prompt => true,
+            add_generation_prompt => open,
             bos_token => special(codec.bos),
             eos_token => special(codec.eos),
         })

@@ -13,6 +13,7 @@ use llama::data::source::Sources;
 use llama::data::tokenizer::Codec;
 use llama::model::formats::{Checkpoint, Format};
 use llama::model::generate::Sampling;
+use llama::model::lora::{self, Adapters};
 use llama::model::{Compute, Device, Llama, LlamaBackend, LlamaConfig, Precision, WeightFormat};
 use llama::text;
 use llama::train::checkpoint;
@@ -107,12 +108,23 @@ pub fn checkpoint_path(path: &Path) -> Result<PathBuf> {
     checkpoint::latest(path).or_else(|_| Ok(Format::detect(path).map(|_| path.into())?))
 }
 
+/// The adapters at `path`: themselves, or the newest of the run there.
+pub fn adapter_path(path: &Path) -> Result<PathBuf> {
+    match path.join(lora::CONFIG_FILE).is_file() {
+        true => Ok(path.into()),
+        false => checkpoint::latest(path).with_context(|| format!("{} has no {}", path.display(), lora::CONFIG_FILE)),
+    }
+}
+
 /// How a program that generates opens its model.
 #[derive(Args)]
 pub struct ModelArgs {
     /// Tokenizer, where the checkpoint has none beside it: tokenizer.model, tokenizer.json or a GGUF file
     #[arg(long)]
     pub tokenizer: Option<PathBuf>,
+    /// Adapters that fine-tuning made: a folder in PEFT's layout, or a run of `finetune`
+    #[arg(long)]
+    pub adapter: Option<PathBuf>,
     /// How matrices are kept in memory: f32, bf16, f16, q8 or q4 (8 or 4 bits in blocks of 32); fewer bytes decode faster
     #[arg(long, default_value = "f32")]
     pub weights: WeightFormat,
@@ -174,6 +186,10 @@ pub fn load<B: LlamaBackend>(path: &Path, args: &ModelArgs, device: &B::Device) 
     bar.start(&format!("loading {}", path.display()), Some(config.num_params()));
     let model = checkpoint.load::<B>(args.weights, device, |read| bar.advance(read))?;
     bar.finish();
+    let model = match &args.adapter {
+        Some(folder) => Adapters::open(&adapter_path(folder)?)?.apply(model)?,
+        None => model,
+    };
     let precision = args.precision.unwrap_or_else(|| args.weights.precision::<B>(device));
     precision.check::<B>(device)?;
     let model = model.with_compute(Compute { precision, ..Default::default() });

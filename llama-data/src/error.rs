@@ -61,6 +61,9 @@ pub enum DataError {
     /// A tokenizer that cannot be trained or loaded.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
+    /// Examples for fine-tuning that cannot be used.
+    #[error("examples: {0}")]
+    Examples(String),
     /// A loader thread ended before its time.
     #[error("the loader thread stopped: {0}")]
     Loader(String),

@@ -9,6 +9,7 @@
 //! | token ids to files with a checked header | [`shard`] |
 //! | clean text to shards in one call | [`prepare`] |
 //! | files to training windows | [`TokenDataset`] |
+//! | examples for fine-tuning, packed into sequences | [`examples`] |
 //! | which window when: a pure function of seed and step | [`order`] |
 //! | batches made ahead of the training thread | [`loader`] |
 //!
@@ -24,6 +25,7 @@
 
 pub mod clean;
 pub mod dedup;
+pub mod examples;
 pub mod filter;
 pub mod input;
 pub mod loader;

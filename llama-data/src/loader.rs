@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use crate::DataError;
-use crate::mixture::Mixture;
 
 /// One micro-batch on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,22 +21,42 @@ pub struct TokenBatch {
     pub seq_len: usize,
 }
 
-impl TokenBatch {
-    /// The batch of the `batch` windows at `position`.
-    pub fn read(data: &Mixture, position: u64, batch: usize) -> Self {
-        let len = batch * data.seq_len();
-        let (mut inputs, mut targets) = (Vec::with_capacity(len), Vec::with_capacity(len));
-        let mut starts = None;
-        for index in 0..batch as u64 {
-            data.read(position + index, &mut inputs, &mut targets);
-            data.read_starts(position + index, &mut starts);
-        }
-        Self { inputs, targets, starts, batch, seq_len: data.seq_len() }
-    }
+/// Target of an input that is not trained on.
+pub const NO_TARGET: i32 = -100;
 
+impl TokenBatch {
     /// Tokens that are trained on.
     pub fn tokens(&self) -> usize {
-        self.targets.len()
+        self.targets.iter().filter(|target| **target != NO_TARGET).count()
+    }
+
+    /// Tokens that the model reads.
+    pub fn positions(&self) -> usize {
+        self.inputs.len()
+    }
+}
+
+/// Training sequences of one length by their place in a run: what is read there follows from the place alone, so that a run
+/// can be resumed.
+pub trait Sequences: Send + Sync {
+    /// Tokens of a sequence.
+    fn seq_len(&self) -> usize;
+
+    /// Sequences there are; places past them begin another pass.
+    fn sequences(&self) -> u64;
+
+    /// Appends inputs and targets of the sequence at a place, and of its inputs the first positions of their documents, where
+    /// attention is to stay inside them.
+    fn read(&self, position: u64, inputs: &mut Vec<i32>, targets: &mut Vec<i32>, starts: &mut Option<Vec<i32>>);
+
+    /// The sequences from a place on, as a batch.
+    fn batch(&self, position: u64, batch: usize) -> TokenBatch {
+        let len = batch * self.seq_len();
+        let (mut inputs, mut targets, mut starts) = (Vec::with_capacity(len), Vec::with_capacity(len), None);
+        for index in 0..batch as u64 {
+            self.read(position + index, &mut inputs, &mut targets, &mut starts);
+        }
+        TokenBatch { inputs, targets, starts, batch, seq_len: self.seq_len() }
     }
 }
 
@@ -65,12 +84,12 @@ impl Loader {
     ///
     /// All ranks together take `rank.count` · `batch` windows from `position` on, and so forth: which windows a step has depends on
     /// their product only, so a run can go on with more or fewer ranks.
-    pub fn start(data: Arc<Mixture>, rank: Rank, position: u64, batch: usize, ahead: usize) -> Self {
+    pub fn start(data: Arc<dyn Sequences>, rank: Rank, position: u64, batch: usize, ahead: usize) -> Self {
         let (sender, batches) = sync_channel(ahead);
         std::thread::spawn(move || {
             let mut position = position + rank.index * batch as u64;
             // Ends when the receiver is gone.
-            while sender.send(TokenBatch::read(&data, position, batch)).is_ok() {
+            while sender.send(data.batch(position, batch)).is_ok() {
                 position += rank.count * batch as u64;
             }
         });
@@ -90,6 +109,7 @@ impl Loader {
 mod tests {
     use super::*;
     use crate::TokenDataset;
+    use crate::mixture::Mixture;
     use crate::shard::ShardWriter;
 
     #[test]

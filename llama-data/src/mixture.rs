@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::loader::Sequences;
 use crate::order::Order;
 use crate::{DataError, TokenDataset};
 
@@ -220,25 +221,9 @@ impl Mixture {
         Self { block_causal, ..self }
     }
 
-    /// Windows of all sources.
-    pub fn windows(&self) -> u64 {
-        self.sources.iter().map(|(data, _)| data.windows()).sum()
-    }
-
     /// Tokens of all sources.
     pub fn tokens(&self) -> u64 {
         self.sources.iter().map(|(data, _)| data.tokens()).sum()
-    }
-
-    /// Inputs of one window.
-    pub fn seq_len(&self) -> usize {
-        self.sources[0].0.seq_len()
-    }
-
-    /// Appends the inputs and targets of the window at a position.
-    pub fn read(&self, position: u64, inputs: &mut Vec<i32>, targets: &mut Vec<i32>) {
-        let (data, window) = self.locate(position);
-        data.read(window, inputs, targets);
     }
 
     /// The source of a position, and its window.
@@ -246,14 +231,6 @@ impl Mixture {
         let (source, index) = self.shares.locate(position);
         let (data, order) = &self.sources[source];
         (data, order.window(index))
-    }
-
-    /// Appends, if batches are [`block_causal`](Self::block_causal), where the document of each input of the window at a position begins.
-    pub fn read_starts(&self, position: u64, starts: &mut Option<Vec<i32>>) {
-        if self.block_causal {
-            let (data, window) = self.locate(position);
-            data.read_starts(window, starts.get_or_insert_default());
-        }
     }
 
     /// Each source with the passes over it that the first `position` sequences make.
@@ -264,6 +241,24 @@ impl Mixture {
         };
         let epochs = counts.iter().zip(&self.sources).map(|(&count, (data, _))| count as f64 / data.windows() as f64);
         self.names.iter().map(String::as_str).zip(epochs).collect()
+    }
+}
+
+impl Sequences for Mixture {
+    fn seq_len(&self) -> usize {
+        self.sources[0].0.seq_len()
+    }
+
+    fn sequences(&self) -> u64 {
+        self.sources.iter().map(|(data, _)| data.windows()).sum()
+    }
+
+    fn read(&self, position: u64, inputs: &mut Vec<i32>, targets: &mut Vec<i32>, starts: &mut Option<Vec<i32>>) {
+        let (data, window) = self.locate(position);
+        data.read(window, inputs, targets);
+        if self.block_causal {
+            data.read_starts(window, starts.get_or_insert_default());
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use burn::module::{Param, ParamId};
 use burn::tensor::{Tensor, TensorData};
-use rand::SeedableRng;
+use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -46,7 +46,7 @@ impl<'a, B: LlamaBackend> Init<'a, B> {
     }
 
     pub(crate) fn normal(&self, dims: [usize; 2], std: f64) -> Param<Tensor<B, 2>> {
-        let Some(seed) = self.seed else { return self.param(Tensor::zeros(dims, self.device)) };
+        let Some(seed) = self.seed else { return self.zeros(dims) };
         let mut rng = ChaCha8Rng::seed_from_u64(self.hash(seed));
         let values: Vec<f32> = (0..dims[0] * dims[1])
             .map(|_| {
@@ -55,6 +55,17 @@ impl<'a, B: LlamaBackend> Init<'a, B> {
             })
             .collect();
         self.param(Tensor::from_data(TensorData::new(values, dims), self.device))
+    }
+
+    pub(crate) fn uniform(&self, dims: [usize; 2], bound: f64) -> Param<Tensor<B, 2>> {
+        let mut rng = ChaCha8Rng::seed_from_u64(self.hash(self.seed.unwrap_or(0)));
+        let values: Vec<f32> =
+            (0..dims[0] * dims[1]).map(|_| (bound * (2.0 * rng.random::<f64>() - 1.0)) as f32).collect();
+        self.param(Tensor::from_data(TensorData::new(values, dims), self.device))
+    }
+
+    pub(crate) fn zeros(&self, dims: [usize; 2]) -> Param<Tensor<B, 2>> {
+        self.param(Tensor::zeros(dims, self.device))
     }
 
     pub(crate) fn ones(&self, dims: [usize; 1]) -> Param<Tensor<B, 1>> {

@@ -35,6 +35,7 @@ pub mod device;
 pub mod formats;
 pub mod generate;
 pub mod hf;
+pub mod lora;
 pub mod modules;
 pub mod weights;
 
@@ -52,7 +53,7 @@ pub use config::{FlopCount, LlamaConfig, RopeScaling};
 pub use device::{BackendTask, Device};
 pub use error::ModelError;
 pub use modules::{
-    Attention, Block, Embedding, FeedForward, KvCache, Linear, Llama, Quantized, RmsNorm, RotaryEmbedding,
+    Adapter, Attention, Block, Embedding, FeedForward, KvCache, Linear, Llama, Quantized, RmsNorm, RotaryEmbedding,
 };
 pub use process::tune_process;
 pub use weight_format::WeightFormat;

@@ -122,17 +122,7 @@ impl<B: LlamaBackend> Llama<B> {
             vocabulary: true,
         }];
         for (layer, block) in self.layers.iter_mut().enumerate() {
-            let (attention, feed_forward) = (&mut block.attention, &mut block.feed_forward);
-            let linears = [
-                ("attention.wq", &mut attention.wq),
-                ("attention.wk", &mut attention.wk),
-                ("attention.wv", &mut attention.wv),
-                ("attention.wo", &mut attention.wo),
-                ("feed_forward.w1", &mut feed_forward.w1),
-                ("feed_forward.w2", &mut feed_forward.w2),
-                ("feed_forward.w3", &mut feed_forward.w3),
-            ];
-            slots.extend(linears.map(|(name, linear)| Slot {
+            slots.extend(block.linears_mut().map(|(name, linear)| Slot {
                 path: format!("layers.{layer}.{name}.weight"),
                 weight: &mut linear.weight,
                 quantized: &mut linear.quantized,

@@ -16,10 +16,12 @@ use std::path::{Path, PathBuf};
 
 use llama_data::tokenizer::Tokenizer;
 use llama_model::weights::{self, TensorFile};
-use llama_model::{ModelError, TrainBackend, hf};
+use llama_model::{Llama, ModelError, TrainBackend, hf};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::{AdamW, LossScale, PretrainConfig, Pretrainer, TrainError};
+use crate::strategy::Place;
+use crate::{AdamW, LossScale, OptimizerConfig, PretrainConfig, Pretrainer, RunConfig, TrainError};
 
 /// Name of the tokenizer in checkpoints and data folders.
 pub const TOKENIZER_FILE: &str = "tokenizer.model";
@@ -32,7 +34,7 @@ const TEMPORARY: &str = ".tmp-step-";
 /// Where a run is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct RunState {
+pub struct RunState<C = PretrainConfig> {
     /// Version of this file, 1.
     pub version: u32,
     /// Optimizer steps done, skipped ones included. The data position is `step · sequences per step`.
@@ -47,7 +49,21 @@ pub struct RunState {
     /// Backend that computed, for the record.
     pub backend: String,
     /// The run's configuration.
-    pub config: PretrainConfig,
+    pub config: C,
+}
+
+impl<C> RunState<C> {
+    /// The state of a run at a place.
+    pub fn new<B: TrainBackend>(place: Place, optimizer: &AdamW<B>, config: C) -> Self {
+        let Place { step, tokens, loss_scale } = place;
+        let backend = B::name(&Default::default());
+        Self { version: 1, step, updates: optimizer.step_count(), tokens, loss_scale, backend, config }
+    }
+
+    /// Where the run is.
+    pub fn place(&self) -> Place {
+        Place { step: self.step, tokens: self.tokens, loss_scale: self.loss_scale }
+    }
 }
 
 /// A run read back.
@@ -101,7 +117,20 @@ pub fn save<B: TrainBackend>(
     state: &RunState,
     tokenizer: &Tokenizer,
 ) -> Result<PathBuf, TrainError> {
-    let folder = state.config.run.folder.join(FOLDER);
+    save_with(&state.config.run, optimizer, state, |folder| {
+        hf::save(&model.llama, &state.config.model, folder)?;
+        Ok(tokenizer.save(&folder.join(TOKENIZER_FILE))?)
+    })
+}
+
+/// As [`save`], for the files of a model that `write_model` puts into a folder.
+pub(crate) fn save_with<B: TrainBackend, C: Serialize>(
+    run: &RunConfig,
+    optimizer: &AdamW<B>,
+    state: &RunState<C>,
+    write_model: impl FnOnce(&Path) -> Result<(), TrainError>,
+) -> Result<PathBuf, TrainError> {
+    let folder = run.folder.join(FOLDER);
     std::fs::create_dir_all(&folder).map_err(|error| TrainError::io(&folder, error))?;
     let place = folder.join(format!("step-{:08}", state.step));
     remove_half_written(&folder)?;
@@ -112,9 +141,8 @@ pub fn save<B: TrainBackend>(
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
     let temporary = builder.prefix(TEMPORARY).tempdir_in(&folder).map_err(|error| TrainError::io(&folder, error))?;
     let at = |name: &str| temporary.path().join(name);
-    hf::save(&model.llama, &state.config.model, temporary.path())?;
+    write_model(temporary.path())?;
     weights::save_tensors(&at(OPTIMIZER_FILE), optimizer.to_tensors())?;
-    tokenizer.save(&at(TOKENIZER_FILE))?;
     let json = serde_json::to_string_pretty(state).expect("every field has a JSON form") + "\n";
     weights::write_atomic(&at(STATE_FILE), json.as_bytes())?;
     sync_folder(temporary.path())?;
@@ -127,8 +155,8 @@ pub fn save<B: TrainBackend>(
     let _ = temporary.keep();
     sync_folder(&folder)?;
 
-    let mut old = list(&state.config.run.folder)?;
-    old.truncate(old.len().saturating_sub(state.config.run.keep_checkpoints));
+    let mut old = list(&run.folder)?;
+    old.truncate(old.len().saturating_sub(run.keep_checkpoints));
     for (_, path) in old {
         std::fs::remove_dir_all(&path).map_err(|error| TrainError::io(&path, error))?;
     }
@@ -158,15 +186,21 @@ fn sync_folder(folder: &Path) -> Result<(), TrainError> {
 /// Reads where the run of a checkpoint is, with its configuration.
 ///
 /// # Errors
-/// [`TrainError::Io`], or [`TrainError::Format`] for a damaged file or another version.
+/// [`TrainError::Io`], or [`TrainError::Format`] for a damaged file, another version or another kind of run.
 pub fn load_state(folder: &Path) -> Result<RunState, TrainError> {
+    let state: RunState = load_state_of(folder)?;
+    state.config.validate()?;
+    Ok(state)
+}
+
+/// As [`load_state`], for any kind of run. The configuration is not validated.
+pub(crate) fn load_state_of<C: DeserializeOwned>(folder: &Path) -> Result<RunState<C>, TrainError> {
     let path = folder.join(STATE_FILE);
     let text = std::fs::read_to_string(&path).map_err(|error| TrainError::io(&path, error))?;
-    let state: RunState = serde_json::from_str(&text).map_err(|error| TrainError::format(&path, error))?;
+    let state: RunState<C> = serde_json::from_str(&text).map_err(|error| TrainError::format(&path, error))?;
     if state.version != 1 {
         return Err(TrainError::format(&path, format!("version {}; this program reads version 1", state.version)));
     }
-    state.config.validate()?;
     Ok(state)
 }
 
@@ -178,21 +212,37 @@ pub fn load<B: TrainBackend>(folder: &Path, device: &B::Device) -> Result<Restor
     let state = load_state(folder)?;
     let llama = state.config.model.init::<B>(state.config.seed, device)?;
     let llama = weights::load_model(llama, &folder.join(hf::WEIGHTS_FILE))?;
+    let optimizer = load_optimizer(folder, state.config.optimizer.clone(), state.updates, &llama, |_| true, device)?;
+    let model = Pretrainer::new(llama, state.config.compute, state.config.optimizer.z_loss);
+    Ok(Restored { model, optimizer, state })
+}
+
+/// Reads the moments of those parameters of a model that are trained, by their paths.
+pub(crate) fn load_optimizer<B: TrainBackend>(
+    folder: &Path,
+    config: OptimizerConfig,
+    updates: u64,
+    model: &Llama<B>,
+    trained: impl Fn(&str) -> bool,
+    device: &B::Device,
+) -> Result<AdamW<B>, TrainError> {
     let path = folder.join(OPTIMIZER_FILE);
     let file = TensorFile::open(&path)?;
     let mut params = Vec::new();
-    weights::visit_param_ids(&llama, |path, _, dims| params.push((path.to_string(), dims.iter().product())));
-    if state.updates == 0 {
+    weights::visit_param_ids(model, |path, _, dims| {
+        if trained(path) {
+            params.push((path.to_string(), dims.iter().product()));
+        }
+    });
+    if updates == 0 {
         params.clear();
     }
-    let optimizer = state.config.optimizer.clone();
-    let optimizer = AdamW::from_tensors(optimizer, state.updates, &params, device, |name, len| {
+    Ok(AdamW::from_tensors(config, updates, &params, device, |name, len| {
         file.tensor(name, &[len]).map_err(|error| match error {
             ModelError::MissingTensor { path, name } => {
                 ModelError::format(path, format!("the moment `{name}` is missing"))
             }
             error => error,
         })
-    })?;
-    Ok(Restored { model: Pretrainer::new(llama, &state.config), optimizer, state })
+    })?)
 }

@@ -186,42 +186,8 @@ impl PretrainConfig {
                 format!("is {}; this program reads {CONFIG_VERSION}", self.version),
             ));
         }
-        for (field, value) in [
-            ("batch.seq_len", self.batch.seq_len as u64),
-            ("batch.sequences", self.batch.sequences as u64),
-            ("batch.accumulation", self.batch.accumulation as u64),
-            ("schedule.steps", self.schedule.steps),
-            ("run.keep_checkpoints", self.run.keep_checkpoints as u64),
-        ] {
-            if value == 0 {
-                return Err(TrainError::config(field, "must be at least 1"));
-            }
-        }
-        if self.batch.seq_len > self.model.max_seq_len {
-            let (seq_len, max) = (self.batch.seq_len, self.model.max_seq_len);
-            return Err(TrainError::config(
-                "batch.seq_len",
-                format!("is {seq_len}, above the model's max_seq_len of {max}"),
-            ));
-        }
-        let unit = 0.0..1.0;
-        for (field, fits) in [
-            ("optimizer.beta_1", unit.contains(&self.optimizer.beta_1)),
-            ("optimizer.beta_2", unit.contains(&self.optimizer.beta_2)),
-            ("optimizer.epsilon", self.optimizer.epsilon > 0.0),
-            ("optimizer.weight_decay", self.optimizer.weight_decay >= 0.0),
-            ("optimizer.clip", self.optimizer.clip > 0.0),
-            ("optimizer.z_loss", (0.0..1.0).contains(&self.optimizer.z_loss)),
-            ("schedule.peak_lr", self.schedule.peak_lr > 0.0 && self.schedule.peak_lr.is_finite()),
-            ("schedule.final_fraction", (0.0..=1.0).contains(&self.schedule.final_fraction)),
-            ("schedule.warmup_steps", self.schedule.warmup_steps <= self.schedule.steps),
-            ("run.peak_flops", self.run.peak_flops.is_none_or(|peak| peak > 0.0)),
-        ] {
-            if !fits {
-                return Err(TrainError::config(field, "is out of range"));
-            }
-        }
-        Ok(())
+        let Self { batch, optimizer, schedule, run, .. } = self;
+        validate_run(batch, optimizer, schedule, run, self.model.max_seq_len)
     }
 
     /// Tokens of an optimizer step.
@@ -233,6 +199,52 @@ impl PretrainConfig {
     pub fn sequences_per_step(&self) -> u64 {
         (self.batch.sequences * self.batch.accumulation) as u64
     }
+}
+
+/// Checks what every kind of run has.
+pub(crate) fn validate_run(
+    batch: &BatchConfig,
+    optimizer: &OptimizerConfig,
+    schedule: &ScheduleConfig,
+    run: &RunConfig,
+    max_seq_len: usize,
+) -> Result<(), TrainError> {
+    for (field, value) in [
+        ("batch.seq_len", batch.seq_len as u64),
+        ("batch.sequences", batch.sequences as u64),
+        ("batch.accumulation", batch.accumulation as u64),
+        ("schedule.steps", schedule.steps),
+        ("run.keep_checkpoints", run.keep_checkpoints as u64),
+    ] {
+        if value == 0 {
+            return Err(TrainError::config(field, "must be at least 1"));
+        }
+    }
+    if batch.seq_len > max_seq_len {
+        let (seq_len, max) = (batch.seq_len, max_seq_len);
+        return Err(TrainError::config(
+            "batch.seq_len",
+            format!("is {seq_len}, above the model's max_seq_len of {max}"),
+        ));
+    }
+    let unit = 0.0..1.0;
+    for (field, fits) in [
+        ("optimizer.beta_1", unit.contains(&optimizer.beta_1)),
+        ("optimizer.beta_2", unit.contains(&optimizer.beta_2)),
+        ("optimizer.epsilon", optimizer.epsilon > 0.0),
+        ("optimizer.weight_decay", optimizer.weight_decay >= 0.0),
+        ("optimizer.clip", optimizer.clip > 0.0),
+        ("optimizer.z_loss", (0.0..1.0).contains(&optimizer.z_loss)),
+        ("schedule.peak_lr", schedule.peak_lr > 0.0 && schedule.peak_lr.is_finite()),
+        ("schedule.final_fraction", (0.0..=1.0).contains(&schedule.final_fraction)),
+        ("schedule.warmup_steps", schedule.warmup_steps <= schedule.steps),
+        ("run.peak_flops", run.peak_flops.is_none_or(|peak| peak > 0.0)),
+    ] {
+        if !fits {
+            return Err(TrainError::config(field, "is out of range"));
+        }
+    }
+    Ok(())
 }
 
 impl Default for OptimizerConfig {

@@ -4,13 +4,12 @@ use std::sync::Arc;
 
 use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
 use burn::tensor::backend::Backend;
-use llama_data::loader::{Loader, Rank, TokenBatch};
-use llama_data::mixture::Mixture;
+use llama_data::loader::{Loader, Rank, Sequences, TokenBatch};
 
 /// Micro-batches from a position on. They stay on the host until the training step uploads them.
 #[derive(Clone)]
 pub struct TokenLoader {
-    data: Arc<Mixture>,
+    data: Arc<dyn Sequences>,
     batch: usize,
     start: u64,
     end: u64,
@@ -18,7 +17,7 @@ pub struct TokenLoader {
 
 impl TokenLoader {
     /// Batches of `batch` sequences at the positions `start..end`.
-    pub fn new(data: Arc<Mixture>, batch: usize, start: u64, end: u64) -> Self {
+    pub fn new(data: Arc<dyn Sequences>, batch: usize, start: u64, end: u64) -> Self {
         Self { data, batch, start, end }
     }
 }

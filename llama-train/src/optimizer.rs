@@ -36,6 +36,11 @@ impl<B: TrainBackend> AdamW<B> {
         Self { config, step: 0, moments: BTreeMap::new() }
     }
 
+    /// Its hyper-parameters.
+    pub fn config(&self) -> &OptimizerConfig {
+        &self.config
+    }
+
     /// Updates made so far.
     pub fn step_count(&self) -> u64 {
         self.step

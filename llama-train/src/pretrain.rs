@@ -9,15 +9,16 @@ use burn::train::logger::MetricLogger;
 use burn::train::metric::store::{EpochSummary, MetricsUpdate, Split};
 use burn::train::metric::{MetricDefinition, NumericEntry};
 use burn::train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy};
+use llama_data::loader::Sequences;
 use llama_data::mixture::Mixture;
 use llama_data::tokenizer::Tokenizer;
 use llama_model::{Llama, TrainBackend};
 
-use crate::checkpoint::{self, Restored, TOKENIZER_FILE};
+use crate::checkpoint::{self, Restored, RunState, TOKENIZER_FILE};
 use crate::metrics::StepMetric;
-use crate::strategy::{Components, Outcome};
+use crate::strategy::{Components, Outcome, Place, Plan, Save};
 use crate::{
-    AdamW, LineRenderer, LossScale, PretrainConfig, PretrainStrategy, Pretrainer, Stop, TokenLoader, TrainError,
+    AdamW, LineRenderer, LossScale, PretrainConfig, Pretrainer, StepStrategy, Stop, TokenLoader, TrainError,
     WarmupCosine, curve, log, measure_peak_flops,
 };
 
@@ -87,34 +88,69 @@ pub fn pretrain<B: TrainBackend>(
     let folder = &config.run.folder;
     std::fs::create_dir_all(folder).map_err(|error| TrainError::io(folder, error))?;
 
-    let micro_batch = (config.batch.sequences * config.batch.seq_len) as u64;
-    let (model, optimizer, step, tokens, loss_scale) = match resume_from {
+    let compute = config.compute;
+    let z_loss = config.optimizer.z_loss;
+    let (model, optimizer, place) = match resume_from {
         Some(checkpoint) => {
             let Restored { model, optimizer, state } = checkpoint::load::<B>(checkpoint, device)?;
             check_same_run(config, &state.config)?;
             // What is kept for the backward may change with a resume.
-            (Pretrainer::new(model.llama, config), optimizer, state.step, state.tokens, state.loss_scale)
+            (Pretrainer::new(model.llama, compute, z_loss), optimizer, state.place())
         }
         None => {
             let llama = config.model.init::<B>(config.seed, device)?;
-            let loss_scale = LossScale::new(config.compute.precision, micro_batch);
-            (Pretrainer::new(llama, config), AdamW::new(config.optimizer.clone()), 0, 0, loss_scale)
+            let micro_batch = (config.batch.sequences * config.batch.seq_len) as u64;
+            let place = Place { loss_scale: LossScale::new(compute.precision, micro_batch), ..Default::default() };
+            (Pretrainer::new(llama, compute, z_loss), AdamW::new(config.optimizer.clone()), place)
         }
     };
-    let per_step = config.sequences_per_step();
-    let batch = config.batch.sequences;
+    let plan = Plan {
+        batch: config.batch.clone(),
+        schedule: config.schedule.clone(),
+        run: config.run.clone(),
+        flops_per_token: config.model.flops_per_token(config.batch.seq_len).training(),
+        peak_flops: config.run.peak_flops.unwrap_or_else(|| measure_peak_flops::<B::InnerBackend>(device)),
+    };
+    let saved = config.clone();
+    let save: Save<B> = Arc::new(move |model, optimizer, place| {
+        let state = RunState::new(place, optimizer, saved.clone());
+        checkpoint::save(model, optimizer, &state, &tokenizer)?;
+        Ok(())
+    });
     let data = train.clone();
-    let train = TokenLoader::new(train, batch, step * per_step, config.schedule.steps * per_step);
-    let batch = batch.min(valid.windows() as usize);
-    let end = valid.windows().min(config.run.eval_batches * batch as u64);
-    let valid = TokenLoader::new(valid, batch, 0, end);
+    let (model, outcome) = launch(model, optimizer, place, plan, save, train, valid, display, interrupter)?;
+    let Outcome { stop, step, skipped } = outcome;
+    let position = step * config.sequences_per_step();
+    let epochs = data.epochs(position).into_iter().map(|(name, epochs)| (name.to_string(), epochs)).collect();
+    let curve = draw_curve(folder)?;
+    Ok(PretrainReport { model, stop, step, skipped, checkpoint: checkpoint::latest(folder)?, curve, epochs })
+}
 
-    let peak_flops = config.run.peak_flops.unwrap_or_else(|| measure_peak_flops::<B::InnerBackend>(device));
-    let strategy = PretrainStrategy::new(config.clone(), tokenizer, peak_flops, optimizer, step, tokens, loss_scale);
+/// Lets burn-train run the loop from a place to the end of its plan, and returns the model without autodiff.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn launch<B: TrainBackend>(
+    model: Pretrainer<B>,
+    optimizer: AdamW<B>,
+    place: Place,
+    plan: Plan,
+    save: Save<B>,
+    train: Arc<dyn Sequences>,
+    valid: Arc<dyn Sequences>,
+    display: Display,
+    interrupter: Interrupter,
+) -> Result<(Llama<B::InnerBackend>, Outcome), TrainError> {
+    let Plan { batch, schedule, run, .. } = plan.clone();
+    let per_step = (batch.sequences * batch.accumulation) as u64;
+    let train = TokenLoader::new(train, batch.sequences, place.step * per_step, schedule.steps * per_step);
+    let valid_batch = batch.sequences.min(valid.sequences() as usize);
+    let end = valid.sequences().min(run.eval_batches * valid_batch as u64);
+    let valid = TokenLoader::new(valid, valid_batch, 0, end);
+    let config = optimizer.config().clone();
+    let strategy = StepStrategy::new(plan, save, optimizer, place);
     let outcome = strategy.outcome();
     let train: Arc<dyn DataLoader<B, _>> = Arc::new(train);
     let valid: Arc<dyn DataLoader<B::InnerBackend, _>> = Arc::new(valid);
-    let mut training = SupervisedTraining::<Components<B>>::new(folder, train, valid)
+    let mut training = SupervisedTraining::<Components<B>>::new(&run.folder, train, valid)
         .metrics(quality_metrics())
         .with_interrupter(interrupter)
         .with_application_logger(None)
@@ -126,21 +162,22 @@ pub fn pretrain<B: TrainBackend>(
     if let Display::Lines { out, every } = display {
         training = training.renderer(LineRenderer::new(out, every));
     }
-    let schedule = WarmupCosine::new(config.schedule.clone());
     // The strategy has the optimizer; the learner's has no state and is not used.
-    let learner = Learner::new(model, AdamW::new(config.optimizer.clone()), schedule);
+    let learner = Learner::new(model, AdamW::new(config), WarmupCosine::new(schedule));
     let model = training.launch(learner).model.llama;
-
     let outcome = outcome.lock().expect("the strategy has ended").take();
-    let Outcome { stop, step, skipped } = outcome.expect("a strategy that has ended left its outcome")?;
+    Ok((model, outcome.expect("a strategy that has ended left its outcome")?))
+}
+
+/// Draws the loss curve of a run and returns its path.
+pub(crate) fn draw_curve(folder: &Path) -> Result<PathBuf, TrainError> {
     let curve = folder.join(CURVE_FILE);
     let lines = log::read(&folder.join(log::METRICS_FILE))?;
     // An interrupted run may have no step yet.
     if lines.iter().any(|line| matches!(line, log::Line::Train { .. })) {
         curve::write_svg(&curve, &lines)?;
     }
-    let epochs = data.epochs(step * per_step).into_iter().map(|(name, epochs)| (name.to_string(), epochs)).collect();
-    Ok(PretrainReport { model, stop, step, skipped, checkpoint: checkpoint::latest(folder)?, curve, epochs })
+    Ok(curve)
 }
 
 fn quality_metrics() -> (StepMetric, StepMetric) {

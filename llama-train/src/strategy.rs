@@ -11,12 +11,13 @@ use burn::train::{
 };
 use llama_data::DataError;
 use llama_data::loader::TokenBatch;
-use llama_data::tokenizer::Tokenizer;
 use llama_model::TrainBackend;
 
-use crate::checkpoint::{self, RunState};
 use crate::log::{Line, MetricsFile};
-use crate::{AdamW, GradientList, LossScale, PretrainConfig, Pretrainer, StepOutput, TrainError, WarmupCosine};
+use crate::{
+    AdamW, BatchConfig, GradientList, LossScale, Pretrainer, RunConfig, ScheduleConfig, StepOutput, TrainError,
+    WarmupCosine,
+};
 
 /// Steps in a row without a finite loss and gradient after which a run gives up.
 const MAX_SKIPPED: u64 = 20;
@@ -33,21 +34,41 @@ pub enum Stop {
     Interrupted,
 }
 
-/// Owns model, optimizer and step of a run, so that updates are in place: a `Learner` clones its model for every update.
-pub struct PretrainStrategy<B: TrainBackend> {
-    config: PretrainConfig,
-    tokenizer: Tokenizer,
+/// What the loop needs of a run's configuration.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Tokens of a step.
+    pub batch: BatchConfig,
+    /// Learning rate over time.
+    pub schedule: ScheduleConfig,
+    /// What is written when.
+    pub run: RunConfig,
+    /// Floating-point operations of a step for each token.
+    pub flops_per_token: f64,
     /// Floating-point operations per second of the device.
-    peak_flops: f64,
-    start: Mutex<Option<Start<B>>>,
-    outcome: Arc<Mutex<Option<Result<Outcome, TrainError>>>>,
+    pub peak_flops: f64,
 }
 
-struct Start<B: TrainBackend> {
-    optimizer: AdamW<B>,
-    step: u64,
-    tokens: u64,
-    loss_scale: Option<LossScale>,
+/// Where a run is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Place {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// Factor of the loss, in half precision.
+    pub loss_scale: Option<LossScale>,
+}
+
+/// Writes a checkpoint of model and optimizer.
+pub type Save<B> = Arc<dyn Fn(&Pretrainer<B>, &AdamW<B>, Place) -> Result<(), TrainError> + Send + Sync>;
+
+/// Owns model, optimizer and step of a run, so that updates are in place: a `Learner` clones its model for every update.
+pub struct StepStrategy<B: TrainBackend> {
+    plan: Plan,
+    save: Save<B>,
+    start: Mutex<Option<(AdamW<B>, Place)>>,
+    outcome: Arc<Mutex<Option<Result<Outcome, TrainError>>>>,
 }
 
 /// How a run ended.
@@ -58,20 +79,11 @@ pub(crate) struct Outcome {
     pub skipped: u64,
 }
 
-impl<B: TrainBackend> PretrainStrategy<B> {
-    /// A strategy that goes on after `step` steps and `tokens` tokens with an optimizer and, in half precision, a factor of the loss.
-    /// The learner's model must be the one of that step, and the training loader must begin at its data position.
-    pub fn new(
-        config: PretrainConfig,
-        tokenizer: Tokenizer,
-        peak_flops: f64,
-        optimizer: AdamW<B>,
-        step: u64,
-        tokens: u64,
-        loss_scale: Option<LossScale>,
-    ) -> Self {
-        let start = Mutex::new(Some(Start { optimizer, step, tokens, loss_scale }));
-        Self { config, tokenizer, peak_flops, start, outcome: Arc::default() }
+impl<B: TrainBackend> StepStrategy<B> {
+    /// A strategy that goes on from a place with an optimizer. The learner's model must be the one of that place, and the
+    /// training loader must begin at its data position.
+    pub fn new(plan: Plan, save: Save<B>, optimizer: AdamW<B>, place: Place) -> Self {
+        Self { plan, save, start: Mutex::new(Some((optimizer, place))), outcome: Arc::default() }
     }
 
     /// Where the result will be when burn-train's `launch`, which returns none, has ended.
@@ -80,7 +92,7 @@ impl<B: TrainBackend> PretrainStrategy<B> {
     }
 }
 
-impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for PretrainStrategy<B> {
+impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for StepStrategy<B> {
     fn fit(
         &self,
         components: TrainingComponents<Components<B>>,
@@ -93,16 +105,13 @@ impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for PretrainStra
         let model = learner.model();
         drop(learner);
         let start = self.start.lock().expect("no other thread holds this").take();
-        let Start { optimizer, step, tokens, loss_scale } = start.expect("a strategy runs once");
+        let (optimizer, place) = start.expect("a strategy runs once");
         let mut run = Run {
-            schedule: WarmupCosine::new(self.config.schedule.clone()),
-            flops_per_token: self.config.model.flops_per_token(self.config.batch.seq_len).training(),
+            schedule: WarmupCosine::new(self.plan.schedule.clone()),
             strategy: self,
             model: Some(model),
             optimizer,
-            step,
-            tokens,
-            loss_scale,
+            place,
             skipped: 0,
             skipped_in_a_row: 0,
             processor: components.event_processor,
@@ -115,15 +124,12 @@ impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for PretrainStra
 
 /// A running training.
 struct Run<'a, B: TrainBackend> {
-    strategy: &'a PretrainStrategy<B>,
+    strategy: &'a StepStrategy<B>,
     schedule: WarmupCosine,
-    flops_per_token: f64,
     /// Away only while it is updated.
     model: Option<Pretrainer<B>>,
     optimizer: AdamW<B>,
-    step: u64,
-    tokens: u64,
-    loss_scale: Option<LossScale>,
+    place: Place,
     skipped: u64,
     skipped_in_a_row: u64,
     processor: SupervisedTrainingEventProcessor<Components<B>>,
@@ -136,40 +142,40 @@ impl<B: TrainBackend> Run<'_, B> {
         valid: &Arc<dyn DataLoader<B::InnerBackend, TokenBatch>>,
         should_stop: impl Fn() -> bool,
     ) -> Result<Outcome, TrainError> {
-        let PretrainConfig { schedule, run, .. } = &self.strategy.config;
-        let mut log = MetricsFile::open(&run.folder, self.step)?;
+        let Plan { schedule, run, .. } = &self.strategy.plan;
+        let mut log = MetricsFile::open(&run.folder, self.place.step)?;
         let mut batches = train.iter();
         let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
         let mut saved = None;
         let mut stop = Stop::Finished;
-        while self.step < schedule.steps {
+        while self.place.step < schedule.steps {
             if should_stop() {
                 stop = Stop::Interrupted;
                 break;
             }
             let output = self.train_step(&mut || batches.next(), &mut log)?;
             if let Some(output) = output {
-                log.write(&Line::train(self.step, self.tokens, &output))?;
+                log.write(&Line::train(self.place.step, self.place.tokens, &output))?;
                 let lr = Some(output.lr);
                 self.processor.process_train(LearnerEvent::ProcessedItem(self.item(output, lr)));
             }
-            let last = self.step == schedule.steps;
-            if due(run.eval_every, self.step) || (last && run.eval_every > 0) {
+            let last = self.place.step == schedule.steps;
+            if due(run.eval_every, self.place.step) || (last && run.eval_every > 0) {
                 let output = self.evaluate(valid);
-                log.write(&Line::valid(self.step, &output))?;
+                log.write(&Line::valid(self.place.step, &output))?;
                 self.processor.process_valid(LearnerEvent::ProcessedItem(self.item(output, None)));
-                self.processor.process_valid(LearnerEvent::EndEpoch(self.step as usize));
-                self.processor.process_train(LearnerEvent::EndEpoch(self.step as usize));
+                self.processor.process_valid(LearnerEvent::EndEpoch(self.place.step as usize));
+                self.processor.process_train(LearnerEvent::EndEpoch(self.place.step as usize));
             }
-            if due(run.checkpoint_every, self.step) {
+            if due(run.checkpoint_every, self.place.step) {
                 self.save()?;
-                saved = Some(self.step);
+                saved = Some(self.place.step);
             }
         }
-        if saved != Some(self.step) {
+        if saved != Some(self.place.step) {
             self.save()?;
         }
-        Ok(Outcome { stop, step: self.step, skipped: self.skipped })
+        Ok(Outcome { stop, step: self.place.step, skipped: self.skipped })
     }
 
     /// One optimizer step: micro-batches, one clip, one update. `None` if it was skipped because its loss or gradient
@@ -182,12 +188,12 @@ impl<B: TrainBackend> Run<'_, B> {
         let start = Instant::now();
         let mut waited = Duration::ZERO;
         let mut grads = GradientList::default();
-        let mut output = StepOutput { lr: self.schedule.lr(self.step), ..Default::default() };
-        let loss_scale = self.loss_scale.map_or(1.0, |scale| scale.factor);
+        let mut output = StepOutput { lr: self.schedule.lr(self.place.step), ..Default::default() };
+        let loss_scale = self.place.loss_scale.map_or(1.0, |scale| scale.factor);
         if let Some(model) = &mut self.model {
             model.loss_scale = loss_scale;
         }
-        for _ in 0..self.strategy.config.batch.accumulation {
+        for _ in 0..self.strategy.plan.batch.accumulation {
             let before = Instant::now();
             let batch = next_batch().ok_or_else(|| DataError::Loader("it has no more batches".into()))?;
             waited += before.elapsed();
@@ -196,35 +202,37 @@ impl<B: TrainBackend> Run<'_, B> {
             grads.accumulate::<B, _>(&model.llama, micro.grads);
             output.loss_sum += micro.item.loss_sum;
             output.tokens += micro.item.tokens;
+            output.positions += micro.item.positions;
         }
         // The sum over all tokens is divided by their number once, whatever the micro-batches.
-        let per_token = 1.0 / (output.tokens as f64 * loss_scale);
+        let per_token = 1.0 / (output.tokens.max(1) as f64 * loss_scale);
         output.grad_norm = grads.norm() * per_token;
-        self.step += 1;
+        self.place.step += 1;
         if !output.loss_sum.is_finite() || !output.grad_norm.is_finite() {
             let (loss, grad_norm) = (output.loss().to_string(), output.grad_norm.to_string());
-            log.write(&Line::Skipped { step: self.step, loss, grad_norm })?;
+            log.write(&Line::Skipped { step: self.place.step, loss, grad_norm })?;
             self.skipped += 1;
             // In half precision the gradient's overflow is expected, and the factor falls.
-            if !output.loss_sum.is_finite() || !self.loss_scale.as_mut().is_some_and(LossScale::shrink) {
+            if !output.loss_sum.is_finite() || !self.place.loss_scale.as_mut().is_some_and(LossScale::shrink) {
                 self.skipped_in_a_row += 1;
             }
             if self.skipped_in_a_row == MAX_SKIPPED {
-                return Err(TrainError::NotFinite { step: self.step, count: MAX_SKIPPED });
+                return Err(TrainError::NotFinite { step: self.place.step, count: MAX_SKIPPED });
             }
             return Ok(None);
         }
         self.skipped_in_a_row = 0;
-        self.loss_scale.iter_mut().for_each(LossScale::grow);
+        self.place.loss_scale.iter_mut().for_each(LossScale::grow);
         let scale = self.optimizer.clip_factor(output.grad_norm) * per_token;
         let model = self.model.take().expect("the model is only away during an update");
         let llama = self.optimizer.update(output.lr, model.llama, grads, scale);
         self.model = Some(Pretrainer { llama, ..model });
 
-        self.tokens += output.tokens;
+        self.place.tokens += output.tokens;
         let seconds = start.elapsed().as_secs_f64();
-        output.tokens_per_second = output.tokens as f64 / seconds;
-        output.mfu = output.tokens_per_second * self.flops_per_token / self.strategy.peak_flops;
+        output.tokens_per_second = output.positions as f64 / seconds;
+        let Plan { flops_per_token, peak_flops, .. } = self.strategy.plan;
+        output.mfu = output.tokens_per_second * flops_per_token / peak_flops;
         output.data_wait = waited.as_secs_f64() / seconds;
         output.memory = memory_stats::memory_stats().map_or(0.0, |stats| stats.physical_mem as f64);
         Ok(Some(output))
@@ -243,22 +251,12 @@ impl<B: TrainBackend> Run<'_, B> {
     }
 
     fn save(&self) -> Result<(), TrainError> {
-        let state = RunState {
-            version: 1,
-            step: self.step,
-            updates: self.optimizer.step_count(),
-            tokens: self.tokens,
-            loss_scale: self.loss_scale,
-            backend: B::name(&Default::default()),
-            config: self.strategy.config.clone(),
-        };
         let model = self.model.as_ref().expect("the model is only away during an update");
-        checkpoint::save(model, &self.optimizer, &state, &self.strategy.tokenizer)?;
-        Ok(())
+        (self.strategy.save)(model, &self.optimizer, self.place)
     }
 
     fn item(&self, output: StepOutput, lr: Option<f64>) -> TrainingItem<StepOutput> {
-        let progress = Progress::new(self.step as usize, self.strategy.config.schedule.steps as usize);
-        TrainingItem::new(output, progress.clone(), progress, Some(self.step as usize), lr)
+        let progress = Progress::new(self.place.step as usize, self.strategy.plan.schedule.steps as usize);
+        TrainingItem::new(output, progress.clone(), progress, Some(self.place.step as usize), lr)
     }
 }

@@ -5,9 +5,7 @@ use burn::tensor::{ElementConversion, Int, Tensor, TensorData};
 use burn::train::metric::{Adaptor, ItemLazy};
 use burn::train::{InferenceStep, TrainOutput, TrainStep};
 use llama_data::loader::TokenBatch;
-use llama_model::{Llama, LlamaBackend, ModelError, TrainBackend};
-
-use crate::PretrainConfig;
+use llama_model::{Compute, Llama, LlamaBackend, ModelError, TrainBackend};
 
 /// A model in training.
 #[derive(Module, Debug)]
@@ -27,11 +25,13 @@ pub struct StepOutput {
     pub loss_sum: f64,
     /// Tokens trained or evaluated on.
     pub tokens: u64,
+    /// Tokens that the model read, those included that nothing is trained on.
+    pub positions: u64,
     /// Learning rate.
     pub lr: f64,
     /// Global gradient norm before the clip.
     pub grad_norm: f64,
-    /// Tokens per second.
+    /// Tokens read per second.
     pub tokens_per_second: f64,
     /// Model FLOPs utilisation, as a share.
     pub mfu: f64,
@@ -49,9 +49,9 @@ impl StepOutput {
 }
 
 impl<B: LlamaBackend> Pretrainer<B> {
-    /// A model in training, with the configured precision, recomputation and z-loss.
-    pub fn new(llama: Llama<B>, config: &PretrainConfig) -> Self {
-        Self { llama: llama.with_compute(config.compute), z_loss: config.optimizer.z_loss, loss_scale: 1.0 }
+    /// A model in training, with precision, recomputation and z-loss.
+    pub fn new(llama: Llama<B>, compute: Compute, z_loss: f64) -> Self {
+        Self { llama: llama.with_compute(compute), z_loss, loss_scale: 1.0 }
     }
 
     /// Summed loss of a batch, `[1]`.
@@ -84,7 +84,7 @@ impl<B: TrainBackend> TrainStep for Pretrainer<B> {
             factor => loss.clone().mul_scalar(factor).backward(),
         };
         let loss_sum = loss.into_scalar().elem();
-        let output = StepOutput { loss_sum, tokens: batch.tokens() as u64, ..Default::default() };
+        let output = StepOutput { loss_sum, ..counts(&batch) };
         TrainOutput::new(self, grads, output)
     }
 }
@@ -97,8 +97,12 @@ impl<B: LlamaBackend> InferenceStep for Pretrainer<B> {
     /// As the training step.
     fn step(&self, batch: TokenBatch) -> StepOutput {
         let loss = self.loss(&batch, 0.0).expect("the configuration was checked");
-        StepOutput { loss_sum: loss.into_scalar().elem(), tokens: batch.tokens() as u64, ..Default::default() }
+        StepOutput { loss_sum: loss.into_scalar().elem(), ..counts(&batch) }
     }
+}
+
+fn counts(batch: &TokenBatch) -> StepOutput {
+    StepOutput { tokens: batch.tokens() as u64, positions: batch.positions() as u64, ..Default::default() }
 }
 
 impl ItemLazy for StepOutput {

@@ -10,7 +10,9 @@ use burn::tensor::backend::AutodiffBackend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 
 use super::block::{self, BlockSaved};
-use super::{AdamWStep, AttentionSaved, AttentionSpec, BlockSpec, BlockWeights, LlamaBackend, LossSpec};
+use super::{
+    AdamWStep, AttentionSaved, AttentionSpec, BlockSpec, BlockWeights, LlamaBackend, LossSpec, QuantizedWeight,
+};
 use crate::Precision;
 
 impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
@@ -58,6 +60,38 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
             OpsKind::Tracked(prep) => prep.finish((x.primitive, weight.primitive, precision), out),
             OpsKind::UnTracked(prep) => prep.finish(out),
         }
+    }
+
+    /// The weights are frozen; the backward widens each for as long as it needs it.
+    fn project_quantized(
+        x: FloatTensor<Self>,
+        weights: Vec<QuantizedWeight<Self>>,
+        precision: Precision,
+    ) -> Vec<FloatTensor<Self>> {
+        #[derive(Debug)]
+        struct QuantizedBackward;
+        impl<B: LlamaBackend> Backward<B, 1> for QuantizedBackward {
+            type State = (QuantizedWeight<B>, Precision);
+
+            fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let grad = grads.consume::<B>(&ops.node);
+                let (weight, precision) = ops.state;
+                let d_x = B::project_backward_input(vec![(grad, weight.dense())], precision);
+                register::<B, 1>(grads, ops.parents.map(|p| p.map(|n| n.id)), [d_x]);
+            }
+        }
+        let inner = |QuantizedWeight { bits, words, scales }: QuantizedWeight<Self>| QuantizedWeight {
+            bits,
+            words,
+            scales: scales.primitive,
+        };
+        let weights: Vec<QuantizedWeight<B>> = weights.into_iter().map(inner).collect();
+        let outs = B::project_quantized(x.primitive, weights.clone(), precision);
+        let track = |(out, weight)| match QuantizedBackward.prepare::<C>([x.node.clone()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((weight, precision), out),
+            OpsKind::UnTracked(prep) => prep.finish(out),
+        };
+        outs.into_iter().zip(weights).map(track).collect()
     }
 
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> (FloatTensor<Self>, FloatTensor<Self>) {
@@ -197,6 +231,7 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
                 register::<B, 2>(grads, ops.parents.map(|p| p.map(|n| n.id)), scaled);
             }
         }
+        let spec = LossSpec { head_grad: spec.head_grad && head.is_tracked(), ..spec };
         match CrossEntropyBackward.prepare::<C>([hidden.node, head.node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let [loss, d_hidden, d_head] =

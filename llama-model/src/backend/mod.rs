@@ -78,13 +78,21 @@ impl AttentionSpec {
 }
 
 /// How the loss is computed.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LossSpec {
     /// Precision of the products with the head.
     pub precision: Precision,
     /// Factor of the squared log-sum-exp of the logits, added to each token's loss: keeps logits from drifting (Chowdhery
     /// et al. 2022, section 5, use 1e-4). 0 is off.
     pub z_loss: f64,
+    /// Whether the head's gradient is wanted: not where the head is frozen.
+    pub head_grad: bool,
+}
+
+impl Default for LossSpec {
+    fn default() -> Self {
+        Self { precision: Precision::default(), z_loss: 0.0, head_grad: true }
+    }
 }
 
 /// LLaMA's fused operations. Shapes and ranks are part of the contract; `ops` reshapes where a module has more
@@ -269,7 +277,7 @@ pub trait LlamaBackend: Backend {
     }
 
     /// [`linear_cross_entropy`](Self::linear_cross_entropy) together with its gradients for `hidden` and `head`,
-    /// made while each chunk of logits is at hand.
+    /// made while each chunk of logits is at hand. Without `spec.head_grad` the last is empty, `[0, d_model]`.
     fn linear_cross_entropy_with_grads(
         hidden: FloatTensor<Self>,
         head: FloatTensor<Self>,

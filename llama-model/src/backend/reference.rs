@@ -41,7 +41,11 @@ pub fn project_backward_input<B: Backend>(
     pairs: Vec<(FloatTensor<B>, FloatTensor<B>)>,
     precision: Precision,
 ) -> FloatTensor<B> {
-    let products = pairs.into_iter().map(|(grad, weight)| product::<B>(grad, weight, precision));
+    let products = pairs.into_iter().map(|(grad, weight)| {
+        // A frozen weight may be stored in fewer bytes.
+        let weight = if weight.dtype() == grad.dtype() { weight } else { B::float_cast(weight, grad.dtype().into()) };
+        product::<B>(grad, weight, precision)
+    });
     products.reduce(B::float_add).expect("an input is read by a weight")
 }
 
@@ -356,7 +360,8 @@ pub(super) fn chunked_cross_entropy<B: Backend>(
 ) -> [FloatTensor<B>; 3] {
     let head = tensor::<B, 2>(head);
     let mut loss = Tensor::<B, 1>::zeros([1], (&head.device(), wide(head.dtype())));
-    let mut d_head = Tensor::zeros_like(&head);
+    let rows = if spec.head_grad { head.dims()[0] } else { 0 };
+    let mut d_head = Tensor::<B, 2>::zeros([rows, head.dims()[1]], (&head.device(), head.dtype()));
     let mut d_hidden = Vec::new();
     for (hidden, targets) in chunks::<B>(tensor(hidden), Tensor::from_primitive(targets)) {
         let logits = project::<B>(primitive(hidden.clone()), primitive(head.clone()), spec.precision);
@@ -364,7 +369,9 @@ pub(super) fn chunked_cross_entropy<B: Backend>(
         loss = loss + losses.sum();
         let (d_logits, head) = (primitive(d_logits.cast(head.dtype())), primitive(head.clone()));
         d_hidden.push(tensor::<B, 2>(product::<B>(d_logits.clone(), head, spec.precision)));
-        d_head = d_head + tensor(project_backward_weight::<B>(d_logits, primitive(hidden), spec.precision));
+        if spec.head_grad {
+            d_head = d_head + tensor(project_backward_weight::<B>(d_logits, primitive(hidden), spec.precision));
+        }
     }
     [primitive(loss), primitive(Tensor::cat(d_hidden, 0)), primitive(d_head)]
 }

@@ -2,7 +2,7 @@
 //! below `n_heads` (LLaMA 2 and 3).
 
 use burn::module::Module;
-use burn::tensor::Tensor;
+use burn::tensor::{Int, Tensor};
 
 use super::{LayerCache, Linear};
 use crate::backend::{LlamaBackend, ops};
@@ -36,14 +36,15 @@ impl<B: LlamaBackend> Attention<B> {
         }
     }
 
-    /// With a cache, `x` continues the sequences in it. `cos` and `sin` are the rotary embedding's for its positions.
+    /// With a cache, `x` continues the sequences in it; with `starts`, tokens attend inside their document only. `cos` and `sin` are the rotary embedding's for its positions.
     ///
     /// # Shapes
-    /// `x [batch, seq_len, d_model]`, `cos` and `sin` `[seq_len, head_dim / 2]`, result as `x`.
+    /// `x [batch, seq_len, d_model]`, `cos` and `sin` `[seq_len, head_dim / 2]`, `starts [batch, seq_len]`, result as `x`.
     pub fn forward(
         &self,
         x: Tensor<B, 3>,
         [cos, sin]: [Tensor<B, 2>; 2],
+        starts: Option<Tensor<B, 2, Int>>,
         cache: Option<&mut LayerCache<B>>,
         precision: Precision,
     ) -> Tensor<B, 3> {
@@ -59,7 +60,7 @@ impl<B: LlamaBackend> Attention<B> {
             Some(cache) => cache.append(k, v),
             None => (k, v),
         };
-        let out = ops::causal_attention(q, k, v, None, precision);
+        let out = ops::causal_attention(q, k, v, starts, precision);
         self.wo.forward(out.flatten::<3>(2, 3), precision)
     }
 }

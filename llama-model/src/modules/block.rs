@@ -3,11 +3,11 @@
 use burn::module::Module;
 use burn::tensor::{Int, Tensor};
 
-use super::{Attention, FeedForward, LayerCache, RmsNorm};
+use super::{Attention, FeedForward, LayerCache, Linear, RmsNorm};
 use crate::backend::ops::primitive;
 use crate::backend::{BlockWeights, LlamaBackend, ops};
 use crate::init::Init;
-use crate::{Compute, LlamaConfig};
+use crate::{Compute, LlamaConfig, Precision};
 
 /// A pre-normalised transformer block.
 #[derive(Module, Debug)]
@@ -32,7 +32,7 @@ impl<B: LlamaBackend> Block<B> {
         }
     }
 
-    /// The block as one operation with a backward of its own. With `starts`, tokens attend inside their document only.
+    /// The block as one operation with a backward of its own, unless weights are in blocks or have adapters. With `starts`, tokens attend inside their document only.
     ///
     /// # Shapes
     /// `x [batch, seq_len, d_model]`, `tables` `[seq_len, head_dim / 2]` each, `starts [batch, seq_len]`, result as `x`.
@@ -44,6 +44,9 @@ impl<B: LlamaBackend> Block<B> {
         compute: Compute,
     ) -> Tensor<B, 3> {
         let Self { attention_norm, attention, ffn_norm, feed_forward } = self;
+        if !self.linears().iter().all(|(_, linear)| linear.is_plain()) {
+            return self.forward_parts(x, tables, starts, None, compute.precision);
+        }
         let weights = BlockWeights {
             attention_norm: primitive(attention_norm.weight.val()),
             wq: primitive(attention.wq.dense()),
@@ -58,20 +61,48 @@ impl<B: LlamaBackend> Block<B> {
         ops::block(x, weights, tables, starts, self.attention_norm.eps, compute)
     }
 
-    /// The same, composed of its parts, for sequences that a cache continues.
+    /// The same, composed of its parts. With a cache, `x` continues the sequences in it.
     ///
     /// # Shapes
-    /// `x [batch, seq_len, d_model]`, `tables` `[seq_len, head_dim / 2]` each, result as `x`.
-    pub fn forward_cached(
+    /// As [`forward`](Self::forward).
+    pub fn forward_parts(
         &self,
         x: Tensor<B, 3>,
         tables: [Tensor<B, 2>; 2],
-        cache: &mut LayerCache<B>,
-        compute: Compute,
+        starts: Option<Tensor<B, 2, Int>>,
+        cache: Option<&mut LayerCache<B>>,
+        precision: Precision,
     ) -> Tensor<B, 3> {
-        let precision = compute.precision;
         let n = self.attention_norm.forward(x.clone());
-        let h = x + self.attention.forward(n, tables, Some(cache), precision);
+        let h = x + self.attention.forward(n, tables, starts, cache, precision);
         h.clone() + self.feed_forward.forward(self.ffn_norm.forward(h), precision)
+    }
+
+    /// The linear layers and their names in the block.
+    pub(crate) fn linears(&self) -> [(&'static str, &Linear<B>); 7] {
+        let (attention, feed_forward) = (&self.attention, &self.feed_forward);
+        [
+            ("attention.wq", &attention.wq),
+            ("attention.wk", &attention.wk),
+            ("attention.wv", &attention.wv),
+            ("attention.wo", &attention.wo),
+            ("feed_forward.w1", &feed_forward.w1),
+            ("feed_forward.w2", &feed_forward.w2),
+            ("feed_forward.w3", &feed_forward.w3),
+        ]
+    }
+
+    /// The same, to be changed.
+    pub(crate) fn linears_mut(&mut self) -> [(&'static str, &mut Linear<B>); 7] {
+        let (attention, feed_forward) = (&mut self.attention, &mut self.feed_forward);
+        [
+            ("attention.wq", &mut attention.wq),
+            ("attention.wk", &mut attention.wk),
+            ("attention.wv", &mut attention.wv),
+            ("attention.wo", &mut attention.wo),
+            ("feed_forward.w1", &mut feed_forward.w1),
+            ("feed_forward.w2", &mut feed_forward.w2),
+            ("feed_forward.w3", &mut feed_forward.w3),
+        ]
     }
 }

@@ -3,7 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
-use super::Quantized;
+use super::{Adapter, Quantized};
 use crate::Precision;
 use crate::backend::{LlamaBackend, ops};
 use crate::init::Init;
@@ -16,14 +16,16 @@ pub struct Linear<B: LlamaBackend> {
     pub weight: Param<Tensor<B, 2>>,
     /// The weight in 8 or 4 bits, for inference.
     pub quantized: Option<Quantized<B>>,
+    /// What fine-tuning adds.
+    pub adapter: Option<Adapter<B>>,
 }
 
 impl<B: LlamaBackend> Linear<B> {
     pub(crate) fn new(d_in: usize, d_out: usize, std: f64, init: &Init<B>) -> Self {
-        Self { weight: init.normal([d_out, d_in], std), quantized: None }
+        Self { weight: init.normal([d_out, d_in], std), quantized: None, adapter: None }
     }
 
-    /// The weight, `[d_out, d_in]`, whatever form it is stored in.
+    /// The weight, `[d_out, d_in]`, whatever form it is stored in, without the adapter.
     pub fn dense(&self) -> Tensor<B, 2> {
         self.quantized.as_ref().map_or_else(|| self.weight.val(), Quantized::dense)
     }
@@ -37,14 +39,30 @@ impl<B: LlamaBackend> Linear<B> {
         x: Tensor<B, D>,
         precision: Precision,
     ) -> [Tensor<B, D>; N] {
-        if layers.iter().all(|layer| layer.quantized.is_none()) {
-            return ops::linear_all(x, layers.map(|layer| layer.weight.val()), precision);
-        }
-        if layers.iter().all(|layer| layer.quantized.is_some()) {
-            let weight = |layer: &Self| layer.quantized.as_ref().expect("all are there").weight();
-            return ops::linear_quantized(x, layers.map(weight), precision);
-        }
-        layers.map(|layer| ops::linear(x.clone(), layer.dense(), precision))
+        let quantized = layers.map(|layer| layer.quantized.as_ref());
+        let products = if quantized.iter().all(Option::is_none) {
+            ops::linear_all(x.clone(), layers.map(|layer| layer.weight.val()), precision)
+        } else if quantized.iter().all(Option::is_some) {
+            let weights = quantized.map(|quantized| quantized.expect("all are there").weight());
+            ops::linear_quantized(x.clone(), weights, precision)
+        } else {
+            layers.map(|layer| ops::linear(x.clone(), layer.dense(), precision))
+        };
+        let mut layers = layers.into_iter();
+        products.map(|product| match layers.next().and_then(|layer| layer.adapter.as_ref()) {
+            Some(adapter) => product + adapter.forward(x.clone(), precision),
+            None => product,
+        })
+    }
+
+    /// `[d_out, d_in]`
+    pub fn dims(&self) -> [usize; 2] {
+        self.quantized.as_ref().map_or_else(|| self.weight.dims(), |quantized| quantized.weight().dims())
+    }
+
+    /// Whether training may take it as a plain weight.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.quantized.is_none() && self.adapter.is_none()
     }
 
     /// # Shapes

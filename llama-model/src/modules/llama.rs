@@ -108,7 +108,9 @@ impl<B: LlamaBackend> Llama<B> {
         for (layer, block) in self.layers.iter().enumerate() {
             x = match &mut cache {
                 None => block.forward(x, tables.clone(), starts.clone(), self.compute),
-                Some(cache) => block.forward_cached(x, tables.clone(), cache.layer(layer), self.compute),
+                Some(cache) => {
+                    block.forward_parts(x, tables.clone(), None, Some(cache.layer(layer)), self.compute.precision)
+                }
             };
         }
         Ok(self.norm.forward(x))
@@ -163,7 +165,7 @@ impl<B: LlamaBackend> Llama<B> {
         starts: Option<Tensor<B, 2, Int>>,
         z_loss: f64,
     ) -> Result<Tensor<B, 1>, ModelError> {
-        let spec = LossSpec { precision: self.compute.precision, z_loss };
+        let spec = LossSpec { precision: self.compute.precision, z_loss, ..Default::default() };
         Ok(ops::linear_cross_entropy(self.hidden_of(tokens, starts, None)?, self.head_weight(), targets, spec))
     }
 
@@ -184,7 +186,7 @@ impl<B: LlamaBackend> Llama<B> {
         targets: Tensor<B, 2, Int>,
     ) -> Result<Tensor<B, 2>, ModelError> {
         let dims = tokens.dims();
-        let spec = LossSpec { precision: self.compute.precision, z_loss: 0.0 };
+        let spec = LossSpec { precision: self.compute.precision, ..Default::default() };
         Ok(ops::token_losses(self.hidden(tokens, None)?, self.head_weight(), targets, spec).reshape(dims))
     }
 

@@ -1,5 +1,6 @@
 //! The architecture, one module a file, each in the same order: maths, initialisation, struct, `forward`, tests.
 
+mod adapter;
 mod attention;
 mod block;
 mod cache;
@@ -11,6 +12,7 @@ mod quantized;
 mod rms_norm;
 mod rotary;
 
+pub use adapter::Adapter;
 pub use attention::Attention;
 pub use block::Block;
 pub use cache::{KvCache, LayerCache};

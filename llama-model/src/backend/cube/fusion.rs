@@ -105,7 +105,9 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
         targets: IntTensor<Self>,
         spec: LossSpec,
     ) -> [FloatTensor<Self>; 3] {
-        let outputs = [(Shape::new([1]), DType::F32), like(&hidden), like(&head)];
+        let [rows, d_model] = head.shape().dims();
+        let d_head = (Shape::new([if spec.head_grad { rows } else { 0 }, d_model]), head.dtype());
+        let outputs = [(Shape::new([1]), DType::F32), like(&hidden), d_head];
         custom::<B, 2, 3>(
             "linear_cross_entropy",
             [hidden, head],

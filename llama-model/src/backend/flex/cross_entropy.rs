@@ -119,7 +119,8 @@ pub(super) fn with_grads(hidden: FlexTensor, head: FlexTensor, targets: FlexTens
     let (tokens, d_model, vocab_size) = (head.targets.len(), head.d_model, head.vocab_size);
     let mut losses = vec![0.0f32; tokens];
     // Without tokens nothing would fill them.
-    let (mut d_hidden, mut d_head) = (Buffer::zeros(tokens * d_model), Buffer::zeros(vocab_size * d_model));
+    let head_rows = if spec.head_grad { vocab_size } else { 0 };
+    let (mut d_hidden, mut d_head) = (Buffer::zeros(tokens * d_model), Buffer::zeros(head_rows * d_model));
     let weight = Matrix::rows(head.head, vocab_size, d_model);
     head.chunks(|first, hidden, targets, logits| {
         chunk_losses(logits, targets, &head, &mut losses[first..][..targets.len()], true);
@@ -128,14 +129,16 @@ pub(super) fn with_grads(hidden: FlexTensor, head: FlexTensor, targets: FlexTens
         unsafe {
             let d_hidden = d_hidden[first * d_model..].as_mut_ptr();
             multiply(d_hidden, d_model as isize, d_logits, weight, head.product());
-            let add = Product { add: first > 0, ..head.product() };
-            multiply(d_head.as_mut_ptr(), d_model as isize, d_logits.transposed(), hidden, add);
+            if spec.head_grad {
+                let add = Product { add: first > 0, ..head.product() };
+                multiply(d_head.as_mut_ptr(), d_model as isize, d_logits.transposed(), hidden, add);
+            }
         }
     });
     let loss: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
     [
         scalar(loss as f32),
         d_hidden.into_tensor(Shape::new([tokens, d_model])),
-        d_head.into_tensor(Shape::new([vocab_size, d_model])),
+        d_head.into_tensor(Shape::new([head_rows, d_model])),
     ]
 }

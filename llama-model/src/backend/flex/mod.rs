@@ -15,8 +15,8 @@ mod stored;
 mod team;
 
 use burn::backend::Flex;
-use burn::tensor::ops::{FloatTensor, IntTensor};
-use burn::tensor::{DType, TensorData};
+use burn::tensor::ops::{FloatTensor, FloatTensorOps, IntTensor};
+use burn::tensor::{DType, FloatDType, TensorData};
 use burn_flex::{FlexTensor, Layout};
 
 use self::buffer::Buffer;
@@ -61,9 +61,13 @@ impl LlamaBackend for Flex {
     }
 
     fn project_backward_input(pairs: Vec<(FlexTensor, FlexTensor)>, precision: Precision) -> FlexTensor {
-        if !pairs.iter().all(|(grad, weight)| is_f32(&[grad, weight])) {
+        if !pairs.iter().all(|(grad, _)| is_f32(&[grad])) {
             return reference::project_backward_input::<Flex>(pairs, precision);
         }
+        // A frozen weight may be stored in fewer bytes.
+        let widened =
+            |weight: FlexTensor| if is_f32(&[&weight]) { weight } else { Self::float_cast(weight, FloatDType::F32) };
+        let pairs: Vec<_> = pairs.into_iter().map(|(grad, weight)| (grad, widened(weight))).collect();
         product::sum_of_products(&pairs, precision)
     }
 

@@ -1,0 +1,238 @@
+//! Fine-tunes a checkpoint of any format by low-rank adapters (LoRA), on conversations, instructions or text.
+//!
+//! ```sh
+//! cargo run --release --example finetune -- --model smollm2.gguf --data mine.jsonl --run runs/mine
+//! cargo run --release --example finetune -- --run runs/mine --resume
+//! cargo run --release --example chat -- --model smollm2.gguf --adapter runs/mine
+//! ```
+#![recursion_limit = "256"]
+
+mod common;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use common::Bar;
+use llama::data::Progress;
+use llama::data::examples::ExampleSet;
+use llama::data::loader::Sequences;
+use llama::instruct;
+use llama::model::formats::Checkpoint;
+use llama::model::{BackendTask, Device, Precision, TrainBackend, WeightFormat};
+use llama::text;
+use llama::train::{Display, FinetuneConfig, Interrupter, Stop, checkpoint, finetune};
+
+/// Fine-tunes a checkpoint by low-rank adapters.
+#[derive(Parser)]
+#[command(about, long_about = None)]
+struct Args {
+    /// A checkpoint in any format, or a run of `pretrain`
+    #[arg(long, required_unless_present = "resume")]
+    model: Option<PathBuf>,
+    /// JSON lines with `messages`, with `instruction` and `output`, with `prompt` and `completion` or with `text`; or text
+    #[arg(long, num_args = 1.., required_unless_present = "resume")]
+    data: Vec<PathBuf>,
+    /// Folder for checkpoints and results
+    #[arg(long)]
+    run: PathBuf,
+    /// Goes on from the newest checkpoint of the run, with the configuration saved in it
+    #[arg(long)]
+    resume: bool,
+    /// Rank of the adapters
+    #[arg(long)]
+    rank: Option<usize>,
+    /// Their factor, times the rank
+    #[arg(long)]
+    alpha: Option<f64>,
+    /// Layers with adapters: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+    #[arg(long, num_args = 1.., value_delimiter = ',')]
+    targets: Vec<String>,
+    /// How the frozen matrices are kept: f32, bf16, f16, q8 or q4
+    #[arg(long, default_value = "f32")]
+    weights: WeightFormat,
+    /// Precision of the products: f32, bf16 or f16
+    #[arg(long)]
+    precision: Option<Precision>,
+    /// Passes over the examples
+    #[arg(long, default_value_t = 3.0)]
+    epochs: f64,
+    /// Optimizer steps, instead of passes
+    #[arg(long)]
+    steps: Option<u64>,
+    /// Tokens of a sequence, into which short examples are packed
+    #[arg(long)]
+    seq_len: Option<usize>,
+    /// Sequences of a micro-batch
+    #[arg(long)]
+    sequences: Option<usize>,
+    /// Micro-batches of a step
+    #[arg(long)]
+    accumulation: Option<usize>,
+    /// Peak learning rate
+    #[arg(long)]
+    lr: Option<f64>,
+    /// Share of the examples held out for validation
+    #[arg(long, default_value_t = 0.05)]
+    valid_fraction: f64,
+    /// Seed of adapters and order
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Tokenizer, where the checkpoint has none beside it
+    #[arg(long)]
+    tokenizer: Option<PathBuf>,
+    /// Where to compute
+    #[arg(long, default_value = "flex", help = format!("Where to compute: {}", Device::choices().join(", ")))]
+    device: String,
+    /// Steps between lines
+    #[arg(long, default_value_t = 1)]
+    log_every: usize,
+}
+
+fn main() -> Result<()> {
+    llama::model::tune_process();
+    let args = Args::parse();
+    let device: Device = args.device.parse()?;
+    device.run(Finetune(args))?
+}
+
+struct Finetune(Args);
+
+impl BackendTask for Finetune {
+    type Output = Result<()>;
+
+    fn run<B: TrainBackend>(self, device: B::Device) -> Result<()> {
+        let Self(args) = self;
+        let newest = checkpoint::latest(&args.run);
+        let (config, resume_from) = match (args.resume, newest) {
+            (true, newest) => {
+                let newest = newest?;
+                let mut config = FinetuneConfig::of_checkpoint(&newest)?;
+                config.run.folder = args.run.clone();
+                println!("resuming from {}", newest.display());
+                (config, Some(newest))
+            }
+            (false, Ok(newest)) => bail!(
+                "{} is a run with a checkpoint ({}): go on with --resume, or name another folder with --run",
+                args.run.display(),
+                newest.display()
+            ),
+            (false, Err(_)) => (configuration::<B>(&args, &device)?, None),
+        };
+        let codec = text::codec(args.tokenizer.as_ref().unwrap_or(&config.base))?;
+        let (train, valid) = examples(&args, &config, &codec)?;
+        let config = match resume_from {
+            Some(_) => config,
+            None => with_steps(&args, config, train.sequences()),
+        };
+        config.validate()?;
+        let checkpoint = Checkpoint::open(&config.base)?;
+        let bar = Bar::default();
+        bar.start(&format!("loading {}", config.base.display()), Some(config.model.num_params()));
+        let base = checkpoint.load::<B>(config.weights.parse()?, &device, |read| bar.advance(read))?;
+        bar.finish();
+
+        let interrupter = Interrupter::new();
+        let handle = interrupter.clone();
+        ctrlc::set_handler(move || {
+            if handle.should_stop() {
+                std::process::exit(130);
+            }
+            eprintln!("\nstopping after this step with a checkpoint; once more to stop at once");
+            handle.stop(Some("Ctrl-C"));
+        })
+        .context("setting the Ctrl-C handler")?;
+        println!(
+            "model: {} parameters in {}, frozen; adapters of rank {} on {}; {} steps",
+            config.model.num_params(),
+            config.weights,
+            config.lora.rank,
+            config.lora.targets.join(", "),
+            config.schedule.steps
+        );
+        let display = Display::Lines { out: Box::new(std::io::stdout()), every: args.log_every };
+        let start = Instant::now();
+        let report = finetune::<B>(&config, base, train, valid, resume_from.as_deref(), &device, display, interrupter)?;
+        println!("trained for {:.0} s", start.elapsed().as_secs_f64());
+        if report.skipped > 0 {
+            println!("{} steps were skipped: their loss or gradient was not finite", report.skipped);
+        }
+        println!("adapters: {}", report.checkpoint.display());
+        println!("loss curve: {}", report.curve.display());
+        if report.stop == Stop::Interrupted {
+            println!("interrupted after step {}; go on with --resume", report.step);
+        }
+        Ok(())
+    }
+}
+
+/// The defaults for the model, with what the command line says. Steps follow from the examples.
+fn configuration<B: TrainBackend>(args: &Args, device: &B::Device) -> Result<FinetuneConfig> {
+    let base = common::checkpoint_path(args.model.as_ref().context("--model names the checkpoint")?)?;
+    let checkpoint = Checkpoint::open(&base)?;
+    let mut config = FinetuneConfig::new(&base, checkpoint.config(), args.data.clone(), &args.run);
+    fn set<T: Clone>(field: &mut T, value: &Option<T>) {
+        if let Some(value) = value {
+            *field = value.clone();
+        }
+    }
+    set(&mut config.lora.rank, &args.rank);
+    set(&mut config.lora.alpha, &args.alpha);
+    set(&mut config.batch.seq_len, &args.seq_len);
+    set(&mut config.batch.sequences, &args.sequences);
+    set(&mut config.batch.accumulation, &args.accumulation);
+    set(&mut config.schedule.peak_lr, &args.lr);
+    set(&mut config.seed, &args.seed);
+    if !args.targets.is_empty() {
+        config.lora.targets = args.targets.clone();
+    }
+    config.weights = args.weights.to_string();
+    config.compute.precision = args.precision.unwrap_or_else(|| args.weights.precision::<B>(device));
+    Ok(config)
+}
+
+/// The configuration with the steps that the passes take.
+fn with_steps(args: &Args, mut config: FinetuneConfig, sequences: u64) -> FinetuneConfig {
+    let per_step = (config.batch.sequences * config.batch.accumulation) as f64;
+    let passes = (args.epochs * sequences as f64 / per_step).ceil().max(1.0) as u64;
+    config.schedule.steps = args.steps.unwrap_or(passes);
+    config.schedule.warmup_steps = config.schedule.warmup_steps.min(config.schedule.steps / 10);
+    config
+}
+
+/// Examples to train on, and those held out.
+#[allow(clippy::type_complexity)]
+fn examples(
+    args: &Args,
+    config: &FinetuneConfig,
+    codec: &llama::data::tokenizer::Codec,
+) -> Result<(Arc<dyn Sequences>, Option<Arc<dyn Sequences>>)> {
+    let seq_len = config.batch.seq_len;
+    let all = instruct::read(&config.data, codec, seq_len)?;
+    let count = all.len();
+    // Every n-th one, so that all files are represented and a resumed run holds out the same.
+    let every =
+        if args.valid_fraction > 0.0 { (1.0 / args.valid_fraction).round().max(2.0) as usize } else { usize::MAX };
+    let (mut train, mut valid) = (Vec::new(), Vec::new());
+    for (index, example) in all.into_iter().enumerate() {
+        let held_out = index % every == every - 1;
+        if held_out { valid.push(example) } else { train.push(example) }
+    }
+    let train = ExampleSet::new(train, seq_len, config.seed)?;
+    let valid = ExampleSet::new(valid, seq_len, 0).ok();
+    println!(
+        "data: {count} examples, {} to train on in {} sequences of {seq_len} tokens, {} held out",
+        train.examples(),
+        train.sequences(),
+        valid.as_ref().map_or(0, ExampleSet::examples)
+    );
+    if train.cut > 0 {
+        println!("{} examples are longer than a sequence and lose their end; raise --seq-len", train.cut);
+    }
+    if train.useless > 0 {
+        println!("{} examples are left out: nothing in them is trained on", train.useless);
+    }
+    Ok((Arc::new(train), valid.map(|valid| Arc::new(valid) as Arc<dyn Sequences>)))
+}

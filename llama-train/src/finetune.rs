@@ -1,0 +1,204 @@
+//! Fine-tuning a checkpoint by low-rank adapters, with the same loop as pretraining.
+//!
+//! A checkpoint of such a run is a folder in PEFT's layout (`adapter_config.json`, `adapter_model.safetensors`), with
+//! `optimizer.safetensors` and `state.json` beside it. The frozen model is not copied.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use llama_data::loader::Sequences;
+use llama_model::lora::{self, Adapters, LoraConfig};
+use llama_model::{Compute, Llama, LlamaConfig, TrainBackend};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{self, RunState};
+use crate::config::{CONFIG_VERSION, validate_run};
+use crate::pretrain::{draw_curve, launch};
+use crate::strategy::{Outcome, Place, Plan, Save};
+use crate::{
+    AdamW, BatchConfig, Display, Interrupter, LossScale, OptimizerConfig, Pretrainer, RunConfig, ScheduleConfig, Stop,
+    TrainError, measure_peak_flops,
+};
+
+/// A fine-tuning run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FinetuneConfig {
+    /// Always 1, for now.
+    pub version: u32,
+    /// Seed of the adapters and of the order of examples.
+    pub seed: u64,
+    /// The checkpoint that is fine-tuned.
+    pub base: PathBuf,
+    /// How its matrices are kept in memory, by the name of a [`WeightFormat`](llama_model::WeightFormat).
+    pub weights: String,
+    /// Its sizes.
+    pub model: LlamaConfig,
+    /// The adapters.
+    pub lora: LoraConfig,
+    /// Precision of products. Nothing is computed twice: adapters keep all that their backward needs.
+    #[serde(default)]
+    pub compute: Compute,
+    /// Files with the examples.
+    pub data: Vec<PathBuf>,
+    /// How many tokens a step has.
+    pub batch: BatchConfig,
+    /// AdamW.
+    pub optimizer: OptimizerConfig,
+    /// Learning rate over time.
+    pub schedule: ScheduleConfig,
+    /// What is written when.
+    pub run: RunConfig,
+}
+
+impl FinetuneConfig {
+    /// Values that suit most models and a few thousand examples: adapters of rank 8 on all linear layers, a peak rate of 2e-4
+    /// after 10 steps, no weight decay.
+    pub fn new(base: &Path, model: &LlamaConfig, data: Vec<PathBuf>, run: &Path) -> Self {
+        Self {
+            version: CONFIG_VERSION,
+            seed: 0,
+            base: base.into(),
+            weights: "f32".into(),
+            model: model.clone(),
+            lora: LoraConfig::default(),
+            compute: Compute::default(),
+            data,
+            batch: BatchConfig { seq_len: 512.min(model.max_seq_len), sequences: 4, accumulation: 1 },
+            optimizer: OptimizerConfig { beta_2: 0.999, weight_decay: 0.0, ..Default::default() },
+            schedule: ScheduleConfig { peak_lr: 2e-4, final_fraction: 0.1, warmup_steps: 10, steps: 100 },
+            run: RunConfig {
+                folder: run.into(),
+                eval_every: 20,
+                eval_batches: 8,
+                checkpoint_every: 50,
+                keep_checkpoints: 2,
+                peak_flops: None,
+            },
+        }
+    }
+
+    /// Checks that the run can be made.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`] names the first field that does not fit.
+    pub fn validate(&self) -> Result<(), TrainError> {
+        self.model.validate()?;
+        self.lora.validate()?;
+        if self.version != CONFIG_VERSION {
+            let reason = format!("is {}; this program reads {CONFIG_VERSION}", self.version);
+            return Err(TrainError::config("version", reason));
+        }
+        let Self { batch, optimizer, schedule, run, .. } = self;
+        validate_run(batch, optimizer, schedule, run, self.model.max_seq_len)
+    }
+
+    /// The configuration that a checkpoint was written with.
+    ///
+    /// # Errors
+    /// As [`checkpoint::load_state`].
+    pub fn of_checkpoint(folder: &Path) -> Result<Self, TrainError> {
+        let config = checkpoint::load_state_of::<Self>(folder)?.config;
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+/// What a run gave.
+pub struct FinetuneReport<B: TrainBackend> {
+    /// The model with its adapters, without autodiff.
+    pub model: Llama<B::InnerBackend>,
+    /// Whether it is done.
+    pub stop: Stop,
+    /// Steps done.
+    pub step: u64,
+    /// Steps that were skipped because their loss or gradient was not finite.
+    pub skipped: u64,
+    /// The newest checkpoint: a folder in PEFT's layout.
+    pub checkpoint: PathBuf,
+    /// The loss curve.
+    pub curve: PathBuf,
+}
+
+/// Trains adapters of a model on `train`, or goes on from a checkpoint of the same run. `base` is the model without adapters,
+/// its matrices in any format. Without `valid` nothing is evaluated.
+///
+/// # Errors
+/// Everything that can be wrong with configuration, data and files. What was written before stays.
+#[allow(clippy::too_many_arguments)]
+pub fn finetune<B: TrainBackend>(
+    config: &FinetuneConfig,
+    base: Llama<B>,
+    train: Arc<dyn Sequences>,
+    valid: Option<Arc<dyn Sequences>>,
+    resume_from: Option<&Path>,
+    device: &B::Device,
+    display: Display,
+    interrupter: Interrupter,
+) -> Result<FinetuneReport<B>, TrainError> {
+    config.validate()?;
+    config.compute.precision.check::<B>(device)?;
+    let folder = &config.run.folder;
+    std::fs::create_dir_all(folder).map_err(|error| TrainError::io(folder, error))?;
+    let (llama, optimizer, place) = match resume_from {
+        Some(checkpoint) => {
+            let state: RunState<FinetuneConfig> = checkpoint::load_state_of(checkpoint)?;
+            check_same_run(config, &state.config)?;
+            let llama = Adapters::open(checkpoint)?.apply(base)?;
+            let (optimizer, updates) = (config.optimizer.clone(), state.updates);
+            let trained = |path: &str| path.contains(".adapter.");
+            let optimizer = checkpoint::load_optimizer(checkpoint, optimizer, updates, &llama, trained, device)?;
+            (llama, optimizer, state.place())
+        }
+        None => {
+            let micro_batch = (config.batch.sequences * config.batch.seq_len) as u64;
+            let loss_scale = LossScale::new(config.compute.precision, micro_batch);
+            let llama = base.with_adapters(&config.lora, config.seed)?;
+            (llama, AdamW::new(config.optimizer.clone()), Place { loss_scale, ..Default::default() })
+        }
+    };
+    let mut run = config.run.clone();
+    if valid.is_none() {
+        run.eval_every = 0;
+    }
+    let plan = Plan {
+        batch: config.batch.clone(),
+        schedule: config.schedule.clone(),
+        run,
+        // The backward has no gradients of the frozen weights.
+        flops_per_token: 2.0 * config.model.flops_per_token(config.batch.seq_len).forward(),
+        peak_flops: config.run.peak_flops.unwrap_or_else(|| measure_peak_flops::<B::InnerBackend>(device)),
+    };
+    let saved = config.clone();
+    let save: Save<B> = Arc::new(move |model, optimizer, place| {
+        let state = RunState::new(place, optimizer, saved.clone());
+        checkpoint::save_with(&saved.run, optimizer, &state, |folder| {
+            Ok(lora::save(&model.llama, &saved.lora, &saved.base.to_string_lossy(), folder)?)
+        })?;
+        Ok(())
+    });
+    let model = Pretrainer::new(llama, config.compute, config.optimizer.z_loss);
+    let valid = valid.unwrap_or_else(|| train.clone());
+    let (model, outcome) = launch(model, optimizer, place, plan, save, train, valid, display, interrupter)?;
+    let Outcome { stop, step, skipped } = outcome;
+    let (checkpoint, curve) = (checkpoint::latest(folder)?, draw_curve(folder)?);
+    Ok(FinetuneReport { model, stop, step, skipped, checkpoint, curve })
+}
+
+/// A resumed run may write elsewhere and evaluate more often, but what it computes must be what it was.
+fn check_same_run(config: &FinetuneConfig, saved: &FinetuneConfig) -> Result<(), TrainError> {
+    let parts = [
+        ("seed", config.seed == saved.seed),
+        ("model", config.model == saved.model),
+        ("weights", config.weights == saved.weights),
+        ("lora", config.lora == saved.lora),
+        ("compute.precision", config.compute.precision == saved.compute.precision),
+        ("batch", config.batch == saved.batch),
+        ("optimizer", config.optimizer == saved.optimizer),
+        ("schedule", config.schedule == saved.schedule),
+    ];
+    match parts.iter().find(|(_, same)| !same) {
+        Some((field, _)) => Err(TrainError::config(field, "differs from the checkpoint's; a resumed run must keep it")),
+        None => Ok(()),
+    }
+}
