@@ -144,6 +144,6 @@ struct Cast(DType);
 
 impl<B: Backend> ParamMap<B> for Cast {
     fn map<const D: usize>(&mut self, _: &str, value: Tensor<B, D>) -> Tensor<B, D> {
-        if D > 1 { value.cast(self.0) } else { value }
+        if D > 1 { value.set_require_grad(false).cast(self.0) } else { value }
     }
 }

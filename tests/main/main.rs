@@ -14,6 +14,7 @@ mod data;
 mod formats;
 mod generation;
 mod inputs;
+mod lora;
 mod ops;
 mod parity;
 mod programs;

@@ -47,7 +47,7 @@ fn resume(folder: &Path) -> Command {
 
 #[test]
 fn every_program_has_help() {
-    for name in ["pretrain", "generate", "chat", "convert", "inspect", "prepare", "tokenize"] {
+    for name in ["pretrain", "finetune", "generate", "chat", "convert", "inspect", "prepare", "tokenize"] {
         let help = run(program(name).arg("--help"));
         assert!(help.contains("Usage"), "{help}");
     }

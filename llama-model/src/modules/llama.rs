@@ -1,7 +1,7 @@
 //! The whole model: embedding, blocks, final norm, output head.
 
 use burn::module::Module;
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 
 use super::{Block, Embedding, KvCache, Linear, RmsNorm, RotaryEmbedding};
 use crate::backend::{LlamaBackend, LossSpec, ops};
@@ -200,7 +200,9 @@ impl<B: LlamaBackend> Llama<B> {
         self.tok_embeddings.vocab_size()
     }
 
+    /// The head's weight, in the dtype of the hidden states it is multiplied with.
     pub(crate) fn head_weight(&self) -> Tensor<B, 2> {
-        self.output.as_ref().map_or_else(|| self.tok_embeddings.dense(), Linear::dense)
+        let weight = self.output.as_ref().map_or_else(|| self.tok_embeddings.dense(), Linear::dense);
+        if matches!(weight.dtype(), DType::BF16 | DType::F16) { weight.cast(DType::F32) } else { weight }
     }
 }
