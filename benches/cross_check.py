@@ -3,9 +3,10 @@
 prompt with the same tokens as this library, and cut the same lines into the same tokens.
 
     pip install torch transformers llama-cpp-python
-    python3 benches/cross_check.py MODEL [--prompt TEXT] [--lines FILE]
+    python3 benches/cross_check.py MODEL [--prompt TEXT] [--lines FILE] [--adapter FOLDER]
 
-MODEL is any checkpoint that `convert` reads. Weights are exported in f32. A program that is not installed is passed over.
+MODEL is any checkpoint that `convert` reads. Weights are exported in f32. Adapters that `finetune` made are read by PEFT (`pip
+install peft`) on top of the export, and merged into the file for llama.cpp. A program that is not installed is passed over.
 """
 import argparse, os, subprocess, sys, tempfile
 
@@ -18,9 +19,9 @@ def program(name, *args):
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
 
 
-def ours(model, prompt):
+def ours(model, prompt, adapter):
     """Ids that `generate` shows with their log-probabilities: the prompt's text is before them."""
-    out = program("generate", "--model", model, "--prompt", prompt, "--temperature", "0", "--max-new-tokens", str(NEW), "--log-probs")
+    out = program("generate", "--model", model, *adapter, "--prompt", prompt, "--temperature", "0", "--max-new-tokens", str(NEW), "--log-probs")
     ids = []
     for line in out[len(prompt):].splitlines():
         parts = line.split(maxsplit=2)
@@ -33,18 +34,22 @@ def lines_ours(model, file):
     return [[int(i) for i in line.split()] for line in program("tokenize", "encode", "--tokenizer", model, "--lines", file).splitlines()]
 
 
-def transformers(folder, prompt, lines):
+def transformers(folder, prompt, lines, adapter):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    out = model.generate(ids, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1]:].tolist()
+    out = model.generate(input_ids=ids, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1]:].tolist()
     return out, [tokenizer(line, add_special_tokens=False).input_ids for line in lines]
 
 
-def llama_cpp(file, prompt, lines):
+def llama_cpp(file, prompt, lines, adapter):
     from llama_cpp import Llama
 
     model = Llama(file, n_ctx=512, logits_all=False, verbose=False)
@@ -69,7 +74,9 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--prompt", default="The capital of France is")
     parser.add_argument("--lines", help="a text file, of which the first 1,000 lines that are not empty are compared")
+    parser.add_argument("--adapter", help="a folder in PEFT's layout")
     args = parser.parse_args()
+    adapter = ["--adapter", args.adapter] if args.adapter else []
     subprocess.run(["cargo", "build", "--release", "--examples"], cwd=ROOT, check=True)
     lines = []
     if args.lines:
@@ -80,13 +87,13 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         hf, gguf, text = (os.path.join(folder, name) for name in ("hf", "model.gguf", "lines.txt"))
         program("convert", args.model, hf)
-        program("convert", args.model, gguf)
+        program("convert", args.model, gguf, *adapter)
         with open(text, "w", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in lines)
-        expected, expected_lines = ours(args.model, args.prompt), lines_ours(args.model, text)
+        expected, expected_lines = ours(args.model, args.prompt, adapter), lines_ours(args.model, text)
         for name, run, path in (("transformers", transformers, hf), ("llama.cpp", llama_cpp, gguf)):
             try:
-                found, found_lines = run(path, args.prompt, lines)
+                found, found_lines = run(path, args.prompt, lines, args.adapter)
             except ImportError as error:
                 print(f"| {name} | not installed ({error}) | | |")
                 continue

@@ -185,18 +185,21 @@ impl LlamaConfig {
     /// [`ModelError::Config`] names the first field that does not fit.
     pub fn validate(&self) -> Result<(), ModelError> {
         let fail = |field, reason: String| Err(ModelError::Config { field, reason });
-        for (field, value) in [
-            ("d_model", self.d_model),
-            ("n_layers", self.n_layers),
-            ("n_heads", self.n_heads),
-            ("n_kv_heads", self.n_kv_heads),
-            ("head_dim", self.head_dim),
-            ("d_ff", self.d_ff),
-            ("vocab_size", self.vocab_size),
-            ("max_seq_len", self.max_seq_len),
+        /// More than any model has, and few enough that no product of sizes overflows.
+        const MOST: usize = 1 << 24;
+        for (field, value, most) in [
+            ("d_model", self.d_model, MOST),
+            ("n_layers", self.n_layers, 1 << 12),
+            ("n_heads", self.n_heads, MOST),
+            ("n_kv_heads", self.n_kv_heads, MOST),
+            ("head_dim", self.head_dim, MOST),
+            ("d_ff", self.d_ff, MOST),
+            ("vocab_size", self.vocab_size, MOST),
+            ("max_seq_len", self.max_seq_len, MOST),
+            ("n_heads · head_dim", self.n_heads.saturating_mul(self.head_dim), MOST),
         ] {
-            if value == 0 {
-                return fail(field, "must be at least 1".into());
+            if !(1..=most).contains(&value) {
+                return fail(field, format!("must be 1 to {most}, but is {value}"));
             }
         }
         if !self.n_heads.is_multiple_of(self.n_kv_heads) {

@@ -38,6 +38,7 @@ device_test! {
             ("gqa_meta", "gqa_bf16", Format::Meta),
             ("gqa_meta_mp2", "gqa_bf16", Format::Meta),
             ("gguf/gqa-f32.gguf", "gqa", Format::Gguf),
+            ("llama2c/v1.bin", "gqa", Format::Llama2c),
         ] {
             let checkpoint = Checkpoint::open(&fixture(file)).unwrap();
             assert_eq!(checkpoint.format(), format, "{file}");
@@ -67,6 +68,29 @@ fn metas_sizes_are_read() {
     assert_eq!(parts.config(), whole.config());
     assert_eq!(weights(&parts), weights(&whole));
     assert_eq!(parts.tensors().len(), 2 * whole.tensors().iter().filter(|tensor| tensor.name != "rope.freqs").count());
+}
+
+/// llama2.c's 8 bits in groups, against what its rules make of the same weights.
+#[test]
+fn llama2cs_rounded_weights_are_read() {
+    let checkpoint = Checkpoint::open(&fixture("llama2c/v2.bin")).unwrap();
+    assert!(checkpoint.tensors().iter().any(|tensor| tensor.dtype == "Q8 in groups of 32"));
+    let path = "llama2c/v2_rounded.safetensors";
+    let parts = ["attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"];
+    let layers = parts.iter().flat_map(|part| (0..2).map(move |layer| format!("layers.{layer}.{part}.weight")));
+    let names = layers.zip(5..).chain([("tok_embeddings.weight".to_string(), 0), ("output.weight".to_string(), 15)]);
+    let all = checkpoint.config().parameters();
+    for (name, index) in names {
+        let (_, dims) = all.iter().find(|(path, _)| *path == name).unwrap();
+        let found = checkpoint.weight(&name, dims).unwrap().convert::<f64>().to_vec::<f64>().unwrap();
+        close(&name, &found, &stored(path, &format!("{index:02}")), 1e-7);
+    }
+    // The norms, and the order of rows in `wq` and `wk`, are those of the model in f32.
+    let exact = Checkpoint::open(&fixture("gqa")).unwrap();
+    for (name, dims) in all.iter().filter(|(name, _)| name.contains("norm") || name.contains(".wq") || name.contains(".wk")) {
+        let values = |c: &Checkpoint| c.weight(name, dims).unwrap().convert::<f64>().to_vec::<f64>().unwrap();
+        close(name, &values(&checkpoint), &values(&exact), if name.contains("norm") { 0.0 } else { 5e-3 });
+    }
 }
 
 /// Through every format and back: the same bits.

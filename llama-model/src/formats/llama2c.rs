@@ -65,7 +65,7 @@ fn header(bytes: &[u8]) -> Result<(u32, LlamaConfig, Option<usize>, usize), Stri
         *size = at(first + 4 * i)?;
     }
     let shared = if legacy { sizes[5] > 0 } else { bytes.get(36) == Some(&1) };
-    sizes[5] = sizes[5].abs();
+    sizes[5] = sizes[5].checked_abs().unwrap_or(0);
     // What a model may have at most keeps products of sizes from overflowing.
     if sizes.iter().any(|size| !(1..=1 << 24).contains(size)) {
         return Err(format!("not llama2.c's header: sizes {sizes:?}"));
@@ -93,6 +93,7 @@ fn header(bytes: &[u8]) -> Result<(u32, LlamaConfig, Option<usize>, usize), Stri
         rope_scaling: None,
         tied_head: shared,
     };
+    config.validate().map_err(|error| error.to_string())?;
     Ok((version, config, group, if legacy { LEGACY_HEADER } else { HEADER }))
 }
 

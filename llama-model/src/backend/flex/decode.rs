@@ -15,8 +15,8 @@ use half::{bf16, f16};
 
 use super::product::{self, Matrix, Output, PRODUCT, Product};
 use super::simd::{LANES, tree_sum, vectorized};
-use super::stored::{Stored, whole};
-use super::{Buffer, contiguous, team, values};
+use super::stored::Stored;
+use super::{Buffer, contiguous, team, values, whole};
 use crate::Precision;
 use crate::backend::{QUANT_BLOCK, QuantizedWeight};
 

@@ -202,16 +202,22 @@ fn is_f32(tensors: &[&FlexTensor]) -> bool {
     tensors.iter().all(|tensor| tensor.dtype() == DType::F32)
 }
 
-/// The tensor with its elements in order from the start of its buffer. No copy, and no second owner, if they are.
+/// The tensor with its elements in order and nothing between them, perhaps inside a larger buffer: to be read by
+/// [`values`]. No copy if they are.
 fn contiguous(x: FlexTensor) -> FlexTensor {
-    let whole = x.is_contiguous()
-        && x.layout().start_offset() == 0
-        && x.bytes().len() == x.layout().num_elements() * size_of::<f32>();
-    if whole { x } else { x.to_contiguous() }
+    if x.is_contiguous() { x } else { x.to_contiguous() }
 }
 
+/// The tensor with its elements in order, alone in their buffer: to be written, or read as storage. No copy, and no second
+/// owner, if they are.
+fn whole(x: FlexTensor) -> FlexTensor {
+    let len = x.layout().num_elements() * x.dtype().size();
+    if x.is_contiguous() && x.layout().start_offset() == 0 && x.bytes().len() == len { x } else { x.to_contiguous() }
+}
+
+/// The elements of a contiguous tensor.
 fn values(x: &FlexTensor) -> &[f32] {
-    x.storage::<f32>()
+    &x.storage::<f32>()[x.layout().start_offset()..][..x.layout().num_elements()]
 }
 
 fn scalar(value: f32) -> FlexTensor {

@@ -4,7 +4,7 @@ use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 
 use super::simd::{sigmoid, sum1, sum2, vectorized};
-use super::{Buffer, contiguous, scalar, team, values};
+use super::{Buffer, contiguous, scalar, team, values, whole};
 use crate::backend::AdamWStep;
 
 /// Elements a thread takes at a time: small enough to share evenly, large enough to hide the hand-over. Fixed, so that
@@ -119,7 +119,7 @@ pub(super) fn token_embedding_backward(
     let [_, d_model] = grad.shape().dims();
     let tokens: Vec<i64> = tokens.into_data().iter::<i64>().collect();
     let zeros = || Buffer::zeros(vocab_size * d_model).into_tensor(Shape::new([vocab_size, d_model]));
-    let mut d_weight = sum.map_or_else(zeros, contiguous);
+    let mut d_weight = sum.map_or_else(zeros, whole);
     let share = vocab_size.div_ceil(team::threads());
     team::each(d_weight.storage_mut::<f32>().chunks_mut(share * d_model).enumerate(), |(index, d_weight)| {
         let first = index * share;
@@ -132,7 +132,7 @@ pub(super) fn token_embedding_backward(
 }
 
 pub(super) fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: bool) -> FlexTensor {
-    let (mut x, cos, sin) = (contiguous(x), contiguous(cos), contiguous(sin));
+    let (mut x, cos, sin) = (whole(x), contiguous(cos), contiguous(sin));
     let [_, seq_len, heads, head_dim] = x.shape().dims();
     let half = head_dim / 2;
     let (cos, sin) = (values(&cos), values(&sin));
@@ -166,7 +166,7 @@ vectorized! {
 
 /// Flex's own assignment copies the whole buffer first, which made every token cost as much as all before it.
 pub(super) fn cache_write(cache: FlexTensor, new: FlexTensor, start: usize) -> FlexTensor {
-    let (mut cache, new) = (contiguous(cache), contiguous(new));
+    let (mut cache, new) = (whole(cache), contiguous(new));
     let [_, capacity, heads, head_dim] = cache.shape().dims();
     let [_, len, _, _] = new.shape().dims();
     let width = heads * head_dim;
@@ -229,7 +229,7 @@ pub(super) fn adamw(
     v: FlexTensor,
     step: &AdamWStep,
 ) -> [FlexTensor; 3] {
-    let [mut param, grad, mut m, mut v] = [param, grad, m, v].map(contiguous);
+    let ([mut param, mut m, mut v], grad) = ([param, m, v].map(whole), contiguous(grad));
     let moments = m.storage_mut::<f32>().chunks_mut(BLOCK).zip(v.storage_mut::<f32>().chunks_mut(BLOCK));
     let params = param.storage_mut::<f32>().chunks_mut(BLOCK).zip(values(&grad).chunks(BLOCK));
     team::each(params.zip(moments), |((param, grad), (m, v))| adamw_block(param, grad, m, v, step));

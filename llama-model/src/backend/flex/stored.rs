@@ -22,7 +22,7 @@ pub(super) enum Stored<'a> {
 }
 
 impl<'a> Stored<'a> {
-    /// A matrix that [`whole`] gave, in floats.
+    /// A matrix that [`whole`](super::whole) gave, in floats.
     pub(super) fn floats(weight: &'a FlexTensor) -> Self {
         match weight.dtype() {
             DType::BF16 => Self::Bf16(weight.storage()),
@@ -31,7 +31,7 @@ impl<'a> Stored<'a> {
         }
     }
 
-    /// A matrix in blocks, of tensors that [`whole`] gave.
+    /// A matrix in blocks, of tensors that [`whole`](super::whole) gave.
     pub(super) fn blocks(weight: &'a QuantizedWeight<Flex>) -> Self {
         let (words, scales) = (weight.words.storage::<i32>(), weight.scales.storage::<f16>());
         match weight.bits {
@@ -86,12 +86,6 @@ impl<'a> Stored<'a> {
             Self::Q4(w, scales) => widen_q4(out, w, scales),
         }
     }
-}
-
-/// The tensor with its elements in order from the start of its buffer, as `contiguous` for any dtype.
-pub(super) fn whole(x: FlexTensor) -> FlexTensor {
-    let len = x.layout().num_elements() * x.dtype().size();
-    if x.is_contiguous() && x.layout().start_offset() == 0 && x.bytes().len() == len { x } else { x.to_contiguous() }
 }
 
 vectorized! {

@@ -32,7 +32,10 @@ pub(super) fn for_each(tasks: usize, task: impl Fn(usize) + Sync) {
 }
 
 /// Runs `task` for every item, each once, on all threads.
-pub(super) fn each<T: Send>(items: impl Iterator<Item = T>, task: impl Fn(T) + Sync) {
+pub(super) fn each<T: Send>(mut items: impl Iterator<Item = T>, task: impl Fn(T) + Sync) {
+    let Some(first) = items.next() else { return };
+    let Some(second) = items.next() else { return task(first) };
+    let items = [first, second].into_iter().chain(items);
     let items: Vec<Mutex<Option<T>>> = items.map(|item| Mutex::new(Some(item))).collect();
     for_each(items.len(), |index| {
         let item = items[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
