@@ -87,7 +87,9 @@ fn llama2cs_rounded_weights_are_read() {
     }
     // The norms, and the order of rows in `wq` and `wk`, are those of the model in f32.
     let exact = Checkpoint::open(&fixture("gqa")).unwrap();
-    for (name, dims) in all.iter().filter(|(name, _)| name.contains("norm") || name.contains(".wq") || name.contains(".wk")) {
+    for (name, dims) in
+        all.iter().filter(|(name, _)| name.contains("norm") || name.contains(".wq") || name.contains(".wk"))
+    {
         let values = |c: &Checkpoint| c.weight(name, dims).unwrap().convert::<f64>().to_vec::<f64>().unwrap();
         close(name, &values(&checkpoint), &values(&exact), if name.contains("norm") { 0.0 } else { 5e-3 });
     }

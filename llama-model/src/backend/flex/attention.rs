@@ -28,8 +28,6 @@ const K_TILE: usize = 256;
 
 /// Queries below which there is no use in tiles.
 const FEW: usize = 4;
-/// Elements of all keys from which several threads are faster, when queries are few.
-const PARALLEL: usize = 1 << 16;
 
 /// Sizes of a call.
 #[derive(Clone, Copy)]
@@ -217,27 +215,7 @@ pub(super) fn forward(
     let scaled = Product { factor: scale, ..plain };
     let (out_ptr, lse_ptr) = (Output(out.as_mut_ptr()), Output(lse.as_mut_ptr()));
     if q_len < FEW {
-        // Decoding: no tile of queries to share a packed key with, so keys are read where they are.
-        let head = |index: usize| {
-            let (b, head) = (index / n_heads, index % n_heads);
-            let kv_head = head / sizes.group();
-            let q = qs.rows(b, head, 0..q_len);
-            for row in 0..q_len {
-                // SAFETY: this row of this head is this task's own.
-                let (out, lse) = unsafe {
-                    let out = out_ptr.slice(((b * q_len + row) * n_heads + head) * head_dim, head_dim);
-                    (out, lse_ptr.slice(index * q_len + row, 1))
-                };
-                let seen = sizes.range(row, starts.of(b), 0, sizes.kv_len);
-                let (k, v) = (ks.rows(b, kv_head, seen.clone()), vs.rows(b, kv_head, seen));
-                lse[0] = few::attend(out, q.row(row), k, v, scale);
-            }
-        };
-        if batch * n_heads * sizes.kv_len * head_dim < PARALLEL {
-            (0..batch * n_heads).for_each(head);
-        } else {
-            team::for_each(batch * n_heads, head);
-        }
+        few::forward(&sizes, [&qs, &ks, &vs], &starts, scale, &mut out, &mut lse);
         return (out.into_tensor(q.shape()), lse.into_tensor(Shape::new([batch, n_heads, q_len])));
     }
     team::for_each(batch * n_heads, |index| {

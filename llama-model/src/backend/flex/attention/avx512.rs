@@ -76,22 +76,22 @@ pub fn four_totals(a: __m512, b: __m512, c: __m512, d: __m512) -> __m128 {
     _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves))
 }
 
-/// `out = factor · Σ weights[t] · values[t]`
+/// `out = Σ weights[t] · values[t]`
 ///
 /// # Safety
 /// The values must have a row as long as `out`, a multiple of 16, for each weight; the CPU must have AVX-512.
 #[target_feature(enable = "avx512f")]
-pub unsafe fn mix(out: &mut [f32], weights: &[f32], values: Matrix, factor: f32) {
+pub unsafe fn mix(out: &mut [f32], weights: &[f32], values: Matrix) {
     let mut at = 0;
     while at < out.len() {
         let from = Matrix { ptr: values.ptr.wrapping_add(at), ..values };
         // SAFETY: the caller's promise; so many vectors are left.
         unsafe {
             if out.len() - at >= WIDTH * LANES {
-                mix_columns::<WIDTH>(&mut out[at..], weights, from, factor);
+                mix_columns::<WIDTH>(&mut out[at..], weights, from);
                 at += WIDTH * LANES;
             } else {
-                mix_columns::<1>(&mut out[at..], weights, from, factor);
+                mix_columns::<1>(&mut out[at..], weights, from);
                 at += LANES;
             }
         }
@@ -100,7 +100,7 @@ pub unsafe fn mix(out: &mut [f32], weights: &[f32], values: Matrix, factor: f32)
 
 /// The first `N` vectors of [`mix`].
 #[target_feature(enable = "avx512f")]
-unsafe fn mix_columns<const N: usize>(out: &mut [f32], weights: &[f32], values: Matrix, factor: f32) {
+unsafe fn mix_columns<const N: usize>(out: &mut [f32], weights: &[f32], values: Matrix) {
     let row = |t: usize| values.ptr.wrapping_offset(t as isize * values.row_stride);
     // Two sums for each vector, so that none waits for the one before.
     let mut even = [_mm512_setzero_ps(); N];
@@ -129,8 +129,7 @@ unsafe fn mix_columns<const N: usize>(out: &mut [f32], weights: &[f32], values: 
         }
     }
     for i in 0..N {
-        let sum = _mm512_mul_ps(_mm512_add_ps(even[i], odd[i]), _mm512_set1_ps(factor));
         // SAFETY: the vector is inside `out`.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(LANES * i), sum) };
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(LANES * i), _mm512_add_ps(even[i], odd[i])) };
     }
 }
