@@ -198,8 +198,11 @@ impl LlamaConfig {
             ("max_seq_len", self.max_seq_len, MOST),
             ("n_heads · head_dim", self.n_heads.saturating_mul(self.head_dim), MOST),
         ] {
-            if !(1..=most).contains(&value) {
-                return fail(field, format!("must be 1 to {most}, but is {value}"));
+            if value == 0 {
+                return fail(field, "must be at least 1".into());
+            }
+            if value > most {
+                return fail(field, format!("must be at most {most}, but is {value}"));
             }
         }
         if !self.n_heads.is_multiple_of(self.n_kv_heads) {
