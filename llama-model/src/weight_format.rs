@@ -40,6 +40,20 @@ impl WeightFormat {
         }
     }
 
+    /// Whether a device has the type of whole matrices. It always has that of blocks.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] if not, with what to choose.
+    pub fn check<B: Backend>(self, device: &B::Device) -> Result<(), ModelError> {
+        match self.dtype() {
+            Some(dtype) if B::dtype_usage(device, dtype).is_empty() => Err(ModelError::Config {
+                field: "weights",
+                reason: format!("cannot be `{self}` on {device:?}, which has no such numbers: choose another or f32"),
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// Bytes that a weight of a linear layer takes.
     pub fn bytes_per_weight(self) -> f64 {
         match self {
@@ -74,8 +88,10 @@ impl<B: LlamaBackend> Llama<B> {
     /// The model with its matrices in another format, for inference. The rounding stays.
     ///
     /// # Errors
-    /// [`ModelError::Config`] for formats in blocks where a matrix has rows that are not a multiple of 32 long.
+    /// [`ModelError::Config`] for a format that the device does not have, and for blocks where a matrix has rows that are not a
+    /// multiple of 32 long.
     pub fn with_weights(mut self, format: WeightFormat) -> Result<Self, ModelError> {
+        format.check::<B>(&self.norm.weight.device())?;
         for Slot { weight, quantized, .. } in self.slots() {
             if let Some(matrix) = quantized.take() {
                 *weight = Param::initialized(weight.id, matrix.dense());

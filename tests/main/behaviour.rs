@@ -181,6 +181,9 @@ device_test! {
             let exact = logits(WeightFormat::F32);
             let formats = [(WeightFormat::Bf16, 0.02), (WeightFormat::F16, 0.01), (WeightFormat::Q8, 0.05), (WeightFormat::Q4, 0.25)];
             for (format, error) in formats {
+                if format.check::<B::InnerBackend>(&device).is_err() {
+                    continue;
+                }
                 let rounded = logits(format);
                 assert_ne!(rounded, exact, "{format} rounds");
                 close(&format!("{format}"), &rounded, &exact, error * scale(&exact));

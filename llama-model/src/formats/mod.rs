@@ -174,6 +174,7 @@ impl Checkpoint {
         device: &B::Device,
         mut each: impl FnMut(u64),
     ) -> Result<Llama<B>, ModelError> {
+        format.check::<B>(device)?;
         let mut model = self.config().init_empty::<B>(device)?;
         if format.dtype().is_none() {
             // Matrices go from the file to their blocks one by one.
