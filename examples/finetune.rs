@@ -23,7 +23,7 @@ use llama::instruct;
 use llama::model::formats::Checkpoint;
 use llama::model::{BackendTask, Device, Precision, TrainBackend, WeightFormat};
 use llama::text;
-use llama::train::{Display, FinetuneConfig, Interrupter, Stop, checkpoint, finetune};
+use llama::train::{Display, FinetuneConfig, Stop, checkpoint, finetune};
 
 /// Fine-tunes a checkpoint by low-rank adapters.
 #[derive(Parser)]
@@ -134,16 +134,7 @@ impl BackendTask for Finetune {
         let base = checkpoint.load::<B>(config.weights.parse()?, &device, |read| bar.advance(read))?;
         bar.finish();
 
-        let interrupter = Interrupter::new();
-        let handle = interrupter.clone();
-        ctrlc::set_handler(move || {
-            if handle.should_stop() {
-                std::process::exit(130);
-            }
-            eprintln!("\nstopping after this step with a checkpoint; once more to stop at once");
-            handle.stop(Some("Ctrl-C"));
-        })
-        .context("setting the Ctrl-C handler")?;
+        let interrupter = common::interrupter()?;
         println!(
             "model: {} parameters in {}, frozen; adapters of rank {} on {}; {} steps",
             config.model.num_params(),
@@ -173,18 +164,13 @@ fn configuration<B: TrainBackend>(args: &Args, device: &B::Device) -> Result<Fin
     let base = common::checkpoint_path(args.model.as_ref().context("--model names the checkpoint")?)?;
     let checkpoint = Checkpoint::open(&base)?;
     let mut config = FinetuneConfig::new(&base, checkpoint.config(), args.data.clone(), &args.run);
-    fn set<T: Clone>(field: &mut T, value: &Option<T>) {
-        if let Some(value) = value {
-            *field = value.clone();
-        }
-    }
-    set(&mut config.lora.rank, &args.rank);
-    set(&mut config.lora.alpha, &args.alpha);
-    set(&mut config.batch.seq_len, &args.seq_len);
-    set(&mut config.batch.sequences, &args.sequences);
-    set(&mut config.batch.accumulation, &args.accumulation);
-    set(&mut config.schedule.peak_lr, &args.lr);
-    set(&mut config.seed, &args.seed);
+    common::set(&mut config.lora.rank, &args.rank);
+    common::set(&mut config.lora.alpha, &args.alpha);
+    common::set(&mut config.batch.seq_len, &args.seq_len);
+    common::set(&mut config.batch.sequences, &args.sequences);
+    common::set(&mut config.batch.accumulation, &args.accumulation);
+    common::set(&mut config.schedule.peak_lr, &args.lr);
+    common::set(&mut config.seed, &args.seed);
     if !args.targets.is_empty() {
         config.lora.targets = args.targets.clone();
     }

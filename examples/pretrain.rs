@@ -21,7 +21,7 @@ use llama::data::tokenizer::{Tokenizer, TrainOptions};
 use llama::model::generate::{GenerateOptions, Generation};
 use llama::model::{BackendTask, Device, Llama, LlamaBackend, LlamaConfig, Precision, Recompute, TrainBackend};
 use llama::train::checkpoint::{self, TOKENIZER_FILE};
-use llama::train::{Display, Interrupter, PretrainConfig, Stop, pretrain};
+use llama::train::{Display, PretrainConfig, Stop, pretrain};
 use serde::{Deserialize, Serialize};
 
 /// Pretrains a LLaMA on text.
@@ -178,24 +178,19 @@ fn configuration(args: &Args) -> Result<PretrainConfig> {
         Some(path) => PretrainConfig::load(path)?,
         None => PretrainConfig::preset(&args.preset)?,
     };
-    fn set<T: Clone>(field: &mut T, value: &Option<T>) {
-        if let Some(value) = value {
-            *field = value.clone();
-        }
-    }
-    set(&mut config.run.folder, &args.run);
-    set(&mut config.model.vocab_size, &args.vocab_size);
-    set(&mut config.schedule.steps, &args.steps);
-    set(&mut config.schedule.warmup_steps, &args.warmup);
-    set(&mut config.batch.seq_len, &args.seq_len);
-    set(&mut config.batch.sequences, &args.sequences);
-    set(&mut config.batch.accumulation, &args.accumulation);
-    set(&mut config.schedule.peak_lr, &args.lr);
-    set(&mut config.compute.precision, &args.precision);
-    set(&mut config.compute.recompute, &args.recompute);
-    set(&mut config.run.checkpoint_every, &args.checkpoint_every);
-    set(&mut config.run.eval_every, &args.eval_every);
-    set(&mut config.seed, &args.seed);
+    common::set(&mut config.run.folder, &args.run);
+    common::set(&mut config.model.vocab_size, &args.vocab_size);
+    common::set(&mut config.schedule.steps, &args.steps);
+    common::set(&mut config.schedule.warmup_steps, &args.warmup);
+    common::set(&mut config.batch.seq_len, &args.seq_len);
+    common::set(&mut config.batch.sequences, &args.sequences);
+    common::set(&mut config.batch.accumulation, &args.accumulation);
+    common::set(&mut config.schedule.peak_lr, &args.lr);
+    common::set(&mut config.compute.precision, &args.precision);
+    common::set(&mut config.compute.recompute, &args.recompute);
+    common::set(&mut config.run.checkpoint_every, &args.checkpoint_every);
+    common::set(&mut config.run.eval_every, &args.eval_every);
+    common::set(&mut config.seed, &args.seed);
     config.data.block_causal |= args.block_causal;
     config.run.peak_flops = args.peak_gflops.map(|peak| peak * 1e9).or(config.run.peak_flops);
     config.schedule.warmup_steps = config.schedule.warmup_steps.min(config.schedule.steps);
@@ -298,16 +293,7 @@ impl BackendTask for Train {
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Result<()> {
         let Train { args, config, resume_from } = self;
-        let interrupter = Interrupter::new();
-        let handle = interrupter.clone();
-        ctrlc::set_handler(move || {
-            if handle.should_stop() {
-                std::process::exit(130);
-            }
-            eprintln!("\nstopping after this step with a checkpoint; once more to stop at once");
-            handle.stop(Some("Ctrl-C"));
-        })
-        .context("setting the Ctrl-C handler")?;
+        let interrupter = common::interrupter()?;
         println!(
             "model: {} parameters; {} steps of {} tokens on {}",
             config.model.num_params(),

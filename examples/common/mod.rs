@@ -16,7 +16,7 @@ use llama::model::generate::Sampling;
 use llama::model::lora::{self, Adapters};
 use llama::model::{Compute, Device, Llama, LlamaBackend, LlamaConfig, Precision, WeightFormat};
 use llama::text;
-use llama::train::checkpoint;
+use llama::train::{Interrupter, checkpoint};
 
 /// A progress bar on the terminal; silent where the output is none.
 #[derive(Default)]
@@ -41,6 +41,28 @@ impl Progress for Bar {
             bar.finish_and_clear();
         }
     }
+}
+
+/// Sets a field to what the command line says, if it says anything.
+pub fn set<T: Clone>(field: &mut T, value: &Option<T>) {
+    if let Some(value) = value {
+        *field = value.clone();
+    }
+}
+
+/// Stops a run after its step at the first Ctrl-C, and the program at the second.
+pub fn interrupter() -> Result<Interrupter> {
+    let interrupter = Interrupter::new();
+    let handle = interrupter.clone();
+    ctrlc::set_handler(move || {
+        if handle.should_stop() {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step with a checkpoint; once more to stop at once");
+        handle.stop(Some("Ctrl-C"));
+    })
+    .context("setting the Ctrl-C handler")?;
+    Ok(interrupter)
 }
 
 /// The sources the user named, or the default corpus.

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, RunState};
 use crate::config::{CONFIG_VERSION, validate_run};
-use crate::pretrain::{draw_curve, launch};
+use crate::pretrain::{all_same, draw_curve, launch};
 use crate::strategy::{Outcome, Place, Plan, Save};
 use crate::{
     AdamW, BatchConfig, Display, Interrupter, LossScale, OptimizerConfig, Pretrainer, RunConfig, ScheduleConfig, Stop,
@@ -187,7 +187,7 @@ pub fn finetune<B: TrainBackend>(
 
 /// A resumed run may write elsewhere and evaluate more often, but what it computes must be what it was.
 fn check_same_run(config: &FinetuneConfig, saved: &FinetuneConfig) -> Result<(), TrainError> {
-    let parts = [
+    all_same(&[
         ("seed", config.seed == saved.seed),
         ("model", config.model == saved.model),
         ("weights", config.weights == saved.weights),
@@ -196,9 +196,5 @@ fn check_same_run(config: &FinetuneConfig, saved: &FinetuneConfig) -> Result<(),
         ("batch", config.batch == saved.batch),
         ("optimizer", config.optimizer == saved.optimizer),
         ("schedule", config.schedule == saved.schedule),
-    ];
-    match parts.iter().find(|(_, same)| !same) {
-        Some((field, _)) => Err(TrainError::config(field, "differs from the checkpoint's; a resumed run must keep it")),
-        None => Ok(()),
-    }
+    ])
 }

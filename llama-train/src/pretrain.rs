@@ -187,7 +187,7 @@ fn quality_metrics() -> (StepMetric, StepMetric) {
 
 /// A resumed run may write elsewhere and evaluate more often, but what it computes must be what it was.
 fn check_same_run(config: &PretrainConfig, saved: &PretrainConfig) -> Result<(), TrainError> {
-    let parts = [
+    all_same(&[
         ("seed", config.seed == saved.seed),
         ("model", config.model == saved.model),
         ("compute.precision", config.compute.precision == saved.compute.precision),
@@ -195,7 +195,11 @@ fn check_same_run(config: &PretrainConfig, saved: &PretrainConfig) -> Result<(),
         ("batch", config.batch == saved.batch),
         ("optimizer", config.optimizer == saved.optimizer),
         ("schedule", config.schedule == saved.schedule),
-    ];
+    ])
+}
+
+/// Fields of two configurations, and whether they are the same.
+pub(crate) fn all_same(parts: &[(&str, bool)]) -> Result<(), TrainError> {
     match parts.iter().find(|(_, same)| !same) {
         Some((field, _)) => Err(TrainError::config(field, "differs from the checkpoint's; a resumed run must keep it")),
         None => Ok(()),

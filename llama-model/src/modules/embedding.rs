@@ -55,6 +55,6 @@ impl<B: LlamaBackend> Embedding<B> {
 
     /// Number of tokens.
     pub fn vocab_size(&self) -> usize {
-        self.quantized.as_ref().map_or_else(|| self.weight.dims(), |quantized| quantized.weight().dims())[0]
+        self.quantized.as_ref().map_or_else(|| self.weight.dims(), Quantized::dims)[0]
     }
 }

@@ -57,7 +57,7 @@ impl<B: LlamaBackend> Linear<B> {
 
     /// `[d_out, d_in]`
     pub fn dims(&self) -> [usize; 2] {
-        self.quantized.as_ref().map_or_else(|| self.weight.dims(), |quantized| quantized.weight().dims())
+        self.quantized.as_ref().map_or_else(|| self.weight.dims(), Quantized::dims)
     }
 
     /// Whether training may take it as a plain weight.

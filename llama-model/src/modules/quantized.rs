@@ -45,6 +45,11 @@ impl<B: LlamaBackend> Quantized<B> {
         QuantizedWeight { bits: self.bits, words, scales }
     }
 
+    /// `[d_out, d_in]`
+    pub fn dims(&self) -> [usize; 2] {
+        self.weight().dims()
+    }
+
     /// The matrix in f32.
     pub fn dense(&self) -> Tensor<B, 2> {
         ops::tensor(self.weight().dense())
@@ -61,7 +66,7 @@ impl<B: LlamaBackend> Quantized<B> {
 
     /// What stands in for the parameter of a quantised matrix: it keeps id and width.
     pub(crate) fn placeholder(&self, weight: &Param<Tensor<B, 2>>) -> Param<Tensor<B, 2>> {
-        let [_, d_in] = self.weight().dims();
+        let [_, d_in] = self.dims();
         Param::initialized(weight.id, Tensor::zeros([1, d_in], &self.words.device()))
     }
 }

@@ -30,7 +30,11 @@ pub(super) fn forward(
     let chunks = kv_len.div_ceil(CHUNK);
     // For each key head and chunk the queries' parts, and behind them largest score and sum of each.
     let part = queries * (head_dim + 2);
-    let mut parts = vec![0.0f32; batch * n_kv_heads * chunks * part];
+    if part == 0 {
+        return;
+    }
+    let count = batch * n_kv_heads * chunks;
+    let mut parts = vec![0.0f32; count * part];
     let task = |(index, part): (usize, &mut [f32])| {
         let (b, kv_head, start) = (index / chunks / n_kv_heads, index / chunks % n_kv_heads, index % chunks * CHUNK);
         let (outs, sums) = part.split_at_mut(queries * head_dim);
@@ -43,7 +47,7 @@ pub(super) fn forward(
             *sums = attend(out, q, ks.rows(b, kv_head, seen.clone()), vs.rows(b, kv_head, seen), scale);
         }
     };
-    if parts.len() / part.max(1) * CHUNK * head_dim < PARALLEL {
+    if count * CHUNK * head_dim < PARALLEL {
         parts.chunks_exact_mut(part).enumerate().for_each(task);
     } else {
         team::each(parts.chunks_exact_mut(part).enumerate(), task);
