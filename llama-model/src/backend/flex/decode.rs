@@ -4,6 +4,8 @@
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 use std::cell::RefCell;
 
@@ -69,6 +71,8 @@ fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<Fle
     let targets: Vec<Output> = outs.iter_mut().map(|out| Output(out.as_mut_ptr())).collect();
     let total: usize = widths.iter().sum();
     let few = rows <= ROWS;
+    let input =
+        Input::new(xs, d_in, few && weights.iter().any(|weight| matches!(weight, Stored::Q8(..) | Stored::Q4(..))));
     let tasks = if few {
         (total * d_in / TASK).clamp(1, 4 * team::threads())
     } else {
@@ -87,7 +91,7 @@ fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<Fle
                 let weight = weight.rows(from, to, d_in);
                 // SAFETY: every task has columns of its own, inside the weight's result.
                 unsafe {
-                    if few { dots(columns, xs, d_in, weight) } else { product(columns, xs, d_in, weight, precision) }
+                    if few { dots(columns, &input, weight) } else { product(columns, xs, d_in, weight, precision) }
                 }
             }
             first += d_out;
@@ -95,6 +99,33 @@ fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<Fle
     };
     team::for_each(tasks, task);
     outs.into_iter().zip(widths).map(|(out, d_out)| out.into_tensor(Shape::new([rows, d_out]))).collect()
+}
+
+/// The rows that are multiplied.
+struct Input<'a> {
+    xs: &'a [f32],
+    d_in: usize,
+    /// The rows in whole numbers, if they are wanted and the CPU multiplies them.
+    #[cfg(target_arch = "x86_64")]
+    rounded: Vec<vnni::Rounded>,
+}
+
+impl<'a> Input<'a> {
+    fn new(xs: &'a [f32], d_in: usize, round: bool) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        let rounded = if round && super::simd::has_vnni() {
+            // SAFETY: the CPU was asked.
+            xs.chunks_exact(d_in).map(|x| unsafe { vnni::Rounded::new(x) }).collect()
+        } else {
+            vec![]
+        };
+        Self {
+            xs,
+            d_in,
+            #[cfg(target_arch = "x86_64")]
+            rounded,
+        }
+    }
 }
 
 /// Columns of a result with rows of `stride`, from `start` on.
@@ -130,9 +161,9 @@ unsafe fn product(columns: Columns, xs: &[f32], d_in: usize, weight: Stored, pre
 ///
 /// # Safety
 /// As [`product`].
-unsafe fn dots(columns: Columns, xs: &[f32], d_in: usize, weight: Stored) {
-    for (row, x) in xs.chunks_exact(d_in).enumerate() {
-        let len = weight.len() / d_in;
+unsafe fn dots(columns: Columns, input: &Input, weight: Stored) {
+    for (row, x) in input.xs.chunks_exact(input.d_in).enumerate() {
+        let len = weight.len() / input.d_in;
         let start = row * columns.stride + columns.start;
         // SAFETY: the caller's promise.
         let out = unsafe { std::slice::from_raw_parts_mut(columns.out.0.add(start), len) };
@@ -140,12 +171,14 @@ unsafe fn dots(columns: Columns, xs: &[f32], d_in: usize, weight: Stored) {
         if super::simd::has_avx512() {
             // SAFETY: the CPU was asked; every slice has `len` rows.
             unsafe {
-                match weight {
-                    Stored::F32(w) => avx512::dots(out, x, w),
-                    Stored::Bf16(w) => avx512::dots(out, x, w),
-                    Stored::F16(w) => avx512::dots(out, x, w),
-                    Stored::Q8(w, scales) => avx512::block_dots(out, x, w, scales),
-                    Stored::Q4(w, scales) => avx512::block_dots(out, x, w, scales),
+                match (weight, input.rounded.get(row)) {
+                    (Stored::F32(w), _) => avx512::dots(out, x, w),
+                    (Stored::Bf16(w), _) => avx512::dots(out, x, w),
+                    (Stored::F16(w), _) => avx512::dots(out, x, w),
+                    (Stored::Q8(w, scales), Some(x)) => vnni::dots(out, x, w, scales),
+                    (Stored::Q4(w, scales), Some(x)) => vnni::dots(out, x, w, scales),
+                    (Stored::Q8(w, scales), None) => q8_dots(out, x, w, scales),
+                    (Stored::Q4(w, scales), None) => q4_dots(out, x, w, scales),
                 }
             }
             continue;
@@ -247,7 +280,7 @@ mod tests {
     #[test]
     fn products_are_right_in_every_form() {
         let noise = |i: usize| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0;
-        for (width, d_out) in [(32, 1), (64, 7), (96, 13), (37, 1), (69, 7)] {
+        for (width, d_out) in [(32, 1), (64, 7), (96, 13), (576, 5), (37, 1), (69, 7)] {
             let x: Vec<f32> = (0..width * 9).map(noise).collect();
             let w: Vec<f32> = (0..width * d_out).map(|i| noise(i + 17)).collect();
             let short: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
@@ -264,7 +297,8 @@ mod tests {
                         assert!((sum - f64::from(*found)).abs() < 1e-3, "{name} {width}x{d_out}: {found} {sum}");
                     }
                 };
-                unsafe { dots(columns(&mut found), &x, width, weight) };
+                let input = Input::new(&x, width, matches!(weight, Stored::Q8(..) | Stored::Q4(..)));
+                unsafe { dots(columns(&mut found), &input, weight) };
                 compare(name, &found);
                 unsafe { product(columns(&mut found), &x, width, weight, Precision::F32) };
                 compare(name, &found);
@@ -286,6 +320,32 @@ mod tests {
                 let bytes = bytemuck::cast_slice(&words);
                 let wide = check("q4", Stored::Q4(bytes, &scales), &|out, x| q4_dots(out, x, bytes, &scales));
                 assert!(wide.iter().zip(&w).all(|(wide, w)| (wide - w).abs() < 0.08));
+            }
+        }
+    }
+
+    /// Whole numbers or not, zeros and the smallest numbers are harmless and what is not finite stays so.
+    #[test]
+    fn unusual_inputs_of_blocks_are_what_they_are() {
+        for bits in [Bits::Eight, Bits::Four] {
+            let (words, scales) = quantize(bits, &[1.0; 128]);
+            let bytes: &[u8] = bytemuck::cast_slice(&words);
+            let weight = match bits {
+                Bits::Eight => Stored::Q8(bytemuck::cast_slice(bytes), &scales),
+                Bits::Four => Stored::Q4(bytes, &scales),
+            };
+            let product = |x: &[f32]| {
+                let mut out = [0.0f32; 2];
+                let columns = Columns { out: Output(out.as_mut_ptr()), stride: 2, start: 0 };
+                unsafe { dots(columns, &Input::new(x, 64, true), weight) };
+                out
+            };
+            assert_eq!(product(&[0.0; 64]), [0.0; 2]);
+            assert!(product(&[1e-38; 64]).iter().all(|sum| sum.abs() < 1e-30));
+            for huge in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
+                let mut x = [1.0; 64];
+                x[40] = huge;
+                assert!(product(&x).iter().all(|sum| !sum.is_finite()), "{bits:?} {huge}");
             }
         }
     }

@@ -29,7 +29,7 @@ macro_rules! vectorized {
 pub(super) use vectorized;
 
 /// The instruction set that kernels use: the best the CPU has, or less if the environment variable `LLAMA_SIMD` is
-/// `avx2` or `none`.
+/// `avx512` (without the matrix unit), `avx2` or `none`.
 pub(super) fn arch() -> pulp::Arch {
     static ARCH: OnceLock<pulp::Arch> = OnceLock::new();
     *ARCH.get_or_init(|| match std::env::var("LLAMA_SIMD").as_deref() {
@@ -44,6 +44,18 @@ pub(super) fn arch() -> pulp::Arch {
 #[cfg(target_arch = "x86_64")]
 pub(super) fn has_avx512() -> bool {
     matches!(arch(), pulp::Arch::V4(_))
+}
+
+/// Whether kernels may use the matrix unit, where there is one.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(super) fn has_amx() -> bool {
+    has_avx512() && std::env::var("LLAMA_SIMD").as_deref() != Ok("avx512")
+}
+
+/// Whether kernels use AVX512-VNNI.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn has_vnni() -> bool {
+    has_avx512() && is_x86_feature_detected!("avx512vnni")
 }
 
 /// Lanes of the partial sums: enough for two AVX-512 registers. A fixed number, so that sums do not depend on the CPU.

@@ -4,7 +4,6 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::super::attention::avx512::four_totals;
 use crate::backend::QUANT_BLOCK;
 
 /// Sums at a time, so that none waits for the one before.
@@ -65,11 +64,6 @@ pub trait Block: Copy {
     /// # Safety
     /// A block must follow `bytes`, its floats `scales`; the CPU must have AVX-512.
     unsafe fn load(bytes: *const Self, scales: *const f32) -> [__m512; 2];
-    /// Adds the products of a block with `x`.
-    ///
-    /// # Safety
-    /// As [`load`](Self::load).
-    unsafe fn add(sums: &mut [__m512; 2], x: [__m512; 2], bytes: *const Self, scales: *const f32);
 }
 
 impl Block for i8 {
@@ -83,17 +77,6 @@ impl Block for i8 {
             let low = _mm512_cvtepi8_epi32(_mm_loadu_si128(bytes.cast()));
             let high = _mm512_cvtepi8_epi32(_mm_loadu_si128(bytes.add(16).cast()));
             [_mm512_mul_ps(_mm512_cvtepi32_ps(low), scale), _mm512_mul_ps(_mm512_cvtepi32_ps(high), scale)]
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn add(sums: &mut [__m512; 2], x: [__m512; 2], bytes: *const i8, scales: *const f32) {
-        unsafe {
-            // The scale once for both halves.
-            let low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes.cast())));
-            let high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes.add(16).cast())));
-            let both = _mm512_fmadd_ps(x[1], high, _mm512_mul_ps(x[0], low));
-            sums[0] = _mm512_fmadd_ps(both, _mm512_set1_ps(*scales), sums[0]);
         }
     }
 }
@@ -111,15 +94,6 @@ impl Block for u8 {
             let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.cast()));
             // Only the last four bits of an index count.
             [_mm512_permutexvar_ps(bytes, table), _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), table)]
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn add(sums: &mut [__m512; 2], x: [__m512; 2], bytes: *const u8, scales: *const f32) {
-        unsafe {
-            let [low, high] = Self::load(bytes, scales);
-            sums[0] = _mm512_fmadd_ps(x[0], low, sums[0]);
-            sums[1] = _mm512_fmadd_ps(x[1], high, sums[1]);
         }
     }
 }
@@ -147,61 +121,6 @@ pub unsafe fn dots<T: Widen>(out: &mut [f32], x: &[f32], w: &[T]) {
         let rest: f32 = x_rest.iter().zip(w_rest).map(|(x, w)| x * w.value()).sum();
         *out = total(sums) + rest;
     }
-}
-
-/// As [`dots`], for rows of whole blocks.
-///
-/// # Safety
-/// As there; `scales` must have those of as many blocks.
-#[target_feature(enable = "avx512f")]
-pub unsafe fn block_dots<T: Block>(out: &mut [f32], x: &[f32], w: &[T], scales: &[f16]) {
-    /// Rows at a time: they share what is read of `x`, and the last steps of their sums.
-    const ROWS: usize = 4;
-    let blocks = x.len() / QUANT_BLOCK;
-    let (width, per_row) = (blocks * T::BYTES, blocks * T::SCALES);
-    let mut floats = vec![0.0f32; ROWS * per_row];
-    let groups = out.chunks_mut(ROWS).zip(w.chunks(ROWS * width)).zip(scales.chunks(ROWS * per_row));
-    for ((out, w), scales) in groups {
-        to_floats(&mut floats, scales);
-        // SAFETY: there are so many rows, and scales of their blocks.
-        unsafe {
-            if out.len() == ROWS {
-                let [a, b, c, d] = block_sums::<T, ROWS>(x, w, &floats);
-                _mm_storeu_ps(out.as_mut_ptr(), four_totals(a, b, c, d));
-                continue;
-            }
-            let rows = w.chunks_exact(width).zip(floats.chunks_exact(per_row));
-            for (out, (w, scales)) in out.iter_mut().zip(rows) {
-                let [sum] = block_sums::<T, 1>(x, w, scales);
-                *out = _mm512_reduce_add_ps(sum);
-            }
-        }
-    }
-}
-
-/// The products with `N` rows, whose elements are still to be summed.
-#[target_feature(enable = "avx512f")]
-unsafe fn block_sums<T: Block, const N: usize>(x: &[f32], w: &[T], scales: &[f32]) -> [__m512; N] {
-    let blocks = x.len() / QUANT_BLOCK;
-    let mut sums = [[_mm512_setzero_ps(); 2]; N];
-    for block in 0..blocks {
-        // SAFETY: the block is inside each row; fetching reads nothing.
-        unsafe {
-            let x = x.as_ptr().add(block * QUANT_BLOCK);
-            let x = [_mm512_loadu_ps(x), _mm512_loadu_ps(x.add(16))];
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let at = row * blocks + block;
-                let w = w.as_ptr().add(at * T::BYTES);
-                fetch_ahead(w);
-                T::add(sums, x, w, scales.as_ptr().add(at * T::SCALES));
-            }
-        }
-    }
-    let mut totals = [_mm512_setzero_ps(); N];
-    for (total, [low, high]) in totals.iter_mut().zip(sums) {
-        *total = _mm512_add_ps(low, high);
-    }
-    totals
 }
 
 /// The values of whole blocks.
@@ -244,7 +163,7 @@ fn to_floats(out: &mut [f32], halfs: &[f16]) {
 
 /// Asks for what will be read soon: rows follow one another, so it may belong to the next.
 #[inline(always)]
-unsafe fn fetch_ahead<T>(ptr: *const T) {
+pub(super) unsafe fn fetch_ahead<T>(ptr: *const T) {
     unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr.cast::<i8>().wrapping_add(AHEAD)) }
 }
 

@@ -1,0 +1,209 @@
+//! Dots of weights in blocks as sums of whole numbers (AVX512-VNNI). An input is rounded to 15 bits, by blocks of its own:
+//! finer than the 8 bits of the weights by a factor of a hundred, so that a result has the digits of a sum in floats. One
+//! instruction multiplies bytes and adds groups of four, so the 15 bits are a high and a low byte,
+//! `x ≈ scale · (128 · high + low)`, and a register holds the same 32 weights twice, once for each.
+
+use std::arch::x86_64::*;
+
+use half::f16;
+
+use super::super::attention::avx512::four_totals;
+use super::avx512::{Block, fetch_ahead};
+use crate::backend::QUANT_BLOCK;
+
+/// The largest whole number: 127 · 128.
+const LARGEST: f32 = 16256.0;
+/// Below it the inverse of a scale would overflow; such blocks count as zeros.
+const SMALLEST: f32 = 1e-30;
+/// Rows at a time: they share what is read of the input, and the last steps of their sums.
+const ROWS: usize = 4;
+
+/// A row of the input in whole numbers.
+pub struct Rounded {
+    /// The high bytes of a block, then its low ones.
+    bytes: Vec<[i8; 2 * QUANT_BLOCK]>,
+    /// What a sum starts with for weights of 8 bits, which count from -128: -128 times the sum of the high bytes (first
+    /// number) and of the low ones (ninth).
+    starts: Vec<[i32; 16]>,
+    /// The scale of each block, with room for whole registers.
+    scales: Vec<f32>,
+    /// The scale of each block and the sum of its values.
+    scales_and_sums: Vec<f32>,
+}
+
+impl Rounded {
+    /// Rounds a row of whole blocks. A value that is not finite makes the sums that need it NaN or infinite.
+    ///
+    /// # Safety
+    /// The CPU must have AVX-512.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub unsafe fn new(x: &[f32]) -> Self {
+        let blocks = x.len() / QUANT_BLOCK;
+        let mut rounded = Self {
+            bytes: vec![[0; 2 * QUANT_BLOCK]; blocks],
+            starts: vec![[0; 16]; blocks],
+            scales: vec![0.0; blocks.next_multiple_of(16)],
+            scales_and_sums: vec![0.0; (2 * blocks).next_multiple_of(16)],
+        };
+        for (block, x) in x.as_chunks::<QUANT_BLOCK>().0.iter().enumerate() {
+            let bytes = &mut rounded.bytes[block];
+            // SAFETY: a block has two registers of floats, its bytes four quarters of 16.
+            unsafe {
+                let x = [_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16))];
+                // As whole numbers absolute values have the same order, and NaN is the largest.
+                let [a, b] = x.map(|x| _mm512_castps_si512(_mm512_abs_ps(x)));
+                let max = f32::from_bits(_mm512_reduce_max_epu32(_mm512_max_epu32(a, b)));
+                if max < SMALLEST {
+                    continue;
+                }
+                let inverse = _mm512_set1_ps(LARGEST / max);
+                let whole = x.map(|x| _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)));
+                let high = whole.map(|w| _mm512_srai_epi32::<7>(_mm512_add_epi32(w, _mm512_set1_epi32(64))));
+                let low = [0, 1].map(|i| _mm512_sub_epi32(whole[i], _mm512_slli_epi32::<7>(high[i])));
+                for (quarter, numbers) in [high[0], high[1], low[0], low[1]].into_iter().enumerate() {
+                    _mm_storeu_si128(bytes.as_mut_ptr().add(16 * quarter).cast(), _mm512_cvtepi32_epi8(numbers));
+                }
+                let [high, low] = [high, low].map(|[a, b]| _mm512_reduce_add_epi32(_mm512_add_epi32(a, b)));
+                let scale = max / LARGEST;
+                rounded.starts[block][0] = -128 * high;
+                rounded.starts[block][8] = -128 * low;
+                rounded.scales[block] = scale;
+                rounded.scales_and_sums[2 * block] = scale;
+                rounded.scales_and_sums[2 * block + 1] = scale * (128 * high + low) as f32;
+            }
+        }
+        rounded
+    }
+
+    fn blocks(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// A form in blocks of whole numbers.
+pub trait Integers: Block {
+    /// What the floats of blocks are multiplied with.
+    fn factors(x: &Rounded) -> &[f32];
+    /// What a block's sum starts with.
+    ///
+    /// # Safety
+    /// The CPU must have AVX-512.
+    unsafe fn start(x: &Rounded, block: usize) -> __m512i;
+    /// The values of a block, twice, as bytes without sign.
+    ///
+    /// # Safety
+    /// A block must follow; the CPU must have AVX-512.
+    unsafe fn twice(bytes: *const Self) -> __m512i;
+}
+
+impl Integers for i8 {
+    fn factors(x: &Rounded) -> &[f32] {
+        &x.scales
+    }
+
+    #[inline(always)]
+    unsafe fn start(x: &Rounded, block: usize) -> __m512i {
+        unsafe { _mm512_loadu_si512(x.starts.as_ptr().add(block).cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn twice(bytes: *const i8) -> __m512i {
+        unsafe {
+            let twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(bytes.cast()));
+            _mm512_xor_si512(twice, _mm512_set1_epi8(-128))
+        }
+    }
+}
+
+impl Integers for u8 {
+    fn factors(x: &Rounded) -> &[f32] {
+        &x.scales_and_sums
+    }
+
+    #[inline(always)]
+    unsafe fn start(_: &Rounded, _: usize) -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    unsafe fn twice(bytes: *const u8) -> __m512i {
+        unsafe {
+            let four_times = _mm512_broadcast_i32x4(_mm_loadu_si128(bytes.cast()));
+            let shifted = _mm512_srlv_epi64(four_times, _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4));
+            _mm512_and_si512(shifted, _mm512_set1_epi8(15))
+        }
+    }
+}
+
+/// `out[i] = Σ x · w[i]`
+///
+/// # Safety
+/// `w` must have a row of as many blocks as `x` for each result, and `scales` their floats; the CPU must have AVX512-VNNI.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub unsafe fn dots<T: Integers>(out: &mut [f32], x: &Rounded, w: &[T], scales: &[f16]) {
+    let (width, per_row) = (x.blocks() * T::BYTES, x.blocks() * T::SCALES);
+    let mut floats = vec![0.0f32; ROWS * per_row.next_multiple_of(16)];
+    let groups = out.chunks_mut(ROWS).zip(w.chunks(ROWS * width)).zip(scales.chunks(ROWS * per_row));
+    for ((out, w), scales) in groups {
+        // SAFETY: there are so many rows, and scales of their blocks.
+        unsafe {
+            if out.len() == ROWS {
+                let [a, b, c, d] = sums::<T, ROWS>(x, w, scales, &mut floats);
+                _mm_storeu_ps(out.as_mut_ptr(), four_totals(a, b, c, d));
+                continue;
+            }
+            let rows = w.chunks_exact(width).zip(scales.chunks_exact(per_row));
+            for (out, (w, scales)) in out.iter_mut().zip(rows) {
+                let [sum] = sums::<T, 1>(x, w, scales, &mut floats);
+                *out = _mm512_reduce_add_ps(sum);
+            }
+        }
+    }
+}
+
+/// The products with `N` rows, whose elements are still to be summed. `floats` has room for a row's factors, whole registers
+/// of them, `N` times.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn sums<T: Integers, const N: usize>(x: &Rounded, w: &[T], scales: &[f16], floats: &mut [f32]) -> [__m512; N] {
+    let blocks = x.blocks();
+    let (width, per_row) = (blocks * T::BYTES, blocks * T::SCALES);
+    let stride = per_row.next_multiple_of(16);
+    let mut totals = [_mm512_setzero_ps(); N];
+    for ((scales, floats), total) in scales.chunks_exact(per_row).zip(floats.chunks_exact_mut(stride)).zip(&mut totals)
+    {
+        // SAFETY: factors and floats are whole registers, and of the scales only what is left is read.
+        unsafe {
+            for at in (0..per_row).step_by(16) {
+                let left = ((1u32 << (per_row - at).min(16)) - 1) as u16;
+                let halfs = _mm256_maskz_loadu_epi16(left, scales.as_ptr().add(at).cast());
+                let factors = _mm512_loadu_ps(T::factors(x).as_ptr().add(at));
+                let products = _mm512_mul_ps(_mm512_cvtph_ps(halfs), factors);
+                _mm512_storeu_ps(floats.as_mut_ptr().add(at), products);
+                if T::SCALES == 2 {
+                    // The minimum times the sum of the block's values.
+                    *total = _mm512_mask_add_ps(*total, 0xaaaa, *total, products);
+                }
+            }
+        }
+    }
+    let mut sums = [_mm512_setzero_ps(); N];
+    for block in 0..blocks {
+        // SAFETY: the block is inside each row; fetching reads nothing.
+        unsafe {
+            let bytes = _mm512_loadu_si512(x.bytes.as_ptr().add(block).cast());
+            let start = T::start(x, block);
+            for (row, sum) in sums.iter_mut().enumerate() {
+                let w = w.as_ptr().add(row * width + block * T::BYTES);
+                fetch_ahead(w);
+                let products = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, T::twice(w), bytes));
+                let scale = _mm512_set1_ps(*floats.get_unchecked(row * stride + block * T::SCALES));
+                *sum = _mm512_fmadd_ps(products, scale, *sum);
+            }
+        }
+    }
+    let weights = _mm512_setr_ps(128., 128., 128., 128., 128., 128., 128., 128., 1., 1., 1., 1., 1., 1., 1., 1.);
+    for (total, sum) in totals.iter_mut().zip(sums) {
+        *total = _mm512_fmadd_ps(sum, weights, *total);
+    }
+    totals
+}
