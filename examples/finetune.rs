@@ -91,6 +91,9 @@ struct Args {
     log_every: usize,
 }
 
+#[global_allocator]
+static MEMORY: llama::model::HugePages = llama::model::HugePages;
+
 fn main() -> Result<()> {
     llama::model::tune_process();
     let args = Args::parse();

@@ -51,6 +51,9 @@ struct Args {
     loading: ModelArgs,
 }
 
+#[global_allocator]
+static MEMORY: llama::model::HugePages = llama::model::HugePages;
+
 fn main() -> Result<()> {
     llama::model::tune_process();
     let args = Args::parse();

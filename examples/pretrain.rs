@@ -136,6 +136,9 @@ struct Prepared {
     valid_bytes: u64,
 }
 
+#[global_allocator]
+static MEMORY: llama::model::HugePages = llama::model::HugePages;
+
 fn main() -> Result<()> {
     llama::model::tune_process();
     let args = Args::parse();

@@ -43,6 +43,9 @@ impl Arguments {
     }
 }
 
+#[global_allocator]
+static MEMORY: llama::model::HugePages = llama::model::HugePages;
+
 /// Runs a bench on the device of `--device`.
 pub fn run<T: BackendTask>(task: impl FnOnce(Arguments) -> T) {
     llama::model::tune_process();

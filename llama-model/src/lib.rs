@@ -55,5 +55,5 @@ pub use error::ModelError;
 pub use modules::{
     Adapter, Attention, Block, Embedding, FeedForward, KvCache, Linear, Llama, Quantized, RmsNorm, RotaryEmbedding,
 };
-pub use process::tune_process;
+pub use process::{HugePages, tune_process};
 pub use weight_format::WeightFormat;
