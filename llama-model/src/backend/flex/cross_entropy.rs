@@ -4,7 +4,7 @@
 use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 
-use super::product::{Matrix, PRODUCT, Product, multiply};
+use super::product::{Matrix, PRODUCT, Product, has_matrix_unit, multiply};
 use super::simd::{exp, max, sum1, vectorized};
 use super::{Buffer, contiguous, scalar, team, values};
 use crate::Precision;
@@ -43,7 +43,8 @@ impl<'a> Head<'a> {
     /// Rows of a chunk.
     fn rows(&self) -> usize {
         // The faster the products, the more it costs to read the head for each chunk.
-        let chunk = if self.spec.precision == Precision::F32 { CHUNK } else { 2 * CHUNK };
+        let fast = self.spec.precision != Precision::F32 || has_matrix_unit();
+        let chunk = if fast { 2 * CHUNK } else { CHUNK };
         (chunk / self.vocab_size).clamp(16, 512).min(self.targets.len().max(1))
     }
 

@@ -9,16 +9,16 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
-use super::Matrix;
 use super::avx512::{Format, Pairs, has_dot, mask, pack, transpose};
 use super::blocks::{Kernel, Span, Target};
+use super::{Matrix, simd};
 
 /// Rows and columns of a hardware tile of sums, and pairs of terms in a step.
-const TILE: usize = 16;
+pub(super) const TILE: usize = 16;
 /// Rows and columns that the kernel sums at a time, two by two tiles; also terms in a step.
-const UNIT: usize = 2 * TILE;
+pub(super) const UNIT: usize = 2 * TILE;
 /// Lanes (pairs of terms) of a tile of `a`, and of half a step of `b`.
-const TILE_LANES: usize = TILE * TILE;
+pub(super) const TILE_LANES: usize = TILE * TILE;
 
 /// Whether the CPU has the unit and the system lets this process use it.
 pub(super) fn available() -> bool {
@@ -32,7 +32,7 @@ pub(super) fn available() -> bool {
         let features = __cpuid_count(7, 0).edx & (BF16 | TILES);
         // SAFETY: the call changes nothing but this permission, for all threads of the process.
         let granted = || unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) } == 0;
-        has_dot() && features == BF16 | TILES && granted()
+        simd::has_amx() && has_dot() && features == BF16 | TILES && granted()
     })
 }
 
@@ -76,7 +76,9 @@ impl Kernel for MatrixUnit {
     }
 
     unsafe fn strip(panels: *const f32, strip: *const f32, terms: usize, target: Target) {
-        unsafe { multiply_strip(panels, strip, terms.div_ceil(UNIT), target) }
+        unsafe {
+            multiply_strip(|s, u, l, b| kernel(s, u, l, b), panels, strip, terms.div_ceil(UNIT), TILE_LANES, target)
+        }
     }
 
     unsafe fn begin() {
@@ -148,14 +150,26 @@ unsafe fn pack_columns(strips: *mut f32, x: Matrix, cols: Span, terms: Span) {
     }
 }
 
+/// The products of all panels with a strip. A step of a panel has `step_lanes`, and `kernel` adds the products of `steps` of two
+/// panels and the strip to the tiles of sums, `tmm0` to `tmm3`.
+///
+/// # Safety
+/// As [`Kernel::strip`].
 #[target_feature(enable = "avx512f")]
-unsafe fn multiply_strip(panels: *const f32, strip: *const f32, steps: usize, target: Target) {
+pub(super) unsafe fn multiply_strip(
+    kernel: impl Fn(usize, *const f32, *const f32, *const f32),
+    panels: *const f32,
+    strip: *const f32,
+    steps: usize,
+    step_lanes: usize,
+    target: Target,
+) {
     #[repr(align(64))]
     struct Sums([f32; UNIT * UNIT]);
     let mut sums = Sums([0.0; UNIT * UNIT]);
     for i in (0..target.rows).step_by(UNIT) {
-        let upper = panels.wrapping_add(i / TILE * steps * TILE_LANES);
-        let lower = upper.wrapping_add(steps * TILE_LANES);
+        let upper = panels.wrapping_add(i / TILE * steps * step_lanes);
+        let lower = upper.wrapping_add(steps * step_lanes);
         let out = target.out.wrapping_offset(i as isize * target.row_stride);
         let rows = UNIT.min(target.rows - i);
         // The next tile of the result comes from memory while this one is summed.
@@ -167,9 +181,13 @@ unsafe fn multiply_strip(panels: *const f32, strip: *const f32, steps: usize, ta
         // SAFETY: the caller's promise; sums that are not written as they are have a place of their own.
         unsafe {
             if rows == UNIT && target.cols == UNIT && target.factor == 1.0 {
-                kernel(steps, upper, lower, strip, out, target.row_stride, target.add);
+                load_sums(out, target.row_stride, target.add);
+                kernel(steps, upper, lower, strip);
+                store_sums(out, target.row_stride);
             } else {
-                kernel(steps, upper, lower, strip, sums.0.as_mut_ptr(), UNIT as isize, false);
+                load_sums(sums.0.as_mut_ptr(), UNIT as isize, false);
+                kernel(steps, upper, lower, strip);
+                store_sums(sums.0.as_mut_ptr(), UNIT as isize);
                 for (r, sums) in sums.0.chunks_exact(UNIT).enumerate().take(rows) {
                     finish_row(out.wrapping_offset(r as isize * target.row_stride), sums, target);
                 }
@@ -192,24 +210,19 @@ unsafe fn finish_row(out: *mut f32, sums: &[f32], target: Target) {
     }
 }
 
-/// 32 rows and columns of sums over `steps` of 32 terms.
+/// The four tiles of 32 rows and columns from `out`.
+fn tiles(out: *mut f32, row_stride: isize) -> [*mut f32; 4] {
+    let below = out.wrapping_offset(TILE as isize * row_stride);
+    [out, out.wrapping_add(TILE), below, below.wrapping_add(TILE)]
+}
+
+/// Makes the tiles of sums, `tmm0` to `tmm3`, what is at `out`, or zero.
 ///
 /// # Safety
-/// The panels must hold the steps and `out` be writable; the tile registers must be configured.
+/// `out` must be readable for `add`; the tile registers must be configured.
 #[inline(always)]
-unsafe fn kernel(
-    steps: usize,
-    upper: *const f32,
-    lower: *const f32,
-    b: *const f32,
-    out: *mut f32,
-    out_row_stride: isize,
-    add: bool,
-) {
-    // Sums are in tmm0 to tmm3, tiles of `a` in tmm4 and tmm5, of `b` in tmm6 and tmm7.
-    let stride = 4 * out_row_stride;
-    let (right, below) = (out.wrapping_add(TILE), out.wrapping_offset(TILE as isize * out_row_stride));
-    let below_right = below.wrapping_add(TILE);
+unsafe fn load_sums(out: *mut f32, row_stride: isize, add: bool) {
+    let [left, right, below, below_right] = tiles(out, row_stride);
     // SAFETY: the caller's promise.
     unsafe {
         if add {
@@ -218,12 +231,44 @@ unsafe fn kernel(
                 "tileloadd tmm1, [{1} + {4}]",
                 "tileloadd tmm2, [{2} + {4}]",
                 "tileloadd tmm3, [{3} + {4}]",
-                in(reg) out, in(reg) right, in(reg) below, in(reg) below_right, in(reg) stride,
+                in(reg) left, in(reg) right, in(reg) below, in(reg) below_right, in(reg) 4 * row_stride,
                 options(nostack, readonly),
             );
         } else {
             asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
         }
+    }
+}
+
+/// Writes the tiles of sums.
+///
+/// # Safety
+/// `out` must be writable; the tile registers must be configured.
+#[inline(always)]
+unsafe fn store_sums(out: *mut f32, row_stride: isize) {
+    let [left, right, below, below_right] = tiles(out, row_stride);
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "tilestored [{0} + {4}], tmm0",
+            "tilestored [{1} + {4}], tmm1",
+            "tilestored [{2} + {4}], tmm2",
+            "tilestored [{3} + {4}], tmm3",
+            in(reg) left, in(reg) right, in(reg) below, in(reg) below_right, in(reg) 4 * row_stride,
+            options(nostack),
+        );
+    }
+}
+
+/// Adds the products over `steps` of 32 terms to the tiles of sums.
+///
+/// # Safety
+/// The panels must hold the steps; the tile registers must be configured.
+#[inline(always)]
+unsafe fn kernel(steps: usize, upper: *const f32, lower: *const f32, b: *const f32) {
+    // Tiles of `a` are in tmm4 and tmm5, of `b` in tmm6 and tmm7.
+    // SAFETY: the caller's promise.
+    unsafe {
         asm!(
             "2:",
             "tileloadd tmm4, [{upper} + {row}]",
@@ -245,14 +290,6 @@ unsafe fn kernel(
             steps = inout(reg) steps => _,
             row = in(reg) 64usize,
             options(nostack, readonly),
-        );
-        asm!(
-            "tilestored [{0} + {4}], tmm0",
-            "tilestored [{1} + {4}], tmm1",
-            "tilestored [{2} + {4}], tmm2",
-            "tilestored [{3} + {4}], tmm3",
-            in(reg) out, in(reg) right, in(reg) below, in(reg) below_right, in(reg) stride,
-            options(nostack),
         );
     }
 }

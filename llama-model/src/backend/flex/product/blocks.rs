@@ -57,7 +57,7 @@ const OWN_COLS: usize = 256;
 /// Lanes of `b` up to which all tasks share one packed copy.
 const SHARED_LANES: usize = 1 << 22;
 /// Times that the tasks may wait for a shared copy of the next terms.
-const SHARED_CHUNKS: usize = 8;
+const SHARED_CHUNKS: usize = 64;
 /// Rows below which a shared copy is not worth the wait for it.
 const SHARED_ROWS: usize = 512;
 

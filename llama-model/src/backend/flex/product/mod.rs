@@ -8,6 +8,8 @@ mod amx;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod blocks;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod split;
 
 use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
@@ -68,6 +70,14 @@ impl Output {
     }
 }
 
+/// Whether products run on a matrix unit, in f32 too.
+pub(super) fn has_matrix_unit() -> bool {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    return amx::available();
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    false
+}
+
 /// What to compute from `a` and `b`, and how.
 #[derive(Clone, Copy)]
 pub(super) struct Product {
@@ -103,6 +113,10 @@ pub(super) unsafe fn multiply(out: *mut f32, out_row_stride: isize, a: Matrix, b
         // SAFETY: the caller's promise, and the CPU was asked.
         return unsafe {
             match product.precision {
+                #[cfg(target_os = "linux")]
+                Precision::F32 if split::worthwhile((a.rows, b.cols, a.cols)) && amx::available() => {
+                    by::<split::ThreeParts>(out, out_row_stride, a, b, product);
+                }
                 Precision::F32 | Precision::F16 => by::<avx512::Single>(out, out_row_stride, a, b, product),
                 #[cfg(target_os = "linux")]
                 Precision::Bf16 if amx::available() => by::<amx::MatrixUnit>(out, out_row_stride, a, b, product),
@@ -280,8 +294,41 @@ mod tests {
             #[cfg(target_os = "linux")]
             if amx::available() {
                 check("amx", by::<amx::MatrixUnit>, to_bf16);
+                check("amx, three parts", by::<split::ThreeParts>, |x| x);
             }
         }
+    }
+
+    /// Three bf16 parts on the matrix unit are no further from the exact sums than fused multiply-adds in f32.
+    #[test]
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    fn three_parts_are_as_exact_as_f32() {
+        if !amx::available() {
+            return;
+        }
+        let (n, k) = (64, 1024);
+        // All 24 bits of a mantissa, in sizes from 2^-8 to 2^7.
+        let random = |seed: u64| -> Vec<f32> {
+            let mut state = seed;
+            let value = |_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let size = 2f64.powi((state >> 60) as i32 - 8);
+                (size * ((state >> 20 & 0xff_ffff) as f64 / f64::from(1 << 23) - 1.0)) as f32
+            };
+            (0..n * k).map(value).collect()
+        };
+        let (a_data, b_data) = (random(1), random(2));
+        let (a, b) = (Matrix::rows(&a_data, n, k), Matrix::rows(&b_data, k, n));
+        let expected = expected(a, b, |x| x);
+        let error = |body: Body| -> f64 {
+            let mut out = vec![0.0f32; n * n];
+            unsafe { body(Output(out.as_mut_ptr()), n as isize, a, b, PRODUCT) };
+            let squares = out.iter().zip(&expected).map(|(found, exact)| (f64::from(*found) - exact).powi(2));
+            (squares.sum::<f64>() / expected.iter().map(|exact| exact * exact).sum::<f64>()).sqrt()
+        };
+        let (parts, fused) = (error(by::<split::ThreeParts>), error(by::<avx512::Single>));
+        println!("relative error {parts:.2e}, by fused multiply-adds {fused:.2e}");
+        assert!(parts < fused && parts < 3e-7, "{parts:e} {fused:e}");
     }
 
     #[test]

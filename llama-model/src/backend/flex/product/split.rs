@@ -1,0 +1,258 @@
+//! Matrix products in f32 on Intel's matrix unit, which multiplies bf16: an operand is the sum of three bf16 numbers, each the
+//! rounding of what the ones before it leave (Henry, Tang and Heinecke, 2019). They hold all 24 bits of a mantissa, and of the
+//! nine products of parts the six that matter are summed; what is left out is below 2^-26 of a product. The unit adds 32
+//! products before it rounds into a sum, so the result is nearer to the exact one than by fused multiply-adds in f32, at
+//! twice their rate.
+//!
+//! Unlike there, an infinity times a number without lower parts is NaN, and numbers below 2^-126 count as zero.
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+
+use super::Matrix;
+use super::amx::{MatrixUnit, TILE, TILE_LANES, UNIT, multiply_strip};
+use super::avx512::{mask, transpose};
+use super::blocks::{Kernel, Span, Target};
+
+/// Parts of an operand.
+const PARTS: usize = 3;
+/// Multiply-adds below which packing three parts of both operands costs more than it gains.
+const FEW: usize = 1 << 20;
+
+/// Whether a product is large enough, in both directions of the result.
+pub(super) fn worthwhile((m, n, k): (usize, usize, usize)) -> bool {
+    m >= 2 * UNIT && n >= 2 * UNIT && k >= TILE && m * n * k >= FEW
+}
+
+/// The kernel; the unit must be [`available`](super::amx::available).
+pub(super) struct ThreeParts;
+
+impl Kernel for ThreeParts {
+    const ROWS: usize = UNIT;
+    const COLS: usize = UNIT;
+    const TERMS: usize = UNIT;
+    /// A megabyte with all its terms.
+    const BLOCK: usize = 10 * UNIT;
+
+    fn lanes(terms: usize) -> usize {
+        PARTS * MatrixUnit::lanes(terms)
+    }
+
+    unsafe fn pack_a(panels: *mut f32, a: Matrix, rows: Span, terms: Span) {
+        unsafe { pack_rows(panels, a, rows, terms) }
+    }
+
+    unsafe fn pack_b(strips: *mut f32, b: Matrix, cols: Span, terms: Span) {
+        unsafe { pack_columns(strips, b, cols, terms) }
+    }
+
+    unsafe fn strip(panels: *const f32, strip: *const f32, terms: usize, target: Target) {
+        unsafe {
+            multiply_strip(
+                |s, u, l, b| kernel(s, u, l, b),
+                panels,
+                strip,
+                terms.div_ceil(UNIT),
+                PARTS * TILE_LANES,
+                target,
+            )
+        }
+    }
+
+    unsafe fn begin() {
+        unsafe { MatrixUnit::begin() }
+    }
+
+    unsafe fn end() {
+        unsafe { MatrixUnit::end() }
+    }
+}
+
+/// 32 terms of 16 rows.
+type Block = [[__m512; TILE]; 2];
+
+/// Of neighbouring terms: the terms 0 to 15 of each row, then the terms 16 to 31. What does not exist is zero.
+#[inline(always)]
+unsafe fn load_rows(x: Matrix, (row, rows): Span, (term, terms): Span) -> Block {
+    unsafe {
+        let mut halves = [[_mm512_setzero_ps(); TILE]; 2];
+        for r in 0..rows {
+            let src = x.at(row + r, term);
+            for (half, values) in halves.iter_mut().enumerate() {
+                let src = src.wrapping_add(TILE * half);
+                values[r] = _mm512_maskz_loadu_ps(mask(terms.saturating_sub(TILE * half)), src);
+                _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(2 * UNIT).cast());
+            }
+        }
+        halves
+    }
+}
+
+/// Of neighbouring rows, or rows somewhere: the rows of each of the terms 0 to 15, then of 16 to 31.
+#[inline(always)]
+unsafe fn load_terms(x: Matrix, (row, rows): Span, (term, terms): Span) -> Block {
+    /// Terms that are fetched ahead, each a row of its own in memory.
+    const AHEAD: isize = 8;
+    unsafe {
+        let mut halves = [[_mm512_setzero_ps(); TILE]; 2];
+        for t in 0..terms.min(UNIT) {
+            let src = x.at(row, term + t);
+            halves[t / TILE][t % TILE] = if x.row_stride == 1 {
+                _mm_prefetch::<_MM_HINT_T0>(src.wrapping_offset(AHEAD * x.col_stride).cast());
+                _mm512_maskz_loadu_ps(mask(rows), src)
+            } else {
+                let mut values = [0.0f32; TILE];
+                for (r, value) in values.iter_mut().enumerate().take(rows) {
+                    *value = *x.at(row + r, term + t);
+                }
+                _mm512_loadu_ps(values.as_ptr())
+            };
+        }
+        halves
+    }
+}
+
+#[inline(always)]
+unsafe fn transposed([low, high]: Block) -> Block {
+    unsafe { [transpose(low), transpose(high)] }
+}
+
+/// The bf16 nearest to each number in the low half of its lane, and what it leaves: nothing of what is not finite.
+#[inline(always)]
+unsafe fn part(x: __m512) -> (__m512i, __m512) {
+    /// NaN, infinities.
+    const NOT_FINITE: i32 = 0x99;
+    unsafe {
+        let short = _mm512_cvtepu16_epi32(std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x)));
+        let finite = !_mm512_fpclass_ps_mask::<NOT_FINITE>(x);
+        let value = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(short));
+        (short, _mm512_maskz_sub_ps(finite, x, value))
+    }
+}
+
+/// Rows as tiles of 16: for each step of 32 terms the three parts of 16 rows of them.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+unsafe fn pack_rows(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
+    let steps = terms.1.div_ceil(UNIT);
+    let firsts = (0..rows.1.next_multiple_of(UNIT)).step_by(TILE);
+    let pack_tile = |first: usize, step: usize| {
+        let rows = (rows.0 + first, TILE.min(rows.1.saturating_sub(first)));
+        let terms = (terms.0 + step * UNIT, terms.1 - step * UNIT);
+        let tiles = panels.wrapping_add((first / TILE * steps + step) * PARTS * TILE_LANES);
+        // SAFETY: the caller's promise; only what is inside the matrix is read.
+        unsafe {
+            let [low, high] =
+                if x.col_stride == 1 { load_rows(x, rows, terms) } else { transposed(load_terms(x, rows, terms)) };
+            for (r, mut left) in low.into_iter().zip(high).enumerate() {
+                for p in 0..PARTS {
+                    let (low, low_left) = part(left.0);
+                    let (high, high_left) = part(left.1);
+                    let row = tiles.add(p * TILE_LANES + r * TILE).cast::<__m256i>();
+                    _mm256_store_si256(row, _mm512_cvtepi32_epi16(low));
+                    _mm256_store_si256(row.add(1), _mm512_cvtepi32_epi16(high));
+                    left = (low_left, high_left);
+                }
+            }
+        }
+    };
+    // In the order that they have in memory.
+    if x.row_stride == 1 {
+        (0..steps).for_each(|step| firsts.clone().for_each(|first| pack_tile(first, step)));
+    } else {
+        firsts.for_each(|first| (0..steps).for_each(|step| pack_tile(first, step)));
+    }
+}
+
+/// Columns as strips of 32: for each step of 32 terms the three parts of 16 pairs of terms of 32 columns.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+unsafe fn pack_columns(strips: *mut f32, x: Matrix, cols: Span, terms: Span) {
+    let steps = terms.1.div_ceil(UNIT);
+    let firsts = (0..cols.1.next_multiple_of(UNIT)).step_by(TILE);
+    let pack_tile = |first: usize, step: usize| {
+        let cols = (cols.0 + first, TILE.min(cols.1.saturating_sub(first)));
+        let terms = (terms.0 + step * UNIT, terms.1 - step * UNIT);
+        let strip = strips.wrapping_add((first / UNIT * steps + step) * 2 * PARTS * TILE_LANES + first % UNIT);
+        // SAFETY: the caller's promise; only what is inside the matrix is read.
+        unsafe {
+            let halves =
+                if x.col_stride == 1 { transposed(load_rows(x, cols, terms)) } else { load_terms(x, cols, terms) };
+            for (pair, values) in halves.as_flattened().as_chunks::<2>().0.iter().enumerate() {
+                let mut left = *values;
+                for p in 0..PARTS {
+                    let (even, even_left) = part(left[0]);
+                    let (odd, odd_left) = part(left[1]);
+                    let both = _mm512_or_si512(even, _mm512_slli_epi32::<16>(odd));
+                    _mm512_store_si512(strip.add((p * TILE + pair) * UNIT).cast(), both);
+                    left = [even_left, odd_left];
+                }
+            }
+        }
+    };
+    if x.row_stride == 1 {
+        (0..steps).for_each(|step| firsts.clone().for_each(|first| pack_tile(first, step)));
+    } else {
+        firsts.for_each(|first| (0..steps).for_each(|step| pack_tile(first, step)));
+    }
+}
+
+/// Adds the products over `steps` of 32 terms to the tiles of sums, `tmm0` to `tmm3`.
+///
+/// # Safety
+/// The panels must hold the steps; the tile registers must be configured.
+#[inline(always)]
+unsafe fn kernel(steps: usize, upper: *const f32, lower: *const f32, b: *const f32) {
+    // `a` is in tmm4 and tmm5, `b` in tmm6 and tmm7, one part of each at a time, in an order that changes one of them.
+    macro_rules! products {
+        () => {
+            "tdpbf16ps tmm0, tmm4, tmm6
+             tdpbf16ps tmm1, tmm4, tmm7
+             tdpbf16ps tmm2, tmm5, tmm6
+             tdpbf16ps tmm3, tmm5, tmm7"
+        };
+    }
+    macro_rules! a {
+        ($part:literal) => {
+            concat!(
+                "tileloadd tmm4, [{upper} + {row} + ",
+                $part,
+                "*1024]\ntileloadd tmm5, [{lower} + {row} + ",
+                $part,
+                "*1024]"
+            )
+        };
+    }
+    macro_rules! b {
+        ($part:literal) => {
+            concat!(
+                "tileloadd tmm6, [{b} + 2*{row} + ",
+                $part,
+                "*2048]\ntileloadd tmm7, [{b} + 2*{row} + 64 + ",
+                $part,
+                "*2048]"
+            )
+        };
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "2:",
+            a!(0), b!(2), products!(),
+            b!(1), products!(),
+            a!(1), products!(),
+            b!(0), products!(),
+            a!(0), products!(),
+            a!(2), products!(),
+            "add {upper}, 3072",
+            "add {lower}, 3072",
+            "add {b}, 6144",
+            "dec {steps}",
+            "jnz 2b",
+            upper = inout(reg) upper => _,
+            lower = inout(reg) lower => _,
+            b = inout(reg) b => _,
+            steps = inout(reg) steps => _,
+            row = in(reg) 64usize,
+            options(nostack, readonly),
+        );
+    }
+}
