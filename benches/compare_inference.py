@@ -92,6 +92,7 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--weights", choices=[width[0] for width in WIDTHS], help="only this width")
+    parser.add_argument("--json", help="append the best of each side to this file, for table.py")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -120,8 +121,17 @@ def main():
                 found["ours"].append(ours(args.model, weights))
                 found["llama.cpp"].append(other("llama.cpp", gguf))
                 found["torch"].append(other("torch", hf, dtype) if dtype else None)
+            most = {side: [max(rates) for rates in zip(*filter(None, results))] for side, results in found.items()}
+            if args.json:
+                with open(args.json, "a") as results:
+                    for side, name in (("ours", "ours"), ("llama.cpp", "llama.cpp"), ("torch", "PyTorch")):
+                        if most[side]:
+                            rates = dict(zip(("prefill_tokens_per_second", "tokens_per_second"), most[side]))
+                            name_of_model = os.path.splitext(os.path.basename(args.model))[0]
+                            line = {"bench": "decoding", "device": name, "model": name_of_model, "weights": weights, **rates}
+                            results.write(json.dumps(line) + "\n")
             for index, what in enumerate(("prefill", "decoding")):
-                best = {side: max((r[index] for r in results if r), default=None) for side, results in found.items()}
+                best = {side: rates[index] if rates else None for side, rates in most.items()}
                 cells = "".join(
                     f" {best[side]:.1f} | {best['ours'] / best[side]:.2f} |" if best[side] else " | |"
                     for side in ("llama.cpp", "torch")

@@ -196,11 +196,13 @@ def main():
     parser.add_argument("--precision", choices=["f32", "bf16"], default="f32", help="bf16: PyTorch's autocast")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a PyTorch process")
+    parser.add_argument("--json", help="append the best of each side to this file, for table.py")
     parser.add_argument("--one", nargs=2, metavar=("SIZE", "MODE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         return torch_step(args.one[0], args.one[1] == "compile", args.steps, args.precision, args.device)
 
+    args.json = args.json and os.path.abspath(args.json)
     os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
     sizes = SIZES if args.device == "cpu" else GPU_SIZES
     if not args.binaries:
@@ -222,6 +224,16 @@ def main():
 
         rate, forward = most("tokens_per_second"), most("forward_tokens_per_second")
         memory = {side: min(r["memory_bytes"] for r in results) / 1e6 for side, results in found.items()}
+        if args.json:
+            _, _, _, _, _, _, seq_len, batch, _ = sizes[size]
+            with open(args.json, "a") as results:
+                for side, name in (("ours", "ours"), ("eager", "PyTorch eager"), ("compile", "PyTorch compiled")):
+                    name += "" if args.device == "cpu" else f" on {args.device}"
+                    results.write(json.dumps({
+                        "bench": "training", "device": name, "size": size, "precision": args.precision, "seq_len": seq_len,
+                        "batch": batch, "tokens_per_second": rate[side], "forward_tokens_per_second": forward[side],
+                        "memory_bytes": memory[side] * 1e6,
+                    }) + "\n")
         best, best_forward = (max(rates["eager"], rates["compile"]) for rates in (rate, forward))
         least = min(memory["eager"], memory["compile"])
         print(f"| {size} | {rate['ours']:.0f} | {rate['eager']:.0f} | {rate['compile']:.0f} | {rate['ours'] / best:.2f} "

@@ -116,6 +116,7 @@ impl Bench<'_> {
             self.texts.par_iter().map(|text| work(&state, text)).sum()
         });
         println!("| {name} | {one:.1} | {all:.1} |");
-        append(self.args, &serde_json::json!({ "what": name, "one": one, "all": all, "bytes": self.bytes }));
+        let result = serde_json::json!({ "bench": "data", "what": name, "one": one, "all": all, "bytes": self.bytes });
+        append(self.args, &result);
     }
 }
