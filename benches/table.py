@@ -68,7 +68,7 @@ def read(paths):
             add("Products, GFLOP/s", 0, row, f"{device}, plain Burn f32", r["plain_gflops"])
         elif bench == "training":
             row = f"{r['size']} {r['precision']}, {r['batch']} x {r['seq_len']}"
-            if r.get("recompute", "none") != "none":
+            if r.get("recompute", "selective") != "selective":
                 row += f", recompute {r['recompute']}"
             add("Training, tokens/s", 0, row, device, r["tokens_per_second"])
             add("Forward passes with all logits, tokens/s", 0, row, device, r["forward_tokens_per_second"])

@@ -76,9 +76,7 @@ impl Kernel for MatrixUnit {
     }
 
     unsafe fn strip(panels: *const f32, strip: *const f32, terms: usize, target: Target) {
-        unsafe {
-            multiply_strip(|s, u, l, b| kernel(s, u, l, b), panels, strip, terms.div_ceil(UNIT), TILE_LANES, target)
-        }
+        unsafe { multiply_strip(kernel, panels, strip, terms.div_ceil(UNIT), TILE_LANES, target) }
     }
 
     unsafe fn begin() {
@@ -92,11 +90,21 @@ impl Kernel for MatrixUnit {
     }
 }
 
+/// Calls `each` for the first of every 16 rows of `x`, up to a whole unit, and every step of 32 terms, in the order that they have
+/// in memory.
+pub(super) fn each_tile(x: Matrix, rows: usize, steps: usize, each: impl Fn(usize, usize)) {
+    let firsts = (0..rows.next_multiple_of(UNIT)).step_by(TILE);
+    if x.row_stride == 1 {
+        (0..steps).for_each(|step| firsts.clone().for_each(|first| each(first, step)));
+    } else {
+        firsts.for_each(|first| (0..steps).for_each(|step| each(first, step)));
+    }
+}
+
 /// Rows as tiles of 16: for each step of 32 terms, 16 rows of them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn pack_rows(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
     let steps = terms.1.div_ceil(UNIT);
-    let firsts = (0..rows.1.next_multiple_of(UNIT)).step_by(TILE);
     let tile = |first: usize, step: usize| panels.wrapping_add((first / TILE * steps + step) * TILE_LANES);
     let pack_tile = |first: usize, step: usize| {
         let (count, left) = (TILE.min(rows.1.saturating_sub(first)), terms.1 - step * UNIT);
@@ -124,12 +132,7 @@ unsafe fn pack_rows(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
             }
         }
     };
-    // In the order that they have in memory.
-    if x.row_stride == 1 {
-        (0..steps).for_each(|step| firsts.clone().for_each(|first| pack_tile(first, step)));
-    } else {
-        firsts.for_each(|first| (0..steps).for_each(|step| pack_tile(first, step)));
-    }
+    each_tile(x, rows.1, steps, pack_tile);
 }
 
 /// Columns as strips of 32: for each pair of terms, 32 columns of it, up to a whole step.
@@ -157,7 +160,7 @@ unsafe fn pack_columns(strips: *mut f32, x: Matrix, cols: Span, terms: Span) {
 /// As [`Kernel::strip`].
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn multiply_strip(
-    kernel: impl Fn(usize, *const f32, *const f32, *const f32),
+    kernel: unsafe fn(usize, *const f32, *const f32, *const f32),
     panels: *const f32,
     strip: *const f32,
     steps: usize,

@@ -16,7 +16,7 @@ const MC: usize = 36 * MR;
 const AHEAD: usize = 16;
 
 /// Rows that are fetched ahead of packing them: the hardware does not see where a short stretch of the next row begins.
-const ROWS_AHEAD: isize = 8;
+pub(super) const ROWS_AHEAD: isize = 8;
 
 /// How packed panels hold their operands: 4-byte lanes of one f32 or of two bf16, and what the kernel does with them.
 pub(super) trait Format {
@@ -102,10 +102,9 @@ impl Format for Pairs {
     #[inline(always)]
     unsafe fn across(src: *const f32, stride: isize, mask: __mmask16, count: usize) -> __m512 {
         unsafe {
-            let bf16 = |x| _mm512_cvtepu16_epi32(std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x)));
-            let first = bf16(_mm512_maskz_loadu_ps(mask, src));
+            let first = to_bf16(_mm512_maskz_loadu_ps(mask, src));
             let mask = if count > 1 { mask } else { 0 };
-            let second = bf16(_mm512_maskz_loadu_ps(mask, src.wrapping_offset(stride)));
+            let second = to_bf16(_mm512_maskz_loadu_ps(mask, src.wrapping_offset(stride)));
             _mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32::<16>(second)))
         }
     }
@@ -114,6 +113,12 @@ impl Format for Pairs {
         let pairs = |x| unsafe { std::mem::transmute::<__m512, __m512bh>(x) };
         unsafe { _mm512_dpbf16_ps(sum, pairs(a), pairs(b)) }
     }
+}
+
+/// The bf16 nearest to each number, in the low half of its lane.
+#[inline(always)]
+pub(super) unsafe fn to_bf16(x: __m512) -> __m512i {
+    unsafe { _mm512_cvtepu16_epi32(std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x))) }
 }
 
 /// Columns become rows.

@@ -2,7 +2,7 @@
 //! rounding of what the ones before it leave (Henry, Tang and Heinecke, 2019). They hold all 24 bits of a mantissa, and of the
 //! nine products of parts the six that matter are summed; what is left out is below 2^-26 of a product. The unit adds 32
 //! products before it rounds into a sum, so the result is nearer to the exact one than by fused multiply-adds in f32, at
-//! twice their rate.
+//! up to twice their rate.
 //!
 //! Unlike there, an infinity times a number without lower parts is NaN, and numbers below 2^-126 count as zero.
 
@@ -10,8 +10,8 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::Matrix;
-use super::amx::{MatrixUnit, TILE, TILE_LANES, UNIT, multiply_strip};
-use super::avx512::{mask, transpose};
+use super::amx::{MatrixUnit, TILE, TILE_LANES, UNIT, each_tile, multiply_strip};
+use super::avx512::{ROWS_AHEAD, mask, to_bf16, transpose};
 use super::blocks::{Kernel, Span, Target};
 
 /// Parts of an operand.
@@ -47,16 +47,7 @@ impl Kernel for ThreeParts {
     }
 
     unsafe fn strip(panels: *const f32, strip: *const f32, terms: usize, target: Target) {
-        unsafe {
-            multiply_strip(
-                |s, u, l, b| kernel(s, u, l, b),
-                panels,
-                strip,
-                terms.div_ceil(UNIT),
-                PARTS * TILE_LANES,
-                target,
-            )
-        }
+        unsafe { multiply_strip(kernel, panels, strip, terms.div_ceil(UNIT), PARTS * TILE_LANES, target) }
     }
 
     unsafe fn begin() {
@@ -91,14 +82,12 @@ unsafe fn load_rows(x: Matrix, (row, rows): Span, (term, terms): Span) -> Block 
 /// Of neighbouring rows, or rows somewhere: the rows of each of the terms 0 to 15, then of 16 to 31.
 #[inline(always)]
 unsafe fn load_terms(x: Matrix, (row, rows): Span, (term, terms): Span) -> Block {
-    /// Terms that are fetched ahead, each a row of its own in memory.
-    const AHEAD: isize = 8;
     unsafe {
         let mut halves = [[_mm512_setzero_ps(); TILE]; 2];
         for t in 0..terms.min(UNIT) {
             let src = x.at(row, term + t);
             halves[t / TILE][t % TILE] = if x.row_stride == 1 {
-                _mm_prefetch::<_MM_HINT_T0>(src.wrapping_offset(AHEAD * x.col_stride).cast());
+                _mm_prefetch::<_MM_HINT_T0>(src.wrapping_offset(ROWS_AHEAD * x.col_stride).cast());
                 _mm512_maskz_loadu_ps(mask(rows), src)
             } else {
                 let mut values = [0.0f32; TILE];
@@ -123,7 +112,7 @@ unsafe fn part(x: __m512) -> (__m512i, __m512) {
     /// NaN, infinities.
     const NOT_FINITE: i32 = 0x99;
     unsafe {
-        let short = _mm512_cvtepu16_epi32(std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x)));
+        let short = to_bf16(x);
         let finite = !_mm512_fpclass_ps_mask::<NOT_FINITE>(x);
         let value = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(short));
         (short, _mm512_maskz_sub_ps(finite, x, value))
@@ -134,7 +123,6 @@ unsafe fn part(x: __m512) -> (__m512i, __m512) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 unsafe fn pack_rows(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
     let steps = terms.1.div_ceil(UNIT);
-    let firsts = (0..rows.1.next_multiple_of(UNIT)).step_by(TILE);
     let pack_tile = |first: usize, step: usize| {
         let rows = (rows.0 + first, TILE.min(rows.1.saturating_sub(first)));
         let terms = (terms.0 + step * UNIT, terms.1 - step * UNIT);
@@ -155,19 +143,13 @@ unsafe fn pack_rows(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
             }
         }
     };
-    // In the order that they have in memory.
-    if x.row_stride == 1 {
-        (0..steps).for_each(|step| firsts.clone().for_each(|first| pack_tile(first, step)));
-    } else {
-        firsts.for_each(|first| (0..steps).for_each(|step| pack_tile(first, step)));
-    }
+    each_tile(x, rows.1, steps, pack_tile);
 }
 
 /// Columns as strips of 32: for each step of 32 terms the three parts of 16 pairs of terms of 32 columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 unsafe fn pack_columns(strips: *mut f32, x: Matrix, cols: Span, terms: Span) {
     let steps = terms.1.div_ceil(UNIT);
-    let firsts = (0..cols.1.next_multiple_of(UNIT)).step_by(TILE);
     let pack_tile = |first: usize, step: usize| {
         let cols = (cols.0 + first, TILE.min(cols.1.saturating_sub(first)));
         let terms = (terms.0 + step * UNIT, terms.1 - step * UNIT);
@@ -188,11 +170,7 @@ unsafe fn pack_columns(strips: *mut f32, x: Matrix, cols: Span, terms: Span) {
             }
         }
     };
-    if x.row_stride == 1 {
-        (0..steps).for_each(|step| firsts.clone().for_each(|first| pack_tile(first, step)));
-    } else {
-        firsts.for_each(|first| (0..steps).for_each(|step| pack_tile(first, step)));
-    }
+    each_tile(x, cols.1, steps, pack_tile);
 }
 
 /// Adds the products over `steps` of 32 terms to the tiles of sums, `tmm0` to `tmm3`.
