@@ -44,7 +44,7 @@ impl BackendTask for Training {
                 std::process::exit(2);
             }
         };
-        let peak = measure_peak_flops::<B::InnerBackend>(&device);
+        let peak = measure_peak_flops::<B::InnerBackend>(&device, compute.precision);
         println!("measured matrix-product peak: {:.0} GFLOP/s", peak / 1e9);
         println!(
             "| size | parameters | seq_len x batch | precision | recompute | device | tokens/s | of peak | memory MB | forward tokens/s |"

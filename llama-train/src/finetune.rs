@@ -167,7 +167,10 @@ pub fn finetune<B: TrainBackend>(
         run,
         // The backward has no gradients of the frozen weights.
         flops_per_token: 2.0 * config.model.flops_per_token(config.batch.seq_len).forward(),
-        peak_flops: config.run.peak_flops.unwrap_or_else(|| measure_peak_flops::<B::InnerBackend>(device)),
+        peak_flops: config
+            .run
+            .peak_flops
+            .unwrap_or_else(|| measure_peak_flops::<B::InnerBackend>(device, config.compute.precision)),
     };
     let saved = config.clone();
     let save: Save<B> = Arc::new(move |model, optimizer, place| {

@@ -2,22 +2,29 @@
 
 use std::time::Instant;
 
-use burn::tensor::backend::Backend;
 use burn::tensor::{Distribution, Tensor};
+use llama_model::backend::ops::{primitive, tensor};
+use llama_model::{LlamaBackend, Precision};
 
-/// Floating-point operations per second of the best of several f32 products of two `2048 × 2048` matrices: what a
-/// model's products could reach at most on this backend. Takes about a second.
-pub fn measure_peak_flops<B: Backend>(device: &B::Device) -> f64 {
-    const N: usize = 2048;
-    let matrix = || Tensor::<B, 2>::random([N, N], Distribution::Uniform(-1.0, 1.0), device);
+/// Floating-point operations per second of the best of several products of two square matrices: what a model's products could reach at
+/// most on this backend. In `precision` where the backend has products of its own for it, else in f32. Takes about a second.
+pub fn measure_peak_flops<B: LlamaBackend>(device: &B::Device, precision: Precision) -> f64 {
+    let own = B::has_products(device, precision);
+    let n = if own { 8192 } else { 2048 };
+    let matrix = || {
+        let matrix = Tensor::<B, 2>::random([n, n], Distribution::Uniform(-1.0, 1.0), device);
+        if own { matrix.cast(precision.dtype()) } else { matrix }
+    };
     let (a, b) = (matrix(), matrix());
     let product = || {
         let start = Instant::now();
+        let (a, b) = (a.clone(), b.clone());
+        let product = if own { tensor(B::project(primitive(a), primitive(b), precision)) } else { a.matmul(b) };
         // Reading one number waits for the product without moving it.
-        a.clone().matmul(b.clone()).narrow(0, 0, 1).narrow(1, 0, 1).into_data();
+        product.narrow(0, 0, 1).narrow(1, 0, 1).into_data();
         start.elapsed().as_secs_f64()
     };
     product();
     let best = (0..8).map(|_| product()).fold(f64::INFINITY, f64::min);
-    2.0 * (N as f64).powi(3) / best
+    2.0 * (n as f64).powi(3) / best
 }

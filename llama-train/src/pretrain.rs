@@ -109,7 +109,10 @@ pub fn pretrain<B: TrainBackend>(
         schedule: config.schedule.clone(),
         run: config.run.clone(),
         flops_per_token: config.model.flops_per_token(config.batch.seq_len).training(),
-        peak_flops: config.run.peak_flops.unwrap_or_else(|| measure_peak_flops::<B::InnerBackend>(device)),
+        peak_flops: config
+            .run
+            .peak_flops
+            .unwrap_or_else(|| measure_peak_flops::<B::InnerBackend>(device, config.compute.precision)),
     };
     let saved = config.clone();
     let save: Save<B> = Arc::new(move |model, optimizer, place| {

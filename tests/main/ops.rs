@@ -244,6 +244,109 @@ device_test! {
     }
 }
 
+/// Largest allowed error of what products in this precision make, to the scale of the result.
+fn rounding(precision: Precision) -> f64 {
+    if precision == Precision::Bf16 { 0.02 } else { 0.003 }
+}
+
+device_test! {
+    /// Products in lower precisions, whose operands may be stored so, against f32 on the CPU: whole and broken tiles, long and short sums.
+    fn products_in_lower_precisions<B>(device) {
+        type Inner<B> = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
+        for precision in [Precision::Bf16, Precision::F16] {
+            if precision.check::<B>(&device).is_err() {
+                continue;
+            }
+            let stored = Inner::<B>::has_products(&device, precision);
+            for [tokens, d_in, d_out] in [[8, 16, 8], [40, 72, 136], [130, 264, 520], [1000, 96, 48], [2056, 136, 264]] {
+                let check = |name: &str, dims: [[usize; 2]; 2], ours: &dyn Fn([Tensor<Inner<B>, 2>; 2]) -> Tensor<Inner<B>, 2>,
+                             plain: &dyn Fn([Tensor<Flex, 2>; 2]) -> Tensor<Flex, 2>| {
+                    let ours = floats(ours([0, 1].map(|i| random(dims[i], i as u64 + 1, DType::F32, &device))).cast(DType::F32));
+                    let plain =
+                        floats(plain([0, 1].map(|i| random(dims[i], i as u64 + 1, DType::F32, &Default::default()))));
+                    let name = format!("{precision}: {name} of {tokens} tokens, {d_in} to {d_out}");
+                    close(&name, &ours, &plain, rounding(precision) * scale(&plain));
+                };
+                let store = |x: Tensor<Inner<B>, 2>| primitive(if stored { x.cast(precision.dtype()) } else { x });
+                for stored in [false, true] {
+                    let store = |x: Tensor<Inner<B>, 2>| if stored { store(x) } else { primitive(x) };
+                    check(
+                        "project",
+                        [[tokens, d_in], [d_out, d_in]],
+                        &|[x, weight]| tensor(Inner::<B>::project(store(x), primitive(weight), precision)),
+                        &|[x, weight]| x.matmul(weight.transpose()),
+                    );
+                    check(
+                        "gradient of the input",
+                        [[tokens, d_out], [d_out, d_in]],
+                        &|[grad, weight]| {
+                            let pairs = vec![(store(grad), primitive(weight))];
+                            tensor(Inner::<B>::project_backward_input(pairs, precision))
+                        },
+                        &|[grad, weight]| grad.matmul(weight),
+                    );
+                    check(
+                        "gradient of the weight",
+                        [[tokens, d_out], [tokens, d_in]],
+                        &|[grad, x]| tensor(Inner::<B>::project_backward_weight(store(grad), store(x), precision)),
+                        &|[grad, x]| grad.transpose().matmul(x),
+                    );
+                }
+            }
+        }
+    }
+}
+
+device_test! {
+    fn attention_in_lower_precisions<B>(device) {
+        type Inner<B> = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
+        for precision in [Precision::Bf16, Precision::F16] {
+            if precision.check::<B>(&device).is_err() {
+                continue;
+            }
+            for stored in [false, true] {
+                if stored && !Inner::<B>::has_products(&device, precision) {
+                    continue;
+                }
+                for (q_len, kv_len, head_dim, documents) in
+                    [(1, 1, 64, 0), (1, 70, 64, 0), (17, 17, 16, 0), (130, 200, 64, 0), (200, 200, 128, 0), (150, 150, 64, 40)]
+                {
+                    let case = Attention { batch: 2, q_len, kv_len, n_heads: 4, n_kv_heads: 2, head_dim, documents };
+                    let name = format!("{precision}: attention {q_len}/{kv_len}, heads of {head_dim}, documents of {documents}");
+                    let ours = attention_and_gradients::<Inner<B>>(&case, precision, stored, &device);
+                    let plain = attention_and_gradients::<Flex>(&case, Precision::F32, false, &Default::default());
+                    for (part, (ours, plain)) in ours.iter().zip(&plain).enumerate() {
+                        close(&format!("{name}: {part}"), ours, plain, rounding(precision) * scale(plain).max(0.5));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The result, the log-sum-exp and the three gradients.
+fn attention_and_gradients<B: LlamaBackend>(
+    case: &Attention,
+    precision: Precision,
+    stored: bool,
+    device: &B::Device,
+) -> Vec<Vec<f64>> {
+    let shapes = case.inputs();
+    let input = |shape: &Vec<usize>, seed| {
+        let x = random::<B, 4>(<[usize; 4]>::try_from(shape.clone()).unwrap(), seed, DType::F32, device);
+        primitive(if stored { x.cast(precision.dtype()) } else { x })
+    };
+    let [q, k, v] = [0, 1, 2].map(|i| input(&shapes[i], i as u64 + 1));
+    let starts = case.starts::<B>(device).map(|starts| starts.into_primitive());
+    let spec = AttentionSpec::new(case.head_dim, precision);
+    let (out, lse) = B::causal_attention(q.clone(), k.clone(), v.clone(), starts.clone(), spec);
+    let grad = input(&shapes[0], 4);
+    let saved = AttentionSaved { q, k, v, starts, out: out.clone(), lse: lse.clone(), spec };
+    let [d_q, d_k, d_v] = B::causal_attention_backward(saved, grad);
+    let whole = |x| floats(tensor::<B, 4>(x).cast(DType::F32));
+    vec![whole(out), floats(tensor::<B, 3>(lse)), whole(d_q), whole(d_k), whole(d_v)]
+}
+
 device_test! {
     /// The default backward bodies, which a backend may override, on the inner backend.
     fn default_backward_bodies_equal_the_backends<B>(device) {

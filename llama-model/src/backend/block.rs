@@ -12,8 +12,9 @@ use burn::tensor::TensorMetadata;
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 
+use super::ops::cast;
 use super::{AttentionSaved, AttentionSpec, LlamaBackend};
-use crate::{Compute, Recompute};
+use crate::{Compute, Precision, Recompute};
 
 /// The nine parameters of a block, or one thing for each of them.
 #[derive(Clone, Debug)]
@@ -104,7 +105,7 @@ type Weights<B> = BlockWeights<FloatTensor<B>>;
 
 impl<B: LlamaBackend> Activations<B> {
     fn new(x: FloatTensor<B>, weights: &Weights<B>, spec: &BlockSpec<B>) -> Self {
-        let &BlockSpec { batch, seq_len, head_dim, eps, .. } = spec;
+        let &BlockSpec { batch, seq_len, head_dim, .. } = spec;
         let precision = spec.compute.precision;
         let heads = |n: &FloatTensor<B>, weight: &FloatTensor<B>| {
             let x = B::project(n.clone(), weight.clone(), precision);
@@ -113,15 +114,15 @@ impl<B: LlamaBackend> Activations<B> {
         };
         let rotary = |x| B::rotary(x, spec.cos.clone(), spec.sin.clone(), false);
 
-        let attention_norm = B::rms_norm(x.clone(), weights.attention_norm.clone(), eps);
+        let attention_norm = norm::<B>(x.clone(), &weights.attention_norm, spec);
         let n = &attention_norm.0;
         let (q, k, v) = (rotary(heads(n, &weights.wq)), rotary(heads(n, &weights.wk)), heads(n, &weights.wv));
         let attention_spec = AttentionSpec::new(head_dim, precision);
         let (out, lse) = B::causal_attention(q.clone(), k.clone(), v.clone(), spec.starts.clone(), attention_spec);
         let attention = AttentionSaved { q, k, v, starts: spec.starts.clone(), out, lse, spec: attention_spec };
-        let h = B::float_add(B::project(attention.rows(), weights.wo.clone(), precision), x);
+        let h = add::<B>(B::project(attention.rows(), weights.wo.clone(), precision), x);
 
-        let ffn_norm = B::rms_norm(h.clone(), weights.ffn_norm.clone(), eps);
+        let ffn_norm = norm::<B>(h.clone(), &weights.ffn_norm, spec);
         let gate = B::project(ffn_norm.0.clone(), weights.w1.clone(), precision);
         let up = B::project(ffn_norm.0.clone(), weights.w3.clone(), precision);
         let product = Some(B::swiglu(gate.clone(), up.clone()));
@@ -135,7 +136,7 @@ impl<B: LlamaBackend> Activations<B> {
 
     fn output(&self, weights: &Weights<B>, spec: &BlockSpec<B>) -> FloatTensor<B> {
         let back = B::project(self.product(), weights.w2.clone(), spec.compute.precision);
-        B::float_add(back, self.h.clone())
+        add::<B>(back, self.h.clone())
     }
 }
 
@@ -144,6 +145,25 @@ impl<B: Backend> AttentionSaved<B> {
     fn rows(&self) -> FloatTensor<B> {
         rows::<B>(self.out.clone())
     }
+}
+
+/// A norm of the residual stream, which only products read.
+fn norm<B: LlamaBackend>(x: FloatTensor<B>, gain: &FloatTensor<B>, spec: &BlockSpec<B>) -> Norm<B> {
+    let (n, inv_rms) = B::rms_norm(x, gain.clone(), spec.eps);
+    (operand::<B>(n, spec.compute.precision), inv_rms)
+}
+
+/// What only products read, in their precision where they take that.
+fn operand<B: LlamaBackend>(x: FloatTensor<B>, precision: Precision) -> FloatTensor<B> {
+    match B::has_products(&B::float_device(&x), precision) {
+        true => cast::<B>(x, precision.dtype()),
+        false => x,
+    }
+}
+
+/// Adds to the residual stream, in its type.
+fn add<B: Backend>(x: FloatTensor<B>, residual: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_add(cast::<B>(x, residual.dtype()), residual)
 }
 
 /// `[batch, seq_len, heads, head_dim]` as `[batch · seq_len, heads · head_dim]`.
@@ -196,11 +216,13 @@ pub fn backward<B: LlamaBackend>(
     let BlockSaved { x, inner } = saved;
     let inner = inner.unwrap_or_else(|| Activations::new(x.clone(), weights, spec));
     // The feed-forward network, from its end.
-    let w2 = weight(wanted.w2, &grad, &inner.product());
+    let d_out = operand::<B>(grad.clone(), precision);
+    let w2 = weight(wanted.w2, &d_out, &inner.product());
     let Activations { attention_norm, attention, h, ffn_norm, gate, up, product } = inner;
     drop(product);
-    let (d_gate, d_up) = B::swiglu_backward(gate, up, input(&[(&grad, &weights.w2)]));
-    let (m, inv_rms) = ffn_norm.unwrap_or_else(|| B::rms_norm(h.clone(), weights.ffn_norm.clone(), spec.eps));
+    let (d_gate, d_up) = B::swiglu_backward(gate, up, input(&[(&d_out, &weights.w2)]));
+    drop(d_out);
+    let (m, inv_rms) = ffn_norm.unwrap_or_else(|| norm::<B>(h.clone(), &weights.ffn_norm, spec));
     let (w1, w3) = (weight(wanted.w1, &d_gate, &m), weight(wanted.w3, &d_up, &m));
     drop(m);
     let d_m = input(&[(&d_gate, &weights.w1), (&d_up, &weights.w3)]);
@@ -208,13 +230,15 @@ pub fn backward<B: LlamaBackend>(
     let (d_h, ffn_norm) = B::rms_norm_backward(h, weights.ffn_norm.clone(), inv_rms, d_m, Some(grad));
 
     // Attention.
-    let wo = weight(wanted.wo, &d_h, &attention.rows());
-    let d_out = B::float_reshape(input(&[(&d_h, &weights.wo)]), attention.out.shape());
+    let d_rows = operand::<B>(d_h.clone(), precision);
+    let wo = weight(wanted.wo, &d_rows, &attention.rows());
+    let d_out = cast::<B>(input(&[(&d_rows, &weights.wo)]), attention.out.dtype());
+    drop(d_rows);
+    let d_out = B::float_reshape(d_out, attention.out.shape());
     let [d_q, d_k, d_v] = B::causal_attention_backward(attention, d_out);
     let turn_back = |d| rows::<B>(B::rotary(d, spec.cos.clone(), spec.sin.clone(), true));
     let (d_q, d_k, d_v) = (turn_back(d_q), turn_back(d_k), rows::<B>(d_v));
-    let (n, inv_rms) =
-        attention_norm.unwrap_or_else(|| B::rms_norm(x.clone(), weights.attention_norm.clone(), spec.eps));
+    let (n, inv_rms) = attention_norm.unwrap_or_else(|| norm::<B>(x.clone(), &weights.attention_norm, spec));
     let (wq, wk, wv) = (weight(wanted.wq, &d_q, &n), weight(wanted.wk, &d_k, &n), weight(wanted.wv, &d_v, &n));
     drop(n);
     let d_n = input(&[(&d_q, &weights.wq), (&d_k, &weights.wk), (&d_v, &weights.wv)]);

@@ -117,7 +117,14 @@ pub trait LlamaBackend: Backend {
         reference::token_embedding_backward::<Self>(grad, tokens, vocab_size, sum)
     }
 
-    /// `x · weightᵀ`, with the weight stored as in the released checkpoints, in the dtype of `x` or a shorter one.
+    /// Whether products in this precision take operands that are stored in it, so that what is only read by products is stored so:
+    /// half the memory, and rounded once. Where not, products round what they read.
+    fn has_products(_device: &Self::Device, _precision: Precision) -> bool {
+        false
+    }
+
+    /// `x · weightᵀ`, with the weight stored as in the released checkpoints, in the dtype of `x` or a shorter one; the result in that of
+    /// `x`.
     ///
     /// # Shapes
     /// `x [tokens, d_in]`, `weight [d_out, d_in]`, result `[tokens, d_out]`.
@@ -146,7 +153,8 @@ pub trait LlamaBackend: Backend {
     /// Gradient of [`project`](Self::project) for its input, summed over the weights that read it: `Σ grad · weight`.
     ///
     /// # Shapes
-    /// One pair or more of `grad [tokens, d_out]` and `weight [d_out, d_in]`; result `[tokens, d_in]`.
+    /// One pair or more of `grad [tokens, d_out]` and `weight [d_out, d_in]`; result `[tokens, d_in]`, in f32 where
+    /// [`has_products`](Self::has_products), else in the dtype of `grad`.
     fn project_backward_input(
         pairs: Vec<(FloatTensor<Self>, FloatTensor<Self>)>,
         precision: Precision,
@@ -154,7 +162,8 @@ pub trait LlamaBackend: Backend {
         reference::project_backward_input::<Self>(pairs, precision)
     }
 
-    /// Gradient of [`project`](Self::project) for its weight: `gradᵀ · x`.
+    /// Gradient of [`project`](Self::project) for its weight: `gradᵀ · x`, in f32 where [`has_products`](Self::has_products), else in the
+    /// dtype of `grad`.
     fn project_backward_weight(
         grad: FloatTensor<Self>,
         x: FloatTensor<Self>,

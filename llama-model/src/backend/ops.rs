@@ -2,7 +2,7 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
-use burn::tensor::{Int, Tensor, TensorPrimitive};
+use burn::tensor::{DType, Int, Tensor, TensorMetadata, TensorPrimitive};
 
 use super::{AttentionSpec, BlockSpec, BlockWeights, LlamaBackend, LossSpec, QuantizedWeight};
 use crate::{Compute, Precision};
@@ -15,6 +15,11 @@ pub fn tensor<B: Backend, const D: usize>(primitive: FloatTensor<B>) -> Tensor<B
 /// A tensor as its primitive.
 pub fn primitive<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> FloatTensor<B> {
     tensor.into_primitive().tensor()
+}
+
+/// In another dtype, or as it is.
+pub(crate) fn cast<B: Backend>(x: FloatTensor<B>, dtype: DType) -> FloatTensor<B> {
+    if x.dtype() == dtype { x } else { B::float_cast(x, dtype.into()) }
 }
 
 /// All leading dimensions folded into one: `[tokens, features]`. A product on three dimensions would make a weight

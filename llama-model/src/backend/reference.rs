@@ -5,7 +5,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Int, Tensor, TensorMetadata, activation};
 
-use super::ops::{primitive, tensor};
+use super::ops::{cast, primitive, tensor};
 use super::{AdamWStep, AttentionSaved, AttentionSpec, IGNORE_TARGET, LossSpec};
 use crate::Precision;
 
@@ -85,6 +85,11 @@ pub fn scale<B: Backend>(x: FloatTensor<B>, factor: FloatTensor<B>) -> FloatTens
 /// The dtype statistics are computed in: f64 stays, everything else is f32.
 fn wide(dtype: DType) -> DType {
     if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+fn widened<B: Backend>(x: FloatTensor<B>) -> Tensor<B, 2> {
+    let dtype = wide(x.dtype());
+    tensor(cast::<B>(x, dtype))
 }
 
 /// [`LlamaBackend::rms_norm`](super::LlamaBackend::rms_norm).
@@ -244,8 +249,9 @@ pub fn causal_attention_backward<B: Backend>(saved: AttentionSaved<B>, grad: Flo
 
 /// [`LlamaBackend::swiglu`](super::LlamaBackend::swiglu).
 pub fn swiglu<B: Backend>(gate: FloatTensor<B>, up: FloatTensor<B>) -> FloatTensor<B> {
-    let (gate, up) = (tensor::<B, 2>(gate), tensor::<B, 2>(up));
-    primitive(activation::silu(gate) * up)
+    let dtype = gate.dtype();
+    let [gate, up] = [gate, up].map(widened::<B>);
+    cast::<B>(primitive(activation::silu(gate) * up), dtype)
 }
 
 /// [`LlamaBackend::swiglu_backward`](super::LlamaBackend::swiglu_backward).
@@ -256,12 +262,13 @@ pub fn swiglu_backward<B: Backend>(
     up: FloatTensor<B>,
     grad: FloatTensor<B>,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
-    let (gate, up, grad) = (tensor::<B, 2>(gate), tensor::<B, 2>(up), tensor::<B, 2>(grad));
+    let dtype = gate.dtype();
+    let [gate, up, grad] = [gate, up, grad].map(widened::<B>);
     let sigmoid = activation::sigmoid(gate.clone());
     let silu = gate.clone() * sigmoid.clone();
     let d_up = grad.clone() * silu.clone();
     let d_gate = grad * up * (sigmoid.clone() + silu * (sigmoid.neg().add_scalar(1.0)));
-    (primitive(d_gate), primitive(d_up))
+    (cast::<B>(primitive(d_gate), dtype), cast::<B>(primitive(d_up), dtype))
 }
 
 /// One chunk of rows of the cross entropy.

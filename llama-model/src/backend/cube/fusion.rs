@@ -9,9 +9,82 @@ use burn_fusion::stream::{Operation, OperationStreams};
 use burn_fusion::{Fusion, FusionBackend, FusionRuntime};
 use burn_ir::{CustomOpIr, HandleContainer, OperationIr, TensorIr};
 
-use super::super::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec};
+use super::super::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, reference};
+use crate::Precision;
 
 impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
+    fn has_products(device: &Self::Device, precision: Precision) -> bool {
+        B::has_products(device, precision)
+    }
+
+    fn token_embedding_backward(
+        grad: FloatTensor<Self>,
+        tokens: IntTensor<Self>,
+        vocab_size: usize,
+        sum: Option<FloatTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        let outputs = [(Shape::new([vocab_size, grad.shape()[1]]), grad.dtype())];
+        let [d_weight] = match sum {
+            Some(sum) => custom::<B, 2, 1>(
+                "token_embedding_backward",
+                [grad, sum],
+                Some(tokens),
+                outputs,
+                move |[grad, sum], tokens| [B::token_embedding_backward(grad, expect(tokens), vocab_size, Some(sum))],
+            ),
+            None => {
+                custom::<B, 1, 1>("token_embedding_backward", [grad], Some(tokens), outputs, move |[grad], tokens| {
+                    [B::token_embedding_backward(grad, expect(tokens), vocab_size, None)]
+                })
+            }
+        };
+        d_weight
+    }
+
+    fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
+        if !Self::has_products(&Self::float_device(&x), precision) {
+            return reference::project::<Self>(x, weight, precision);
+        }
+        let outputs = [(Shape::new([x.shape()[0], weight.shape()[0]]), x.dtype())];
+        let [out] = custom::<B, 2, 1>("project", [x, weight], None, outputs, move |[x, weight], _| {
+            [B::project(x, weight, precision)]
+        });
+        out
+    }
+
+    fn project_backward_input(
+        pairs: Vec<(FloatTensor<Self>, FloatTensor<Self>)>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        if !pairs.iter().all(|(grad, _)| Self::has_products(&Self::float_device(grad), precision)) {
+            return reference::project_backward_input::<Self>(pairs, precision);
+        }
+        let products = pairs.into_iter().map(|(grad, weight)| {
+            let outputs = [(Shape::new([grad.shape()[0], weight.shape()[1]]), DType::F32)];
+            let [d_x] =
+                custom::<B, 2, 1>("project_backward_input", [grad, weight], None, outputs, move |[grad, weight], _| {
+                    [B::project_backward_input(vec![(grad, weight)], precision)]
+                });
+            d_x
+        });
+        products.reduce(Self::float_add).expect("an input is read by a weight")
+    }
+
+    fn project_backward_weight(
+        grad: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        if !Self::has_products(&Self::float_device(&x), precision) {
+            return reference::project_backward_weight::<Self>(grad, x, precision);
+        }
+        let outputs = [(Shape::new([grad.shape()[1], x.shape()[1]]), DType::F32)];
+        let [d_weight] = custom::<B, 2, 1>("project_backward_weight", [grad, x], None, outputs, move |[grad, x], _| {
+            [B::project_backward_weight(grad, x, precision)]
+        });
+        d_weight
+    }
+
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let rows = x.shape()[0];
         let outputs = [like(&x), (Shape::new([rows, 1]), DType::F32)];
@@ -129,6 +202,13 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
         custom::<B, 4, 3>("adamw", [param, grad, m, v], None, outputs, move |[param, grad, m, v], _| {
             B::adamw(param, grad, m, v, &step)
         })
+    }
+
+    fn sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        let dtype = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let outputs = [(Shape::new([1]), dtype)];
+        let [sum] = custom::<B, 1, 1>("sum_of_squares", [x], None, outputs, |[x], _| [B::sum_of_squares(x)]);
+        sum
     }
 }
 

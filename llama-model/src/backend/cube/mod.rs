@@ -9,8 +9,13 @@
 
 mod attention;
 mod elementwise;
+mod embedding;
 mod fusion;
+mod loss;
+mod mma;
+mod product;
 mod rows;
+mod sums;
 
 use burn::tensor::ops::{FloatTensor, FloatTensorOps, IntTensor};
 use burn::tensor::{DType, Shape, Tensor, TensorMetadata};
@@ -20,10 +25,67 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
 use cubecl::prelude::CubeCount;
 
-use super::ops::{primitive, tensor};
+use super::ops::{cast, primitive, tensor};
 use super::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, reference};
+use crate::Precision;
+
+/// Fewer rows than this are left to Burn's products of vectors.
+const FEW_ROWS: usize = 16;
 
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBackend for CubeBackend<R, F, I, BT> {
+    fn has_products(device: &Self::Device, precision: Precision) -> bool {
+        product::supported(&R::client(device), precision)
+    }
+
+    fn token_embedding_backward(
+        grad: FloatTensor<Self>,
+        tokens: IntTensor<Self>,
+        vocab_size: usize,
+        sum: Option<FloatTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        match computes(&[&grad]) && sum.as_ref().is_none_or(|sum| sum.dtype() == grad.dtype()) {
+            true => embedding::backward(grad, tokens, vocab_size, sum),
+            false => reference::token_embedding_backward::<Self>(grad, tokens, vocab_size, sum),
+        }
+    }
+
+    fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
+        // Few rows leave most of a tile empty.
+        if x.shape()[0] < FEW_ROWS || !product::fits([&x, &weight], weight.shape()[0], precision) {
+            return reference::project::<Self>(x, weight, precision);
+        }
+        let dtype = x.dtype();
+        product::product((x, false), (weight, true), precision, dtype)
+    }
+
+    fn project_backward_input(
+        pairs: Vec<(FloatTensor<Self>, FloatTensor<Self>)>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        if !pairs.iter().all(|(grad, weight)| product::fits([grad, weight], weight.shape()[1], precision)) {
+            let wide = pairs.iter().all(|(grad, _)| product::supported(&grad.client, precision));
+            let d_x = reference::project_backward_input::<Self>(pairs, precision);
+            return if wide { cast::<Self>(d_x, DType::F32) } else { d_x };
+        }
+        let products = pairs
+            .into_iter()
+            .map(|(grad, weight)| product::product((grad, false), (weight, false), precision, DType::F32));
+        products.reduce(Self::float_add).expect("an input is read by a weight")
+    }
+
+    fn project_backward_weight(
+        grad: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        if product::fits([&grad, &x], x.shape()[1], precision) {
+            return product::product((grad, true), (x, false), precision, DType::F32);
+        }
+        let wide = product::supported(&grad.client, precision);
+        let d_weight = reference::project_backward_weight::<Self>(grad, x, precision);
+        if wide { cast::<Self>(d_weight, DType::F32) } else { d_weight }
+    }
+
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> (FloatTensor<Self>, FloatTensor<Self>) {
         match rows::fits(&x) && computes(&[&x, &weight]) {
             true => rows::rms_norm(x, weight, eps),
@@ -43,12 +105,12 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         }
         let dtype = weight.dtype();
         let (d_x, partial) = rows::rms_norm_backward(x, weight, inv_rms, grad);
-        let d_weight = tensor::<Self, 2>(partial).sum_dim(0).squeeze_dim::<1>(0).cast(dtype);
+        let d_weight = cast::<Self>(sums::sum_rows(partial), dtype);
         let d_x = match residual {
             Some(residual) => Self::float_add(d_x, residual),
             None => d_x,
         };
-        (d_x, primitive(d_weight))
+        (d_x, d_weight)
     }
 
     fn rotary(
@@ -70,6 +132,9 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         starts: Option<IntTensor<Self>>,
         spec: AttentionSpec,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        if let Some(operand) = attention::mma::operand(&[&q, &k, &v], spec.precision) {
+            return attention::mma::forward(q, k, v, starts, spec.scale, operand);
+        }
         match attention::tile(&q, attention::forward_bytes).filter(|_| computes(&[&q, &k, &v])) {
             Some(tile) => attention::forward(q, k, v, starts, spec.scale, tile),
             None => reference::causal_attention::<Self>(q, k, v, starts, spec),
@@ -77,6 +142,11 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
     }
 
     fn causal_attention_backward(saved: AttentionSaved<Self>, grad: FloatTensor<Self>) -> [FloatTensor<Self>; 3] {
+        let AttentionSaved { q, k, v, out, spec, .. } = &saved;
+        if let Some(operand) = attention::mma::operand(&[q, k, v, out, &grad], spec.precision) {
+            let AttentionSaved { q, k, v, starts, out, lse, spec } = saved;
+            return attention::mma::backward([q, k, v, out, grad], starts, lse, spec.scale, operand);
+        }
         let tile = attention::tile(&saved.q, attention::backward_bytes);
         let Some(tile) = tile.filter(|_| computes(&[&saved.q, &saved.k, &saved.v, &grad])) else {
             return reference::causal_attention_backward::<Self>(saved, grad);
@@ -100,7 +170,7 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         let hidden = tensor::<Self, 2>(hidden);
         let dtype = hidden.dtype();
         let losses = reference::chunks::<Self>(hidden, Tensor::from_primitive(targets)).map(|(hidden, targets)| {
-            let logits = reference::project::<Self>(primitive(hidden), head.clone(), spec.precision);
+            let logits = Self::project(primitive(hidden), head.clone(), spec.precision);
             let (losses, _) = rows::cross_entropy(logits, targets.into_primitive(), spec.z_loss, false);
             tensor::<Self, 1>(losses)
         });
@@ -115,6 +185,9 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
     ) -> [FloatTensor<Self>; 3] {
         if !computes(&[&hidden, &head]) {
             return reference::linear_cross_entropy_with_grads::<Self>(hidden, head, targets, spec);
+        }
+        if product::fits([&hidden, &head], head.shape()[0], spec.precision) && head.shape()[0].is_multiple_of(8) {
+            return loss::linear_cross_entropy_with_grads::<R, F, I, BT>(hidden, head, targets, spec);
         }
         reference::chunked_cross_entropy::<Self>(hidden, head, targets, spec, |logits, targets| {
             let (losses, d_logits) =
@@ -133,6 +206,13 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         match computes(&[&param, &grad, &m, &v]) {
             true => elementwise::adamw(param, grad, m, v, step),
             false => reference::adamw::<Self>(param, grad, m, v, step),
+        }
+    }
+
+    fn sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        match computes(&[&x]) {
+            true => sums::sum_of_squares(x),
+            false => reference::sum_of_squares::<Self>(x),
         }
     }
 }

@@ -9,7 +9,7 @@ use cubecl::prelude::*;
 use super::{contiguous, cubes, empty_like};
 
 /// Units of a cube.
-const UNITS: usize = 256;
+pub(super) const UNITS: usize = 256;
 /// Rows whose share of the gain's gradient is summed by one cube.
 const ROWS: usize = 32;
 /// Widest row of the norm: a unit holds its part of it in registers.
@@ -22,7 +22,7 @@ pub(super) fn fits<R: CubeRuntime>(x: &CubeTensor<R>) -> bool {
 
 /// The sum of all units' values, in every unit.
 #[cube]
-fn cube_sum(value: f32, shared: &mut SharedMemory<f32>) -> f32 {
+pub(super) fn cube_sum(value: f32, shared: &mut SharedMemory<f32>) -> f32 {
     let unit = UNIT_POS as usize;
     shared[unit] = value;
     sync_cube();

@@ -1,0 +1,342 @@
+//! The backward: weights computed again, one kernel for the gradient of the queries, one for keys and values.
+
+use super::*;
+
+/// `rowsum(dO · O)` of a plane's 16 rows, which the softmax's backward subtracts: in each unit, of its two rows.
+#[cube]
+fn deltas<F: Float>(
+    out: &Tensor<Vector<F, Eight>>,
+    grad: &Tensor<Vector<F, Eight>>,
+    batch: usize,
+    query: usize,
+    head: usize,
+    #[comptime] head_dim: usize,
+) -> Array<f32> {
+    let q_len = out.shape(1);
+    let heads = out.shape(2);
+    let lane = UNIT_POS_PLANE as usize % 4;
+    let vectors = comptime!(head_dim / 8);
+    let mut deltas = Array::<f32>::new(2usize);
+    #[unroll]
+    for i in 0..2usize {
+        let mut sum = f32::new(0.0);
+        if query + i * 8 < q_len {
+            let base = ((batch * q_len + query + i * 8) * heads + head) * vectors;
+            let mut at = lane;
+            while at < vectors {
+                let product = Vector::<f32, Eight>::cast_from(out[base + at]) * Vector::cast_from(grad[base + at]);
+                #[unroll]
+                for j in 0..8usize {
+                    sum += product[j];
+                }
+                at += 4;
+            }
+        }
+        sum += plane_shuffle_xor(sum, 1);
+        sum += plane_shuffle_xor(sum, 2);
+        deltas[i] = sum;
+    }
+    deltas
+}
+
+#[cube(launch_unchecked)]
+fn backward_q_kernel<F: Float, E: Float, I: Int>(
+    q: &Tensor<Vector<F, Eight>>,
+    k: &Tensor<Vector<F, Eight>>,
+    v: &Tensor<Vector<F, Eight>>,
+    starts: &Tensor<I>,
+    out: &Tensor<Vector<F, Eight>>,
+    grad: &Tensor<Vector<F, Eight>>,
+    lse: &Tensor<f32>,
+    delta: &mut Tensor<f32>,
+    d_q: &mut Tensor<Vector<F, Pair>>,
+    scale: f32,
+    #[comptime] head_dim: usize,
+    #[comptime] documents: bool,
+    #[define(F, E, I)] _dtypes: [StorageType; 3],
+) {
+    let q_len = q.shape(1);
+    let heads = q.shape(2);
+    let kv_len = k.shape(1);
+    let tiles = q_len.div_ceil(TILE);
+    let batch = CUBE_POS / tiles / heads;
+    if batch >= q.shape(0) {
+        terminate!();
+    }
+    let head = CUBE_POS / tiles % heads;
+    let kv_head = head / (heads / k.shape(2));
+    // Those with most keys begin first.
+    let q_start = (tiles - 1 - CUBE_POS % tiles) * TILE;
+    let shift = kv_len - q_len;
+    let seen = min(q_start + TILE, q_len) + shift;
+    let row = UNIT_POS as usize / 32 * ROWS;
+    let query = q_start + row + UNIT_POS_PLANE as usize / 4;
+    let column = UNIT_POS_PLANE as usize % 4 * 2;
+
+    let definition = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
+    let mut k_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(TILE * pitch(head_dim)), 16usize);
+    let mut v_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(TILE * pitch(head_dim)), 16usize);
+    load::<F, E>(q, &mut k_tile, batch, q_start, head, head_dim);
+    load::<F, E>(grad, &mut v_tile, batch, q_start, head, head_dim);
+    sync_cube();
+    let q_rows = rows_of(&definition, &k_tile, row, head_dim);
+    let grad_rows = rows_of(&definition, &v_tile, row, head_dim);
+
+    let deltas = deltas(out, grad, batch, query, head, head_dim);
+    let mut first = Array::<usize>::new(2usize);
+    let mut row_lse = Array::<f32>::new(2usize);
+    #[unroll]
+    for i in 0..2usize {
+        let query = query + i * 8;
+        first[i] = first_key(starts, batch, query, q_len, documents);
+        row_lse[i] = lse[(batch * heads + head) * q_len + min(query, q_len - 1)];
+        if column == 0 && query < q_len {
+            delta[(batch * heads + head) * q_len + query] = deltas[i];
+        }
+    }
+
+    let mut results = zeros(head_dim);
+    let unseen = first_key(starts, batch, q_start, q_len, documents);
+    for kv_index in unseen / TILE..seen.div_ceil(TILE) {
+        let kv_start = kv_index * TILE;
+        sync_cube();
+        load::<F, E>(k, &mut k_tile, batch, kv_start, kv_head, head_dim);
+        load::<F, E>(v, &mut v_tile, batch, kv_start, kv_head, head_dim);
+        sync_cube();
+        for part in 0..comptime!(TILE / ROWS) {
+            let key_row = part * ROWS;
+            // A plane's last query sees none of the keys behind its own.
+            if kv_start + key_row <= q_start + row + comptime!(ROWS - 1) + shift {
+                let mut score = scores(&definition, &q_rows, &k_tile, key_row, head_dim);
+                let d_weight = scores(&definition, &grad_rows, &v_tile, key_row, head_dim);
+                let whole = !documents && kv_start + key_row + ROWS <= q_start + row + shift + 1;
+                #[unroll]
+                for side in 0..2usize {
+                    let score = score.index_mut(side);
+                    let d_weight = d_weight.index(side);
+                    #[unroll]
+                    for i in 0..2usize {
+                        let weight = (score[i] * Vector::cast_from(scale) - Vector::cast_from(row_lse[i])).exp();
+                        let mut value =
+                            weight * (d_weight[i] - Vector::cast_from(deltas[i])) * Vector::cast_from(scale);
+                        if !whole {
+                            #[unroll]
+                            for j in 0..2usize {
+                                let key = kv_start + key_row + side * WIDTH + column + j;
+                                if key > query + i * 8 + shift || key < first[i] {
+                                    value[j] = f32::new(0.0);
+                                }
+                            }
+                        }
+                        score[i] = value;
+                    }
+                }
+                accumulate(&definition, &rounded(&score), &k_tile, key_row, &mut results, head_dim);
+            }
+        }
+    }
+    #[unroll]
+    for i in 0..2usize {
+        let query = query + i * 8;
+        if query < q_len {
+            store(&results, d_q, ((batch * q_len + query) * heads + head) * head_dim, 1.0f32, i, head_dim);
+        }
+    }
+}
+
+#[cube(launch_unchecked)]
+fn backward_kv_kernel<F: Float, E: Float, I: Int>(
+    q: &Tensor<Vector<F, Eight>>,
+    k: &Tensor<Vector<F, Eight>>,
+    v: &Tensor<Vector<F, Eight>>,
+    starts: &Tensor<I>,
+    grad: &Tensor<Vector<F, Eight>>,
+    lse: &Tensor<f32>,
+    delta: &Tensor<f32>,
+    d_k: &mut Tensor<Vector<F, Pair>>,
+    d_v: &mut Tensor<Vector<F, Pair>>,
+    scale: f32,
+    #[comptime] head_dim: usize,
+    #[comptime] documents: bool,
+    #[define(F, E, I)] _dtypes: [StorageType; 3],
+) {
+    let q_len = q.shape(1);
+    let heads = q.shape(2);
+    let kv_len = k.shape(1);
+    let kv_heads = k.shape(2);
+    let tiles = kv_len.div_ceil(TILE);
+    let batch = CUBE_POS / tiles / kv_heads;
+    if batch >= k.shape(0) {
+        terminate!();
+    }
+    let kv_head = CUBE_POS / tiles % kv_heads;
+    let kv_start = CUBE_POS % tiles * TILE;
+    let shift = kv_len - q_len;
+    let group = heads / kv_heads;
+    // The first query that sees any of these keys.
+    let first = max(kv_start, shift) - shift;
+    let row = UNIT_POS as usize / 32 * ROWS;
+    let key = kv_start + row + UNIT_POS_PLANE as usize / 4;
+    let column = UNIT_POS_PLANE as usize % 4 * 2;
+
+    let definition = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
+    let mut k_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(TILE * pitch(head_dim)), 16usize);
+    let mut v_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(TILE * pitch(head_dim)), 16usize);
+    let mut q_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(TILE * pitch(head_dim)), 16usize);
+    let mut grad_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(TILE * pitch(head_dim)), 16usize);
+    let mut lse_tile = SharedMemory::<f32>::new(TILE);
+    let mut delta_tile = SharedMemory::<f32>::new(TILE);
+    load::<F, E>(k, &mut k_tile, batch, kv_start, kv_head, head_dim);
+    load::<F, E>(v, &mut v_tile, batch, kv_start, kv_head, head_dim);
+
+    let mut key_results = zeros(head_dim);
+    let mut value_results = zeros(head_dim);
+    for member in 0..group {
+        let head = kv_head * group + member;
+        for q_index in first / TILE..q_len.div_ceil(TILE) {
+            let q_start = q_index * TILE;
+            sync_cube();
+            load::<F, E>(q, &mut q_tile, batch, q_start, head, head_dim);
+            load::<F, E>(grad, &mut grad_tile, batch, q_start, head, head_dim);
+            let unit = UNIT_POS as usize;
+            if unit < TILE {
+                let at = (batch * heads + head) * q_len + min(q_start + unit, q_len - 1);
+                lse_tile[unit] = lse[at];
+                delta_tile[unit] = delta[at];
+            }
+            sync_cube();
+            for part in 0..comptime!(TILE / ROWS) {
+                let query_row = part * ROWS;
+                // The last of these queries sees none of the keys behind its own.
+                if kv_start + row <= q_start + query_row + comptime!(ROWS - 1) + shift {
+                    // Rows are keys, columns queries.
+                    let mut score = pairs(&definition, &k_tile, row, &q_tile, query_row, head_dim);
+                    let mut d_score = pairs(&definition, &v_tile, row, &grad_tile, query_row, head_dim);
+                    let whole = !documents
+                        && q_start + query_row + ROWS <= q_len
+                        && kv_start + row + ROWS <= q_start + query_row + shift + 1;
+                    #[unroll]
+                    for side in 0..2usize {
+                        let score = score.index_mut(side);
+                        let d_score = d_score.index_mut(side);
+                        let at = query_row + side * WIDTH + column;
+                        let mut lse_pair = Vector::<f32, Pair>::cast_from(lse_tile[at]);
+                        lse_pair[1] = lse_tile[at + 1];
+                        let mut delta_pair = Vector::<f32, Pair>::cast_from(delta_tile[at]);
+                        delta_pair[1] = delta_tile[at + 1];
+                        #[unroll]
+                        for i in 0..2usize {
+                            let mut weight = (score[i] * Vector::cast_from(scale) - lse_pair).exp();
+                            if !whole {
+                                #[unroll]
+                                for j in 0..2usize {
+                                    let query = q_start + at + j;
+                                    let unseen = first_key(starts, batch, query, q_len, documents);
+                                    let key = key + i * 8;
+                                    if query >= q_len || key > query + shift || key < unseen {
+                                        weight[j] = f32::new(0.0);
+                                    }
+                                }
+                            }
+                            score[i] = weight;
+                            d_score[i] = weight * (d_score[i] - delta_pair) * Vector::cast_from(scale);
+                        }
+                    }
+                    accumulate(&definition, &rounded(&score), &grad_tile, query_row, &mut value_results, head_dim);
+                    accumulate(&definition, &rounded(&d_score), &q_tile, query_row, &mut key_results, head_dim);
+                }
+            }
+        }
+    }
+    #[unroll]
+    for i in 0..2usize {
+        let key = key + i * 8;
+        if key < kv_len {
+            let base = ((batch * kv_len + key) * kv_heads + kv_head) * head_dim;
+            store(&key_results, d_k, base, 1.0f32, i, head_dim);
+            store(&value_results, d_v, base, 1.0f32, i, head_dim);
+        }
+    }
+}
+
+/// Products of 16 rows of one tile with 16 of another. As [`scores`], whose rows stay in registers: here those are full of results.
+#[cube]
+fn pairs<E: Float>(
+    definition: &MmaDefinition<E, E, f32>,
+    rows: &SharedMemory<Vector<E, Eight>>,
+    row: usize,
+    columns: &SharedMemory<Vector<E, Eight>>,
+    column: usize,
+    #[comptime] head_dim: usize,
+) -> Sequence<Sums> {
+    let mut sums = zeros(ROWS);
+    #[unroll]
+    for part in 0..comptime!(head_dim / ROWS) {
+        let left = square(definition, rows, row, part * 2, head_dim, false);
+        let right = square(definition, columns, column, part * 2, head_dim, false);
+        definition.execute_inplace(&left, &half(&right, 0usize, 2usize), sums.index_mut(0usize));
+        definition.execute_inplace(&left, &half(&right, 1usize, 3usize), sums.index_mut(1usize));
+    }
+    sums
+}
+
+/// [`LlamaBackend::causal_attention_backward`](crate::LlamaBackend::causal_attention_backward) with operands of this type: `q`, `k`, `v`,
+/// the result and its gradient in.
+pub(in crate::backend::cube) fn backward<R: CubeRuntime>(
+    inputs: [CubeTensor<R>; 5],
+    starts: Option<CubeTensor<R>>,
+    lse: CubeTensor<R>,
+    scale: f64,
+    operand: StorageType,
+) -> [CubeTensor<R>; 3] {
+    let [q, k, v, out, grad] = contiguous(inputs);
+    let documents = starts.is_some();
+    let starts = starts_or_none(starts, &q);
+    let [lse] = contiguous([lse]);
+    let [batch, q_len, heads, head_dim] = q.shape().dims();
+    let [_, kv_len, kv_heads, _] = k.shape().dims();
+    let [d_q, d_k, d_v] = [&q, &k, &v].map(|x| empty_like(x, x.shape(), x.dtype));
+    let delta = empty_like(&lse, lse.shape(), DType::F32);
+    let client = q.client.clone();
+    let dtypes = [q.dtype.into(), operand, starts.dtype.into()];
+    // SAFETY: the kernels check every position that they read or write against the tensors' lengths.
+    unsafe {
+        backward_q_kernel::launch_unchecked::<R>(
+            &client,
+            cubes(batch * heads * q_len.div_ceil(TILE)),
+            CubeDim::new_1d(UNITS as u32),
+            q.clone().into_tensor_arg(),
+            k.clone().into_tensor_arg(),
+            v.clone().into_tensor_arg(),
+            starts.clone().into_tensor_arg(),
+            out.into_tensor_arg(),
+            grad.clone().into_tensor_arg(),
+            lse.clone().into_tensor_arg(),
+            delta.clone().into_tensor_arg(),
+            d_q.clone().into_tensor_arg(),
+            scale as f32,
+            head_dim,
+            documents,
+            dtypes,
+        );
+        backward_kv_kernel::launch_unchecked::<R>(
+            &client,
+            cubes(batch * kv_heads * kv_len.div_ceil(TILE)),
+            CubeDim::new_1d(UNITS as u32),
+            q.into_tensor_arg(),
+            k.into_tensor_arg(),
+            v.into_tensor_arg(),
+            starts.into_tensor_arg(),
+            grad.into_tensor_arg(),
+            lse.into_tensor_arg(),
+            delta.into_tensor_arg(),
+            d_k.clone().into_tensor_arg(),
+            d_v.clone().into_tensor_arg(),
+            scale as f32,
+            head_dim,
+            documents,
+            dtypes,
+        );
+    }
+    [d_q, d_k, d_v]
+}
