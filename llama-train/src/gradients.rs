@@ -50,13 +50,12 @@ impl<B: LlamaBackend> GradientList<B> {
 
     /// Global L2 norm over all parameters.
     pub fn norm(&self) -> f64 {
-        let squares: Vec<Tensor<B, 1>> =
-            self.entries.iter().map(|(_, g)| tensor(B::sum_of_squares(primitive(g.clone())))).collect();
-        if squares.is_empty() {
+        if self.entries.is_empty() {
             return 0.0;
         }
+        let gradients = self.entries.iter().map(|(_, g)| primitive(g.clone())).collect();
         // One transfer from the device for all of them.
-        let squares = Tensor::cat(squares, 0).into_data().convert::<f64>();
+        let squares = tensor::<B, 1>(B::sums_of_squares(gradients)).into_data().convert::<f64>();
         squares.iter::<f64>().sum::<f64>().sqrt()
     }
 }

@@ -3,6 +3,7 @@
 
 use burn::backend::{Autodiff, Flex};
 use burn::tensor::backend::Backend;
+use burn::tensor::ops::FloatTensor;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use llama::model::backend::ops::{primitive, tensor};
 use llama::model::backend::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, ops, reference};
@@ -250,75 +251,94 @@ fn rounding(precision: Precision) -> f64 {
 }
 
 device_test! {
-    /// Products in lower precisions, whose operands may be stored so, against f32 on the CPU: whole and broken tiles, long and short sums.
-    fn products_in_lower_precisions<B>(device) {
-        type Inner<B> = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
-        for precision in [Precision::Bf16, Precision::F16] {
-            if precision.check::<B>(&device).is_err() {
-                continue;
-            }
-            let stored = Inner::<B>::has_products(&device, precision);
-            for [tokens, d_in, d_out] in [[8, 16, 8], [40, 72, 136], [130, 264, 520], [1000, 96, 48], [2056, 136, 264]] {
-                let check = |name: &str, dims: [[usize; 2]; 2], ours: &dyn Fn([Tensor<Inner<B>, 2>; 2]) -> Tensor<Inner<B>, 2>,
-                             plain: &dyn Fn([Tensor<Flex, 2>; 2]) -> Tensor<Flex, 2>| {
-                    let ours = floats(ours([0, 1].map(|i| random(dims[i], i as u64 + 1, DType::F32, &device))).cast(DType::F32));
-                    let plain =
-                        floats(plain([0, 1].map(|i| random(dims[i], i as u64 + 1, DType::F32, &Default::default()))));
-                    let name = format!("{precision}: {name} of {tokens} tokens, {d_in} to {d_out}");
-                    close(&name, &ours, &plain, rounding(precision) * scale(&plain));
-                };
-                let store = |x: Tensor<Inner<B>, 2>| primitive(if stored { x.cast(precision.dtype()) } else { x });
-                for stored in [false, true] {
-                    let store = |x: Tensor<Inner<B>, 2>| if stored { store(x) } else { primitive(x) };
-                    check(
-                        "project",
-                        [[tokens, d_in], [d_out, d_in]],
-                        &|[x, weight]| tensor(Inner::<B>::project(store(x), primitive(weight), precision)),
-                        &|[x, weight]| x.matmul(weight.transpose()),
-                    );
-                    check(
-                        "gradient of the input",
-                        [[tokens, d_out], [d_out, d_in]],
-                        &|[grad, weight]| {
-                            let pairs = vec![(store(grad), primitive(weight))];
-                            tensor(Inner::<B>::project_backward_input(pairs, precision))
-                        },
-                        &|[grad, weight]| grad.matmul(weight),
-                    );
-                    check(
-                        "gradient of the weight",
-                        [[tokens, d_out], [tokens, d_in]],
-                        &|[grad, x]| tensor(Inner::<B>::project_backward_weight(store(grad), store(x), precision)),
-                        &|[grad, x]| grad.transpose().matmul(x),
-                    );
-                }
-            }
+    fn products_in_bf16<B>(device) {
+        products_in::<B>(Precision::Bf16, &device);
+    }
+}
+
+device_test! {
+    fn products_in_f16<B>(device) {
+        products_in::<B>(Precision::F16, &device);
+    }
+}
+
+/// Products in a lower precision, whose operands may be stored so, against f32 on the CPU: whole and broken tiles, long and short sums.
+fn products_in<B: TrainBackend>(precision: Precision, device: &B::Device) {
+    type Inner<B> = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
+    if let Err(error) = precision.check::<B>(device) {
+        return eprintln!("skipped: {error}");
+    }
+    let can_store = Inner::<B>::has_products(device, precision);
+    for [tokens, d_in, d_out] in [[24, 16, 8], [40, 72, 136], [130, 264, 520], [1000, 96, 48], [2056, 136, 264]] {
+        for stored in [false, true] {
+            let store =
+                |x: Tensor<Inner<B>, 2>| primitive(if stored && can_store { x.cast(precision.dtype()) } else { x });
+            let check = |name: &str,
+                         dims: [[usize; 2]; 2],
+                         ours: &dyn Fn([Tensor<Inner<B>, 2>; 2]) -> FloatTensor<Inner<B>>,
+                         plain: &dyn Fn([Tensor<Flex, 2>; 2]) -> Tensor<Flex, 2>| {
+                let ours = ours([0, 1].map(|i| random(dims[i], i as u64 + 1, DType::F32, device)));
+                let plain = plain([0, 1].map(|i| random(dims[i], i as u64 + 1, DType::F32, &Default::default())));
+                let (ours, plain) = (floats(tensor::<Inner<B>, 2>(ours).cast(DType::F32)), floats(plain));
+                let name = format!("{precision}: {name}, {tokens} tokens, {d_in} to {d_out}");
+                close(&name, &ours, &plain, rounding(precision) * scale(&plain));
+            };
+            check(
+                "project",
+                [[tokens, d_in], [d_out, d_in]],
+                &|[x, weight]| Inner::<B>::project(store(x), primitive(weight), precision),
+                &|[x, weight]| x.matmul(weight.transpose()),
+            );
+            check(
+                "gradient of the input of two",
+                [[tokens, d_out], [d_out, d_in]],
+                &|[grad, weight]| {
+                    let pair = (store(grad), primitive(weight));
+                    Inner::<B>::project_backward_input(vec![pair.clone(), pair], precision)
+                },
+                &|[grad, weight]| grad.matmul(weight) * 2.0,
+            );
+            check(
+                "gradient of the weight",
+                [[tokens, d_out], [tokens, d_in]],
+                &|[grad, x]| Inner::<B>::project_backward_weight(store(grad), store(x), precision),
+                &|[grad, x]| grad.transpose().matmul(x),
+            );
         }
     }
 }
 
 device_test! {
-    fn attention_in_lower_precisions<B>(device) {
-        type Inner<B> = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
-        for precision in [Precision::Bf16, Precision::F16] {
-            if precision.check::<B>(&device).is_err() {
-                continue;
-            }
-            for stored in [false, true] {
-                if stored && !Inner::<B>::has_products(&device, precision) {
-                    continue;
-                }
-                for (q_len, kv_len, head_dim, documents) in
-                    [(1, 1, 64, 0), (1, 70, 64, 0), (17, 17, 16, 0), (130, 200, 64, 0), (200, 200, 128, 0), (150, 150, 64, 40)]
-                {
-                    let case = Attention { batch: 2, q_len, kv_len, n_heads: 4, n_kv_heads: 2, head_dim, documents };
-                    let name = format!("{precision}: attention {q_len}/{kv_len}, heads of {head_dim}, documents of {documents}");
-                    let ours = attention_and_gradients::<Inner<B>>(&case, precision, stored, &device);
-                    let plain = attention_and_gradients::<Flex>(&case, Precision::F32, false, &Default::default());
-                    for (part, (ours, plain)) in ours.iter().zip(&plain).enumerate() {
-                        close(&format!("{name}: {part}"), ours, plain, rounding(precision) * scale(plain).max(0.5));
-                    }
-                }
+    fn attention_in_bf16<B>(device) {
+        attention_in::<B>(Precision::Bf16, &device);
+    }
+}
+
+device_test! {
+    fn attention_in_f16<B>(device) {
+        attention_in::<B>(Precision::F16, &device);
+    }
+}
+
+fn attention_in<B: TrainBackend>(precision: Precision, device: &B::Device) {
+    type Inner<B> = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
+    if let Err(error) = precision.check::<B>(device) {
+        return eprintln!("skipped: {error}");
+    }
+    for stored in [false, true] {
+        if stored && !Inner::<B>::has_products(device, precision) {
+            continue;
+        }
+        for (q_len, kv_len, head_dim, documents) in
+            [(1, 1, 64, 0), (1, 70, 64, 0), (130, 200, 64, 0), (200, 200, 128, 0), (150, 150, 64, 40), (17, 17, 16, 0)]
+        {
+            let case = Attention { batch: 2, q_len, kv_len, n_heads: 4, n_kv_heads: 2, head_dim, documents };
+            let name =
+                format!("{precision}: attention {q_len}/{kv_len}, heads of {head_dim}, documents of {documents}");
+            let ours = attention_and_gradients::<Inner<B>>(&case, precision, stored, device);
+            let plain = attention_and_gradients::<Flex>(&case, Precision::F32, false, &Default::default());
+            for (part, (ours, plain)) in ours.iter().zip(&plain).enumerate() {
+                close(&format!("{name}: {part}"), ours, plain, rounding(precision) * scale(plain).max(0.5));
             }
         }
     }
@@ -442,7 +462,7 @@ device_test! {
 
         let x = f32s([100, 41], 5);
         let expected: f64 = floats(tensor::<Inner<B>, 2>(x.clone())).iter().map(|x| x * x).sum();
-        let found = floats(tensor::<Inner<B>, 1>(Inner::<B>::sum_of_squares(x)));
+        let found = floats(tensor::<Inner<B>, 1>(Inner::<B>::sums_of_squares(vec![x])));
         close("sum of squares", &found, &[expected], tolerance(1e-4 * expected, expected));
     }
 }

@@ -14,7 +14,7 @@ use burn::tensor::ops::{FloatTensor, IntTensor};
 
 use super::ops::cast;
 use super::{AttentionSaved, AttentionSpec, LlamaBackend};
-use crate::{Compute, Precision, Recompute};
+use crate::{Compute, Recompute};
 
 /// The nine parameters of a block, or one thing for each of them.
 #[derive(Clone, Debug)]
@@ -149,16 +149,7 @@ impl<B: Backend> AttentionSaved<B> {
 
 /// A norm of the residual stream, which only products read.
 fn norm<B: LlamaBackend>(x: FloatTensor<B>, gain: &FloatTensor<B>, spec: &BlockSpec<B>) -> Norm<B> {
-    let (n, inv_rms) = B::rms_norm(x, gain.clone(), spec.eps);
-    (operand::<B>(n, spec.compute.precision), inv_rms)
-}
-
-/// What only products read, in their precision where they take that.
-fn operand<B: LlamaBackend>(x: FloatTensor<B>, precision: Precision) -> FloatTensor<B> {
-    match B::has_products(&B::float_device(&x), precision) {
-        true => cast::<B>(x, precision.dtype()),
-        false => x,
-    }
+    B::rms_norm_operand(x, gain.clone(), spec.eps, spec.compute.precision)
 }
 
 /// Adds to the residual stream, in its type.
@@ -216,7 +207,7 @@ pub fn backward<B: LlamaBackend>(
     let BlockSaved { x, inner } = saved;
     let inner = inner.unwrap_or_else(|| Activations::new(x.clone(), weights, spec));
     // The feed-forward network, from its end.
-    let d_out = operand::<B>(grad.clone(), precision);
+    let d_out = B::operand(grad.clone(), precision);
     let w2 = weight(wanted.w2, &d_out, &inner.product());
     let Activations { attention_norm, attention, h, ffn_norm, gate, up, product } = inner;
     drop(product);
@@ -230,7 +221,7 @@ pub fn backward<B: LlamaBackend>(
     let (d_h, ffn_norm) = B::rms_norm_backward(h, weights.ffn_norm.clone(), inv_rms, d_m, Some(grad));
 
     // Attention.
-    let d_rows = operand::<B>(d_h.clone(), precision);
+    let d_rows = B::operand(d_h.clone(), precision);
     let wo = weight(wanted.wo, &d_rows, &attention.rows());
     let d_out = cast::<B>(input(&[(&d_rows, &weights.wo)]), attention.out.dtype());
     drop(d_rows);

@@ -123,6 +123,14 @@ pub trait LlamaBackend: Backend {
         false
     }
 
+    /// What only products read, in their precision where they take that.
+    fn operand(x: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
+        match Self::has_products(&Self::float_device(&x), precision) {
+            true => ops::cast::<Self>(x, precision.dtype()),
+            false => x,
+        }
+    }
+
     /// `x · weightᵀ`, with the weight stored as in the released checkpoints, in the dtype of `x` or a shorter one; the result in that of
     /// `x`.
     ///
@@ -180,6 +188,17 @@ pub trait LlamaBackend: Backend {
     /// `x [tokens, d_model]`, `weight [d_model]`; `[tokens, d_model]` and `[tokens, 1]`.
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> (FloatTensor<Self>, FloatTensor<Self>) {
         reference::rms_norm::<Self>(x, weight, eps)
+    }
+
+    /// [`rms_norm`](Self::rms_norm) with a result that only products read: an [`operand`](Self::operand).
+    fn rms_norm_operand(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        eps: f64,
+        precision: Precision,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (out, inv_rms) = Self::rms_norm(x, weight, eps);
+        (Self::operand(out, precision), inv_rms)
     }
 
     /// Gradients of [`rms_norm`](Self::rms_norm) for `x` and `weight`; `residual`, the gradient that reaches `x` past the
@@ -327,9 +346,12 @@ pub trait LlamaBackend: Backend {
         reference::adamw::<Self>(param, grad, m, v, step)
     }
 
-    /// Sum of the squares of all elements, as a tensor `[1]`: a gradient's share of the global norm.
-    fn sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
-        reference::sum_of_squares::<Self>(x)
+    /// Sums of the squares of each tensor's elements, `[tensors]`: the gradients' shares of the global norm.
+    ///
+    /// # Panics
+    /// Without tensors.
+    fn sums_of_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self> {
+        reference::sums_of_squares::<Self>(tensors)
     }
 }
 

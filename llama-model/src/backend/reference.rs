@@ -407,7 +407,7 @@ pub fn adamw<B: Backend>(
     [param, m, v].map(|x| B::float_reshape(primitive(x), shape.clone()))
 }
 
-/// [`LlamaBackend::sum_of_squares`](super::LlamaBackend::sum_of_squares).
-pub fn sum_of_squares<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
-    B::float_sum(B::float_mul(x.clone(), x))
+/// [`LlamaBackend::sums_of_squares`](super::LlamaBackend::sums_of_squares).
+pub fn sums_of_squares<B: Backend>(tensors: Vec<FloatTensor<B>>) -> FloatTensor<B> {
+    B::float_cat(tensors.into_iter().map(|x| B::float_sum(B::float_mul(x.clone(), x))).collect(), 0)
 }

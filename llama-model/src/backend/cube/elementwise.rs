@@ -1,4 +1,4 @@
-//! Kernels with a unit for each element: rotary embeddings and AdamW.
+//! Kernels with a unit for each element, or four neighbours: rotary embeddings and AdamW.
 
 use burn::tensor::TensorMetadata;
 use burn_cubecl::CubeRuntime;
@@ -6,6 +6,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::cube;
 use cubecl::prelude::*;
 
+use super::rows::vector_size;
 use super::{contiguous, cubes, empty_like};
 use crate::backend::AdamWStep;
 
@@ -13,27 +14,28 @@ use crate::backend::AdamWStep;
 const UNITS: usize = 256;
 
 #[cube(launch)]
-fn rotary_kernel<F: Float, T: Float>(
-    x: &Tensor<F>,
-    cos: &Tensor<T>,
-    sin: &Tensor<T>,
-    out: &mut Tensor<F>,
+fn rotary_kernel<F: Float, T: Float, N: Size>(
+    x: &Tensor<Vector<F, N>>,
+    cos: &Tensor<Vector<T, N>>,
+    sin: &Tensor<Vector<T, N>>,
+    out: &mut Tensor<Vector<F, N>>,
     sign: f32,
     #[define(F, T)] _dtypes: [StorageType; 2],
 ) {
-    let half = cos.shape(1);
+    let half = cos.shape(1) / N::value();
     let pair = CUBE_POS * UNITS + UNIT_POS as usize;
-    if pair < x.len() / 2 {
+    let row = pair / half;
+    let rows = x.shape(0) * x.shape(1) * x.shape(2);
+    if row < rows {
         let index = pair % half;
-        let row = pair / half;
         let position = row / x.shape(2) % x.shape(1);
         let first = row * 2 * half + index;
-        let cos = f32::cast_from(cos[position * half + index]);
-        let sin = f32::cast_from(sin[position * half + index]) * sign;
-        let a = f32::cast_from(x[first]);
-        let b = f32::cast_from(x[first + half]);
-        out[first] = F::cast_from(a * cos - b * sin);
-        out[first + half] = F::cast_from(b * cos + a * sin);
+        let cos = Vector::<f32, N>::cast_from(cos[position * half + index]);
+        let sin = Vector::<f32, N>::cast_from(sin[position * half + index]) * Vector::cast_from(sign);
+        let a = Vector::<f32, N>::cast_from(x[first]);
+        let b = Vector::<f32, N>::cast_from(x[first + half]);
+        out[first] = Vector::cast_from(a * cos - b * sin);
+        out[first + half] = Vector::cast_from(b * cos + a * sin);
     }
 }
 
@@ -46,12 +48,14 @@ pub(super) fn rotary<R: CubeRuntime>(
 ) -> CubeTensor<R> {
     let [x, cos, sin] = contiguous([x, cos, sin]);
     let out = empty_like(&x, x.shape(), x.dtype);
-    let pairs = x.shape().num_elements() / 2;
+    let size = vector_size(cos.shape()[1]);
+    let pairs = x.shape().num_elements() / 2 / size;
     let (client, dtypes) = (x.client.clone(), [x.dtype.into(), cos.dtype.into()]);
     rotary_kernel::launch::<R>(
         &client,
         cubes(pairs.div_ceil(UNITS)),
         CubeDim::new_1d(UNITS as u32),
+        size,
         x.into_tensor_arg(),
         cos.into_tensor_arg(),
         sin.into_tensor_arg(),
@@ -63,11 +67,12 @@ pub(super) fn rotary<R: CubeRuntime>(
 }
 
 #[cube(launch)]
-fn adamw_kernel<F: Float, G: Float>(
-    param: &mut Tensor<F>,
-    grad: &Tensor<G>,
-    m: &mut Tensor<F>,
-    v: &mut Tensor<F>,
+fn adamw_kernel<F: Float, G: Float, N: Size>(
+    param: &mut Tensor<Vector<F, N>>,
+    grad: &Tensor<Vector<G, N>>,
+    m: &mut Tensor<Vector<F, N>>,
+    v: &mut Tensor<Vector<F, N>>,
+    vectors: usize,
     grad_scale: f32,
     beta_1: f32,
     beta_2: f32,
@@ -80,14 +85,17 @@ fn adamw_kernel<F: Float, G: Float>(
     #[define(F, G)] _dtypes: [StorageType; 2],
 ) {
     let at = CUBE_POS * UNITS + UNIT_POS as usize;
-    if at < param.len() {
-        let grad = f32::cast_from(grad[at]) * grad_scale;
-        let mean = beta_1 * f32::cast_from(m[at]) + one_minus_beta_1 * grad;
-        let square = beta_2 * f32::cast_from(v[at]) + one_minus_beta_2 * grad * grad;
-        let update = mean / (square.sqrt() * inv_root_correction_2 + epsilon);
-        param[at] = F::cast_from(f32::cast_from(param[at]) * decay - step_size * update);
-        m[at] = F::cast_from(mean);
-        v[at] = F::cast_from(square);
+    if at < vectors {
+        let grad = Vector::<f32, N>::cast_from(grad[at]) * Vector::cast_from(grad_scale);
+        let mean =
+            Vector::<f32, N>::cast_from(m[at]) * Vector::cast_from(beta_1) + grad * Vector::cast_from(one_minus_beta_1);
+        let square = Vector::<f32, N>::cast_from(v[at]) * Vector::cast_from(beta_2)
+            + grad * grad * Vector::cast_from(one_minus_beta_2);
+        let root = square.sqrt() * Vector::cast_from(inv_root_correction_2) + Vector::cast_from(epsilon);
+        let kept = Vector::<f32, N>::cast_from(param[at]) * Vector::cast_from(decay);
+        param[at] = Vector::cast_from(kept - mean / root * Vector::cast_from(step_size));
+        m[at] = Vector::cast_from(mean);
+        v[at] = Vector::cast_from(square);
     }
 }
 
@@ -103,14 +111,18 @@ pub(super) fn adamw<R: CubeRuntime>(
     let [grad] = contiguous([grad]);
     let (correction_1, correction_2) = step.bias_corrections();
     let dtypes = [param.dtype.into(), grad.dtype.into()];
+    let size = vector_size(param.shape().num_elements());
+    let vectors = param.shape().num_elements() / size;
     adamw_kernel::launch::<R>(
         &param.client.clone(),
-        cubes(param.shape().num_elements().div_ceil(UNITS)),
+        cubes(vectors.div_ceil(UNITS)),
         CubeDim::new_1d(UNITS as u32),
+        size,
         param.clone().into_tensor_arg(),
         grad.into_tensor_arg(),
         m.clone().into_tensor_arg(),
         v.clone().into_tensor_arg(),
+        vectors,
         step.grad_scale as f32,
         step.beta_1 as f32,
         step.beta_2 as f32,

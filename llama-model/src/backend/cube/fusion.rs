@@ -10,6 +10,7 @@ use burn_fusion::{Fusion, FusionBackend, FusionRuntime};
 use burn_ir::{CustomOpIr, HandleContainer, OperationIr, TensorIr};
 
 use super::super::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, reference};
+use super::few_rows;
 use crate::Precision;
 
 impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
@@ -42,7 +43,8 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
     }
 
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
-        if !Self::has_products(&Self::float_device(&x), precision) {
+        let few = x.shape()[0] <= few_rows::MAX_ROWS;
+        if !few && !Self::has_products(&Self::float_device(&x), precision) {
             return reference::project::<Self>(x, weight, precision);
         }
         let outputs = [(Shape::new([x.shape()[0], weight.shape()[0]]), x.dtype())];
@@ -94,6 +96,21 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
         (out, inv_rms)
     }
 
+    fn rms_norm_operand(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        eps: f64,
+        precision: Precision,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let dtype = if Self::has_products(&Self::float_device(&x), precision) { precision.dtype() } else { x.dtype() };
+        let outputs = [(x.shape(), dtype), (Shape::new([x.shape()[0], 1]), DType::F32)];
+        let [out, inv_rms] =
+            custom::<B, 2, 2>("rms_norm_operand", [x, weight], None, outputs, move |[x, weight], _| {
+                B::rms_norm_operand(x, weight, eps, precision).into()
+            });
+        (out, inv_rms)
+    }
+
     fn rms_norm_backward(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -102,18 +119,13 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
         residual: Option<FloatTensor<Self>>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let outputs = [like(&x), like(&weight)];
-        let [d_x, d_weight] = custom::<B, 4, 2>(
-            "rms_norm_backward",
-            [x, weight, inv_rms, grad],
-            None,
-            outputs,
-            |[x, weight, inv_rms, grad], _| B::rms_norm_backward(x, weight, inv_rms, grad, None).into(),
-        );
-        // Outside, where it joins what comes next.
-        let d_x = match residual {
-            Some(residual) => Self::float_add(d_x, residual),
-            None => d_x,
-        };
+        let inputs = [x, weight, inv_rms, grad].into_iter().chain(residual).collect();
+        let [d_x, d_weight] = custom_all::<B, 2>("rms_norm_backward", inputs, None, outputs, |inputs, _| {
+            let mut inputs = inputs.into_iter();
+            let mut next = || inputs.next().expect("the operation was registered with these");
+            let (x, weight, inv_rms, grad) = (next(), next(), next(), next());
+            B::rms_norm_backward(x, weight, inv_rms, grad, inputs.next()).into()
+        });
         (d_x, d_weight)
     }
 
@@ -204,11 +216,12 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
         })
     }
 
-    fn sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
-        let dtype = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-        let outputs = [(Shape::new([1]), dtype)];
-        let [sum] = custom::<B, 1, 1>("sum_of_squares", [x], None, outputs, |[x], _| [B::sum_of_squares(x)]);
-        sum
+    fn sums_of_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self> {
+        let dtype = if tensors[0].dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let outputs = [(Shape::new([tensors.len()]), dtype)];
+        let [sums] =
+            custom_all::<B, 1>("sums_of_squares", tensors, None, outputs, |tensors, _| [B::sums_of_squares(tensors)]);
+        sums
     }
 }
 
@@ -221,25 +234,27 @@ fn expect<T>(targets: Option<T>) -> T {
 }
 
 /// What a custom operation does on the inner backend.
-type Run<B, const N: usize, const M: usize> =
-    Arc<dyn Fn([FloatTensor<B>; N], Option<IntTensor<B>>) -> [FloatTensor<B>; M] + Send + Sync>;
+type Run<B, const M: usize> =
+    Arc<dyn Fn(Vec<FloatTensor<B>>, Option<IntTensor<B>>) -> [FloatTensor<B>; M] + Send + Sync>;
 
 /// A custom operation in the stream.
-struct Custom<B: LlamaBackend, const N: usize, const M: usize> {
+struct Custom<B: LlamaBackend, const M: usize> {
     desc: CustomOpIr,
-    run: Run<B, N, M>,
+    /// Its inputs that are floats; perhaps one of integers follows.
+    floats: usize,
+    run: Run<B, M>,
 }
 
-impl<B: LlamaBackend, const N: usize, const M: usize> fmt::Debug for Custom<B, N, M> {
+impl<B: LlamaBackend, const M: usize> fmt::Debug for Custom<B, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.desc.fmt(f)
     }
 }
 
-impl<B: FusionBackend + LlamaBackend, const N: usize, const M: usize> Operation<B::FusionRuntime> for Custom<B, N, M> {
+impl<B: FusionBackend + LlamaBackend, const M: usize> Operation<B::FusionRuntime> for Custom<B, M> {
     fn execute(&self, handles: &mut HandleContainer<<B::FusionRuntime as FusionRuntime>::FusionHandle>) {
-        let (floats, ints) = self.desc.inputs.split_at(N);
-        let floats = std::array::from_fn(|index| handles.get_float_tensor::<B>(&floats[index]));
+        let (floats, ints) = self.desc.inputs.split_at(self.floats);
+        let floats = floats.iter().map(|float| handles.get_float_tensor::<B>(float)).collect();
         let ints = ints.first().map(|ints| handles.get_int_tensor::<B>(ints));
         for (output, tensor) in self.desc.outputs.iter().zip((self.run)(floats, ints)) {
             handles.register_float_tensor::<B>(&output.id, tensor);
@@ -248,6 +263,25 @@ impl<B: FusionBackend + LlamaBackend, const N: usize, const M: usize> Operation<
 }
 
 /// Registers an operation on float tensors, and perhaps one of integers, whose results have these shapes and types.
+fn custom_all<B: FusionBackend + LlamaBackend, const M: usize>(
+    name: &'static str,
+    inputs: Vec<FloatTensor<Fusion<B>>>,
+    ints: Option<IntTensor<Fusion<B>>>,
+    outputs: [(Shape, DType); M],
+    run: impl Fn(Vec<FloatTensor<B>>, Option<IntTensor<B>>) -> [FloatTensor<B>; M] + Send + Sync + 'static,
+) -> [FloatTensor<Fusion<B>>; M] {
+    let client = inputs[0].client.clone();
+    let floats = inputs.len();
+    let streams = OperationStreams::with_inputs(inputs.iter().chain(&ints));
+    let outputs = outputs.map(|(shape, dtype)| TensorIr::uninit(client.create_empty_handle(), shape, dtype));
+    let inputs: Vec<TensorIr> = inputs.into_iter().chain(ints).map(|input| input.into_ir()).collect();
+    let desc = CustomOpIr::new(name, &inputs, &outputs);
+    let operation = Custom::<B, M> { desc: desc.clone(), floats, run: Arc::new(run) };
+    let registered = client.register(streams, OperationIr::Custom(desc), operation);
+    registered.try_into().unwrap_or_else(|_| unreachable!("an operation returns the outputs it was registered with"))
+}
+
+/// [`custom_all`] for a number of inputs that the operation knows.
 fn custom<B: FusionBackend + LlamaBackend, const N: usize, const M: usize>(
     name: &'static str,
     inputs: [FloatTensor<Fusion<B>>; N],
@@ -255,12 +289,9 @@ fn custom<B: FusionBackend + LlamaBackend, const N: usize, const M: usize>(
     outputs: [(Shape, DType); M],
     run: impl Fn([FloatTensor<B>; N], Option<IntTensor<B>>) -> [FloatTensor<B>; M] + Send + Sync + 'static,
 ) -> [FloatTensor<Fusion<B>>; M] {
-    let client = inputs[0].client.clone();
-    let streams = OperationStreams::with_inputs(inputs.iter().chain(&ints));
-    let outputs = outputs.map(|(shape, dtype)| TensorIr::uninit(client.create_empty_handle(), shape, dtype));
-    let inputs: Vec<TensorIr> = inputs.into_iter().chain(ints).map(|input| input.into_ir()).collect();
-    let desc = CustomOpIr::new(name, &inputs, &outputs);
-    let operation = Custom::<B, N, M> { desc: desc.clone(), run: Arc::new(run) };
-    let registered = client.register(streams, OperationIr::Custom(desc), operation);
-    registered.try_into().unwrap_or_else(|_| unreachable!("an operation returns the outputs it was registered with"))
+    custom_all::<B, M>(name, inputs.into(), ints, outputs, move |inputs, ints| {
+        let inputs =
+            inputs.try_into().unwrap_or_else(|_| unreachable!("an operation has the inputs it was registered with"));
+        run(inputs, ints)
+    })
 }

@@ -6,7 +6,7 @@ use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElemen
 
 use super::super::LossSpec;
 use super::super::ops::{cast, primitive, tensor};
-use super::product::product;
+use super::product::{add_product, product};
 use super::{rows, sums};
 
 /// Rows of logits that exist at once: enough for products to fill the device, and for the head's gradient to be added to seldom.
@@ -28,7 +28,7 @@ pub(super) fn linear_cross_entropy_with_grads<R: CubeRuntime, F: FloatElement, I
     let rows = hidden.dims()[0];
     let mut loss = Tensor::<CubeBackend<R, F, I, BT>, 1>::zeros([1], (&device, DType::F32));
     let mut d_hidden = Vec::new();
-    let mut d_head: Option<Matrix<R, F, I, BT>> = None;
+    let mut d_head = None;
     for start in (0..rows).step_by(CHUNK) {
         let len = CHUNK.min(rows - start);
         let hidden = primitive(hidden.clone().narrow(0, start, len));
@@ -38,15 +38,11 @@ pub(super) fn linear_cross_entropy_with_grads<R: CubeRuntime, F: FloatElement, I
         loss = loss + tensor::<CubeBackend<R, F, I, BT>, 1>(sums::total(losses));
         d_hidden.push(tensor(product((d_logits.clone(), false), (head.clone(), false), spec.precision, dtype)));
         if spec.head_grad {
-            let part = tensor(product((d_logits, true), (hidden, false), spec.precision, DType::F32));
-            d_head = Some(match d_head {
-                Some(sum) => sum + part,
-                None => part,
-            });
+            d_head = Some(add_product(d_head, (d_logits, true), (hidden, false), spec.precision, DType::F32));
         }
     }
     let d_head = match d_head {
-        Some(sum) => sum.cast(head_dtype),
+        Some(sum) => tensor::<CubeBackend<R, F, I, BT>, 2>(sum).cast(head_dtype),
         None => {
             Tensor::zeros([if spec.head_grad { head.shape()[0] } else { 0 }, head.shape()[1]], (&device, head_dtype))
         }

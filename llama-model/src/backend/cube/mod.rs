@@ -10,6 +10,7 @@
 mod attention;
 mod elementwise;
 mod embedding;
+mod few_rows;
 mod fusion;
 mod loss;
 mod mma;
@@ -17,7 +18,7 @@ mod product;
 mod rows;
 mod sums;
 
-use burn::tensor::ops::{FloatTensor, FloatTensorOps, IntTensor};
+use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Shape, Tensor, TensorMetadata};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
@@ -28,9 +29,6 @@ use cubecl::prelude::CubeCount;
 use super::ops::{cast, primitive, tensor};
 use super::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, reference};
 use crate::Precision;
-
-/// Fewer rows than this are left to Burn's products of vectors.
-const FEW_ROWS: usize = 16;
 
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBackend for CubeBackend<R, F, I, BT> {
     fn has_products(device: &Self::Device, precision: Precision) -> bool {
@@ -50,8 +48,10 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
     }
 
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
-        // Few rows leave most of a tile empty.
-        if x.shape()[0] < FEW_ROWS || !product::fits([&x, &weight], weight.shape()[0], precision) {
+        if few_rows::fits(&x, &weight) && computes(&[&x, &weight]) {
+            return few_rows::project(x, weight);
+        }
+        if !product::fits([&x, &weight], weight.shape()[0], precision) {
             return reference::project::<Self>(x, weight, precision);
         }
         let dtype = x.dtype();
@@ -67,10 +67,10 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
             let d_x = reference::project_backward_input::<Self>(pairs, precision);
             return if wide { cast::<Self>(d_x, DType::F32) } else { d_x };
         }
-        let products = pairs
-            .into_iter()
-            .map(|(grad, weight)| product::product((grad, false), (weight, false), precision, DType::F32));
-        products.reduce(Self::float_add).expect("an input is read by a weight")
+        let sum = pairs.into_iter().fold(None, |sum, (grad, weight)| {
+            Some(product::add_product(sum, (grad, false), (weight, false), precision, DType::F32))
+        });
+        sum.expect("an input is read by a weight")
     }
 
     fn project_backward_weight(
@@ -88,9 +88,25 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
 
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> (FloatTensor<Self>, FloatTensor<Self>) {
         match rows::fits(&x) && computes(&[&x, &weight]) {
-            true => rows::rms_norm(x, weight, eps),
+            true => {
+                let dtype = x.dtype;
+                rows::rms_norm(x, weight, eps, dtype)
+            }
             false => reference::rms_norm::<Self>(x, weight, eps),
         }
+    }
+
+    fn rms_norm_operand(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        eps: f64,
+        precision: Precision,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        if product::supported(&x.client, precision) && rows::fits(&x) && computes(&[&x, &weight]) {
+            return rows::rms_norm(x, weight, eps, precision.dtype());
+        }
+        let (out, inv_rms) = Self::rms_norm(x, weight, eps);
+        (Self::operand(out, precision), inv_rms)
     }
 
     fn rms_norm_backward(
@@ -100,17 +116,13 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         grad: FloatTensor<Self>,
         residual: Option<FloatTensor<Self>>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        if !(rows::fits(&x) && computes(&[&x, &weight, &grad])) {
+        let alike = x.dtype == grad.dtype && residual.as_ref().is_none_or(|residual| residual.dtype == x.dtype);
+        if !(rows::fits(&x) && alike && computes(&[&x, &weight, &grad])) {
             return reference::rms_norm_backward::<Self>(x, weight, inv_rms, grad, residual);
         }
         let dtype = weight.dtype();
-        let (d_x, partial) = rows::rms_norm_backward(x, weight, inv_rms, grad);
-        let d_weight = cast::<Self>(sums::sum_rows(partial), dtype);
-        let d_x = match residual {
-            Some(residual) => Self::float_add(d_x, residual),
-            None => d_x,
-        };
-        (d_x, d_weight)
+        let (d_x, partial) = rows::rms_norm_backward(x, weight, inv_rms, grad, residual);
+        (d_x, cast::<Self>(sums::sum_rows(partial), dtype))
     }
 
     fn rotary(
@@ -209,10 +221,10 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         }
     }
 
-    fn sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
-        match computes(&[&x]) {
-            true => sums::sum_of_squares(x),
-            false => reference::sum_of_squares::<Self>(x),
+    fn sums_of_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self> {
+        match computes(&tensors.iter().collect::<Vec<_>>()) {
+            true => sums::sums_of_squares(tensors),
+            false => reference::sums_of_squares::<Self>(tensors),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Matrix products on tensor cores, in bf16 or f16 with sums in f32.
 //!
 //! A cube makes a tile of the result, 128 rows × 256 columns, each of its planes 64 × 64 of it in registers. Both operands come through
-//! shared memory in steps of 32 along the summed dimension, the next steps on their way while one is multiplied, and are read as they
+//! shared memory in steps of 64 along the summed dimension, the next steps on their way while one is multiplied, and are read as they
 //! lie: either dimension may be the contiguous one. Where the result has too few tiles for the device, as the gradient of a weight has,
 //! the sum is split and its parts are added at the end, always in the same order.
 
@@ -16,16 +16,21 @@ use cubecl::prelude::barrier::{Barrier, copy_async_checked};
 use cubecl::prelude::*;
 
 use super::mma::{Eight, Fragment, Pair, Sums, WIDTH, fragment, half, operand_type, zeros};
+use super::rows::vector_size;
 use super::{contiguous, cubes, empty_like};
 use crate::Precision;
 
 /// Values along the summed dimension that a step multiplies.
-const DEPTH: usize = 32;
+const DEPTH: usize = 64;
 /// Steps in shared memory.
-const STAGES: usize = 4;
+const STAGES: usize = 3;
 /// Side of a plane's square of the result.
 const SIDE: usize = 64;
 const TILE_ROWS: usize = 2 * SIDE;
+/// Squares of an instruction along that side.
+const ACROSS: usize = SIDE / 16;
+/// Blocks of a plane in a step: 64 × 16 of its result, 16 values along the sum.
+const BLOCKS: usize = DEPTH / 16 * ACROSS;
 /// Row tiles whose columns are done together, so that what they read stays in the cache.
 const GROUP: usize = 16;
 
@@ -49,42 +54,51 @@ impl Layout {
         self.tile().1 + 1
     }
 
+    /// Copies that a unit makes of a tile, a vector each.
+    fn pieces(self, units: usize) -> usize {
+        self.tile().0 * self.tile().1 / units
+    }
+
     /// Vectors of a step in shared memory.
     fn step(self) -> usize {
         self.tile().0 * self.pitch()
     }
 }
 
-/// Begins to copy a tile, zeros behind the operand's end.
+/// The block of a step after which a piece of a later one is copied: they take turns with the products, from the first block on.
+fn piece_block(piece: usize, pieces: usize) -> usize {
+    piece * (BLOCKS - 3) / pieces
+}
+
+/// Begins to copy a piece of a tile, a vector for each unit; zeros behind the operand's end.
 #[cube]
 fn copy<E: Float>(
     from: &Tensor<Vector<E, Eight>>,
     to: &mut SharedMemory<Vector<E, Eight>>,
+    shape: (usize, usize),
     side: usize,
     summed: usize,
+    #[comptime] piece: usize,
     #[comptime] base: usize,
     #[comptime] units: usize,
     #[comptime] layout: Layout,
 ) {
-    let (lines, vectors) = comptime!(layout.tile());
-    let line_length = from.shape(1) / 8;
+    let (_, vectors) = comptime!(layout.tile());
+    let (lines, line_length) = shape;
     let mut first_line = summed;
     let mut first_vector = side / 8;
     if comptime!(layout.summed_inner) {
         first_line = side;
         first_vector = summed / 8;
     }
-    #[unroll]
-    for step in 0..comptime!(lines * vectors / units) {
-        let index = step * units + UNIT_POS as usize;
-        let line = first_line + index / vectors;
-        let vector = first_vector + index % vectors;
-        let inside = line < from.shape(0) && vector < line_length;
-        let start = select(inside, line * line_length + vector, 0);
-        let source = from.slice(start, start + usize::cast_from(inside));
-        let at = comptime!(base) + index / vectors * comptime!(layout.pitch()) + index % vectors;
-        copy_async_checked(&source, &mut to.slice_mut(at, at + 1), 8u32);
-    }
+    let tile_line = UNIT_POS as usize / vectors + comptime!(piece * units / vectors);
+    let tile_vector = UNIT_POS as usize % vectors;
+    let (line, vector) = (first_line + tile_line, first_vector + tile_vector);
+    let inside = line < lines && vector < line_length;
+    let start = select(inside, line * line_length + vector, 0);
+    let source = from.slice(start, start + usize::cast_from(inside));
+    let at = comptime!(base) + tile_line * comptime!(layout.pitch()) + tile_vector;
+    copy_async_checked(&source, &mut to.slice_mut(at, at + 1), 8u32);
 }
 
 /// 16 × 16 values of a tile: from `side` on of the result's rows or columns, from `summed` on of the step. The first two of its squares
@@ -114,6 +128,40 @@ fn square<E: Float>(
     fragment(definition, tile, at, comptime!(!layout.summed_inner))
 }
 
+/// A plane's operand for one side at one place of the sum, to where another was.
+#[cube]
+fn refill<E: Float>(
+    definition: &MmaDefinition<E, E, f32>,
+    fragments: &mut Sequence<Fragment<E>>,
+    tile: &SharedMemory<Vector<E, Eight>>,
+    side: usize,
+    #[comptime] base: usize,
+    #[comptime] summed: usize,
+    #[comptime] side_first: bool,
+    #[comptime] layout: Layout,
+) {
+    #[unroll]
+    for i in 0..fragments.len() {
+        let square = square(definition, tile, side + i * 16, base, summed, side_first, layout);
+        let fragment = fragments.index_mut(i);
+        #[unroll]
+        for register in 0..4usize {
+            fragment[register] = square[register];
+        }
+    }
+}
+
+/// Room for operands.
+#[cube]
+fn room<E: Float>(#[comptime] count: usize) -> Sequence<Fragment<E>> {
+    let mut fragments = Sequence::<Fragment<E>>::new();
+    #[unroll]
+    for _ in 0..count {
+        fragments.push(Array::<Vector<E, Pair>>::new(4usize));
+    }
+    fragments
+}
+
 #[cube(launch_unchecked)]
 fn product_kernel<E: Float, O: Float>(
     a: &Tensor<Vector<E, Eight>>,
@@ -123,6 +171,7 @@ fn product_kernel<E: Float, O: Float>(
     part: usize,
     #[comptime] rows: Layout,
     #[comptime] columns: Layout,
+    #[comptime] add: bool,
     #[define(E, O)] _dtypes: [StorageType; 2],
 ) {
     let units = comptime!(rows.side / SIDE * (columns.side / SIDE) * 32);
@@ -150,14 +199,35 @@ fn product_kernel<E: Float, O: Float>(
     let definition = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
     let mut a_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(STAGES * rows.step()), 16usize);
     let mut b_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(STAGES * columns.step()), 16usize);
+    // Read here, once: metadata lies in the device's memory.
+    let a_shape = (a.shape(0), a.shape(1) / 8);
+    let b_shape = (b.shape(0), b.shape(1) / 8);
+    let a_pieces = comptime!(rows.pieces(units));
+    let b_pieces = comptime!(columns.pieces(units));
     let mut arrived = Sequence::<Shared<Barrier>>::new();
     #[unroll]
     for stage in 0..STAGES {
         arrived.push(Barrier::shared(CUBE_DIM, UNIT_POS == 0));
         if stage < comptime!(STAGES - 1) && stage < steps {
             let at = begin + stage * DEPTH;
-            copy(a, &mut a_tile, first_row, at, comptime!(stage * rows.step()), units, rows);
-            copy(b, &mut b_tile, first_column, at, comptime!(stage * columns.step()), units, columns);
+            #[unroll]
+            for piece in 0..a_pieces {
+                copy(a, &mut a_tile, a_shape, first_row, at, piece, comptime!(stage * rows.step()), units, rows);
+            }
+            #[unroll]
+            for piece in 0..b_pieces {
+                copy(
+                    b,
+                    &mut b_tile,
+                    b_shape,
+                    first_column,
+                    at,
+                    piece,
+                    comptime!(stage * columns.step()),
+                    units,
+                    columns,
+                );
+            }
             arrived.index(stage).commit_copy_async();
             arrived.index(stage).arrive();
         }
@@ -165,45 +235,113 @@ fn product_kernel<E: Float, O: Float>(
 
     let mut results = Sequence::<Sequence<Sums>>::new();
     #[unroll]
-    for _ in 0..comptime!(SIDE / 16) {
+    for _ in 0..ACROSS {
         results.push(zeros(SIDE));
     }
+    // Operands of a block of 64 × 16 of the result, and of the next, which are read before the products of the first hide the wait.
+    let (mut left, mut right) = (Sequence::<Sequence<Fragment<E>>>::new(), Sequence::<Sequence<Fragment<E>>>::new());
+    #[unroll]
+    for _ in 0..2usize {
+        left.push(room(ACROSS));
+        right.push(room(1usize));
+    }
+    arrived.index(0usize).wait_parity(0u32);
+    refill(&definition, left.index_mut(0usize), &a_tile, row, 0usize, 0usize, true, rows);
+    refill(&definition, right.index_mut(0usize), &b_tile, column, 0usize, 0usize, false, columns);
     for round in 0..steps.div_ceil(STAGES) {
         #[unroll]
         for stage in 0..STAGES {
             let step = round * STAGES + stage;
             if step < steps {
-                arrived.index(stage).wait_parity(round as u32 % 2);
-                // All have multiplied the step before, whose place is filled next.
-                sync_cube();
-                let next = step + comptime!(STAGES - 1);
+                // The step whose place this one's predecessor leaves.
+                let coming = step + comptime!(STAGES - 1);
                 let place = comptime!((stage + STAGES - 1) % STAGES);
-                if next < steps {
-                    let at = begin + next * DEPTH;
-                    copy(a, &mut a_tile, first_row, at, comptime!(place * rows.step()), units, rows);
-                    copy(b, &mut b_tile, first_column, at, comptime!(place * columns.step()), units, columns);
-                    arrived.index(place).commit_copy_async();
-                    arrived.index(place).arrive();
-                }
+                let coming_at = begin + coming * DEPTH;
                 #[unroll]
-                for depth in 0..comptime!(DEPTH / 16) {
-                    let mut left = Sequence::<Fragment<E>>::new();
-                    #[unroll]
-                    for i in 0..comptime!(SIDE / 16) {
-                        let base = comptime!(stage * rows.step());
-                        left.push(square(&definition, &a_tile, row + i * 16, base, comptime!(depth * 16), true, rows));
+                for block in 0..BLOCKS {
+                    let (depth, across) = comptime!((block / ACROSS, block % ACROSS));
+                    let (next_depth, next_across) = comptime!(((block + 1) / ACROSS * 16, (block + 1) % ACROSS * 16));
+                    let (a_base, b_base) = comptime!((stage * rows.step(), stage * columns.step()));
+                    let right_next = right.index_mut(comptime!((block + 1) % 2));
+                    let left_next = left.index_mut(comptime!((depth + 1) % 2));
+                    if comptime!(block + 1 < BLOCKS) {
+                        refill(
+                            &definition,
+                            right_next,
+                            &b_tile,
+                            column + next_across,
+                            b_base,
+                            next_depth,
+                            false,
+                            columns,
+                        );
+                        if comptime!(across + 2 == ACROSS && block + 2 < BLOCKS) {
+                            refill(
+                                &definition,
+                                left_next,
+                                &a_tile,
+                                row,
+                                a_base,
+                                comptime!((depth + 1) * 16),
+                                true,
+                                rows,
+                            );
+                        }
                     }
+                    // The first block of the next step.
+                    if comptime!(block + 2 >= BLOCKS) && step + 1 < steps {
+                        let next = comptime!((stage + 1) % STAGES);
+                        if comptime!(block + 2 == BLOCKS) {
+                            let rounds = comptime!((stage + 1) / STAGES) + round;
+                            arrived.index(next).wait_parity(rounds as u32 % 2);
+                            refill(
+                                &definition,
+                                left_next,
+                                &a_tile,
+                                row,
+                                comptime!(next * rows.step()),
+                                0usize,
+                                true,
+                                rows,
+                            );
+                        } else {
+                            let base = comptime!(next * columns.step());
+                            refill(&definition, right_next, &b_tile, column, base, 0usize, false, columns);
+                        }
+                    }
+                    let both = right.index(comptime!(block % 2)).index(0usize);
+                    let (first, second) = (half(both, 0usize, 1usize), half(both, 2usize, 3usize));
+                    let left_now = left.index(comptime!(depth % 2));
                     #[unroll]
-                    for j in 0..comptime!(SIDE / 16) {
-                        let base = comptime!(stage * columns.step());
-                        let right =
-                            square(&definition, &b_tile, column + j * 16, base, comptime!(depth * 16), false, columns);
-                        let (first, second) = (half(&right, 0usize, 1usize), half(&right, 2usize, 3usize));
+                    for i in 0..ACROSS {
+                        let sums = results.index_mut(i);
+                        definition.execute_inplace(left_now.index(i), &first, sums.index_mut(comptime!(2 * across)));
+                        definition.execute_inplace(
+                            left_now.index(i),
+                            &second,
+                            sums.index_mut(comptime!(2 * across + 1)),
+                        );
+                    }
+                    if comptime!(block == 0) {
+                        // All have multiplied the step before, whose place is filled now.
+                        sync_cube();
+                    }
+                    if coming < steps {
                         #[unroll]
-                        for i in 0..comptime!(SIDE / 16) {
-                            let sums = results.index_mut(i);
-                            definition.execute_inplace(left.index(i), &first, sums.index_mut(comptime!(2 * j)));
-                            definition.execute_inplace(left.index(i), &second, sums.index_mut(comptime!(2 * j + 1)));
+                        for piece in 0..comptime!(a_pieces + b_pieces) {
+                            if comptime!(block == piece_block(piece, a_pieces + b_pieces)) {
+                                if comptime!(piece < a_pieces) {
+                                    let base = comptime!(place * rows.step());
+                                    copy(a, &mut a_tile, a_shape, first_row, coming_at, piece, base, units, rows);
+                                } else {
+                                    let (piece, base) = comptime!((piece - a_pieces, place * columns.step()));
+                                    copy(b, &mut b_tile, b_shape, first_column, coming_at, piece, base, units, columns);
+                                }
+                            }
+                        }
+                        if comptime!(block + 3 == BLOCKS) {
+                            arrived.index(place).commit_copy_async();
+                            arrived.index(place).arrive();
                         }
                     }
                 }
@@ -214,7 +352,7 @@ fn product_kernel<E: Float, O: Float>(
     let row = first_row + row + UNIT_POS_PLANE as usize / 4;
     let column = first_column + column + UNIT_POS_PLANE as usize % 4 * 2;
     #[unroll]
-    for i in 0..comptime!(SIDE / 16) {
+    for i in 0..ACROSS {
         let sums = results.index(i);
         #[unroll]
         for which in 0..2usize {
@@ -223,8 +361,12 @@ fn product_kernel<E: Float, O: Float>(
             for j in 0..comptime!(SIDE / WIDTH) {
                 let column = column + j * WIDTH;
                 if row < n_rows && column < n_columns {
-                    let sum = sums.index(j)[which];
-                    out[((split * n_rows + row) * n_columns + column) / 2] = Vector::cast_from(sum);
+                    let at = ((split * n_rows + row) * n_columns + column) / 2;
+                    let mut sum = sums.index(j)[which];
+                    if comptime!(add) {
+                        sum += Vector::cast_from(out[at]);
+                    }
+                    out[at] = Vector::cast_from(sum);
                 }
             }
         }
@@ -232,16 +374,22 @@ fn product_kernel<E: Float, O: Float>(
 }
 
 #[cube(launch_unchecked)]
-fn add_parts_kernel<O: Float>(
-    parts: &Tensor<Vector<f32, Pair>>,
-    out: &mut Tensor<Vector<O, Pair>>,
+fn add_parts_kernel<O: Float, N: Size>(
+    parts: &Tensor<Vector<f32, N>>,
+    out: &mut Tensor<Vector<O, N>>,
+    #[comptime] count: usize,
+    #[comptime] add: bool,
     #[define(O)] _dtype: StorageType,
 ) {
-    let length = parts.shape(1) * parts.shape(2) / 2;
+    let length = parts.shape(1) * parts.shape(2) / N::value();
     if ABSOLUTE_POS < length {
         let mut sum = parts[ABSOLUTE_POS];
-        for part in 1..parts.shape(0) {
+        #[unroll]
+        for part in 1..count {
             sum += parts[part * length + ABSOLUTE_POS];
+        }
+        if comptime!(add) {
+            sum += Vector::cast_from(out[ABSOLUTE_POS]);
         }
         out[ABSOLUTE_POS] = Vector::cast_from(sum);
     }
@@ -258,8 +406,9 @@ pub(super) fn fits<R: CubeRuntime>(operands: [&CubeTensor<R>; 2], columns: usize
     supported(&operands[0].client, precision) && operands.into_iter().all(matrix) && columns.is_multiple_of(2)
 }
 
-/// `a · b` of `a [rows, summed]` and `b [summed, columns]`, either also as its transpose; the result in a type of its own.
-pub(super) fn product<R: CubeRuntime>(
+/// As [`product`], added to a sum of which nobody else has a handle.
+pub(super) fn add_product<R: CubeRuntime>(
+    sum: Option<CubeTensor<R>>,
     (a, a_transposed): (CubeTensor<R>, bool),
     (b, b_transposed): (CubeTensor<R>, bool),
     precision: Precision,
@@ -276,7 +425,13 @@ pub(super) fn product<R: CubeRuntime>(
     let (splits, part) = split(tiles, summed, a.client.properties().hardware.num_streaming_multiprocessors);
 
     let client = a.client.clone();
-    let parts = empty_like(&a, Shape::new([splits, rows, columns]), if splits == 1 { dtype } else { DType::F32 });
+    let shape = Shape::new([rows, columns]);
+    let add = sum.is_some();
+    let out = sum.unwrap_or_else(|| empty_like(&a, shape, dtype));
+    let parts = match splits {
+        1 => burn_cubecl::ops::reshape(out.clone(), Shape::new([1, rows, columns])),
+        _ => empty_like(&a, Shape::new([splits, rows, columns]), DType::F32),
+    };
     let units = row_layout.side / SIDE * (column_layout.side / SIDE) * 32;
     let dtypes = [a.dtype.into(), parts.dtype.into()];
     // SAFETY: the kernel reads nothing behind the operands' ends and writes nothing behind the result's.
@@ -292,34 +447,53 @@ pub(super) fn product<R: CubeRuntime>(
             part,
             row_layout,
             column_layout,
+            add && splits == 1,
             dtypes,
         );
     }
-    let shape = Shape::new([rows, columns]);
     if splits == 1 {
-        return burn_cubecl::ops::reshape(parts, shape);
+        return out;
     }
-    let out = empty_like(&a, shape, dtype);
     // SAFETY: units behind the result's end do nothing.
     unsafe {
+        let size = vector_size(rows * columns);
         add_parts_kernel::launch_unchecked::<R>(
             &client,
-            cubes((rows * columns / 2).div_ceil(256)),
+            cubes((rows * columns / size).div_ceil(256)),
             CubeDim::new_1d(256),
+            size,
             parts.into_tensor_arg(),
             out.clone().into_tensor_arg(),
-            dtype.into(),
+            splits,
+            add,
+            out.dtype.into(),
         );
     }
     out
 }
 
+/// `a · b` of `a [rows, summed]` and `b [summed, columns]`, either also as its transpose; the result in a type of its own.
+pub(super) fn product<R: CubeRuntime>(
+    a: (CubeTensor<R>, bool),
+    b: (CubeTensor<R>, bool),
+    precision: Precision,
+    dtype: DType,
+) -> CubeTensor<R> {
+    add_product(None, a, b, precision, dtype)
+}
+
 /// In how many parts a sum is made so that all multiprocessors have work, and how long each is: whole steps.
 fn split(tiles: usize, summed: usize, multiprocessors: Option<u32>) -> (usize, usize) {
     // Shorter parts would spend their time on beginnings and ends.
-    const SHORTEST: usize = 8 * DEPTH;
-    let wanted = multiprocessors.unwrap_or(1) as usize / tiles;
-    let splits = wanted.min(summed / SHORTEST).max(1);
+    const SHORTEST: usize = 4 * DEPTH;
+    let multiprocessors = multiprocessors.unwrap_or(1) as usize;
+    // Time in tiles that a multiprocessor makes one after the other; a split costs its part's way through memory.
+    let time = |splits: &usize| {
+        let waves = (tiles * splits).div_ceil(multiprocessors) as f64;
+        (1e6 * (waves / *splits as f64 + 0.02 * *splits as f64)) as usize
+    };
+    let most = (summed / SHORTEST).clamp(1, 16);
+    let splits = (1..=most).min_by_key(time).unwrap_or(1);
     let part = summed.div_ceil(splits).next_multiple_of(DEPTH);
     (summed.div_ceil(part), part)
 }

@@ -15,6 +15,11 @@ const ROWS: usize = 32;
 /// Widest row of the norm: a unit holds its part of it in registers.
 const MAX_WIDTH: usize = 64 * UNITS;
 
+/// Values of a row that a unit reads at once.
+pub(super) fn vector_size(width: usize) -> usize {
+    if width.is_multiple_of(4) { 4 } else { 1 }
+}
+
 /// Whether the norm's kernels take rows of this width.
 pub(super) fn fits<R: CubeRuntime>(x: &CubeTensor<R>) -> bool {
     x.shape()[1] <= MAX_WIDTH
@@ -58,33 +63,46 @@ fn cube_max(value: f32, shared: &mut SharedMemory<f32>) -> f32 {
     best
 }
 
+/// The sum of a vector's values.
+#[cube]
+pub(super) fn lanes<N: Size>(vector: Vector<f32, N>) -> f32 {
+    let mut sum = vector[0];
+    #[unroll]
+    for lane in 1..N::value() {
+        sum += vector[lane];
+    }
+    sum
+}
+
 #[cube(launch)]
-fn rms_norm_kernel<F: Float, W: Float>(
-    x: &Tensor<F>,
-    weight: &Tensor<W>,
-    out: &mut Tensor<F>,
+fn rms_norm_kernel<F: Float, W: Float, O: Float, N: Size>(
+    x: &Tensor<Vector<F, N>>,
+    weight: &Tensor<Vector<W, N>>,
+    out: &mut Tensor<Vector<O, N>>,
     inv_rms: &mut Tensor<f32>,
     eps: f32,
-    #[define(F, W)] _dtypes: [StorageType; 2],
+    #[define(F, W, O)] _dtypes: [StorageType; 3],
 ) {
     let row = CUBE_POS;
-    let width = x.shape(1);
+    let width = x.shape(1) / N::value();
     let mut shared = SharedMemory::<f32>::new(comptime!(UNITS));
     if row < x.shape(0) {
-        let mut squares = f32::new(0.0);
+        let mut squares = Vector::<f32, N>::cast_from(0.0f32);
         let mut at = UNIT_POS as usize;
         while at < width {
-            let value = f32::cast_from(x[row * width + at]);
+            let value = Vector::<f32, N>::cast_from(x[row * width + at]);
             squares += value * value;
             at += UNITS;
         }
-        let mean = cube_sum(squares, &mut shared) / f32::cast_from(width);
+        let mean = cube_sum(lanes(squares), &mut shared) / f32::cast_from(x.shape(1));
         let inv = f32::new(1.0) / (mean + eps).sqrt();
         let mut at = UNIT_POS as usize;
         while at < width {
             // Cast back before the gain, as the reference does.
-            let normed = F::cast_from(f32::cast_from(x[row * width + at]) * inv);
-            out[row * width + at] = F::cast_from(f32::cast_from(normed) * f32::cast_from(weight[at]));
+            let value = Vector::<f32, N>::cast_from(x[row * width + at]);
+            let normed = Vector::<F, N>::cast_from(value * Vector::cast_from(inv));
+            let gain = Vector::<f32, N>::cast_from(weight[at]);
+            out[row * width + at] = Vector::cast_from(Vector::<f32, N>::cast_from(normed) * gain);
             at += UNITS;
         }
         if UNIT_POS == 0 {
@@ -93,21 +111,23 @@ fn rms_norm_kernel<F: Float, W: Float>(
     }
 }
 
-/// [`LlamaBackend::rms_norm`](crate::LlamaBackend::rms_norm).
+/// [`LlamaBackend::rms_norm`](crate::LlamaBackend::rms_norm) with a result in a type of its own.
 pub(super) fn rms_norm<R: CubeRuntime>(
     x: CubeTensor<R>,
     weight: CubeTensor<R>,
     eps: f64,
+    dtype: DType,
 ) -> (CubeTensor<R>, CubeTensor<R>) {
     let [x, weight] = contiguous([x, weight]);
-    let [rows, _] = x.shape().dims();
-    let out = empty_like(&x, x.shape(), x.dtype);
+    let [rows, width] = x.shape().dims();
+    let out = empty_like(&x, x.shape(), dtype);
     let inv_rms = empty_like(&x, Shape::new([rows, 1]), DType::F32);
-    let (client, dtypes) = (x.client.clone(), [x.dtype.into(), weight.dtype.into()]);
+    let (client, dtypes) = (x.client.clone(), [x.dtype.into(), weight.dtype.into(), dtype.into()]);
     rms_norm_kernel::launch::<R>(
         &client,
         cubes(rows),
         CubeDim::new_1d(UNITS as u32),
+        vector_size(width),
         x.into_tensor_arg(),
         weight.into_tensor_arg(),
         out.clone().into_tensor_arg(),
@@ -120,44 +140,51 @@ pub(super) fn rms_norm<R: CubeRuntime>(
 
 /// `ROWS` rows a cube: `dx` of each, and the sum of their `grad · x̂` as a row of `partial`.
 #[cube(launch)]
-fn rms_norm_backward_kernel<F: Float, W: Float>(
-    x: &Tensor<F>,
-    weight: &Tensor<W>,
+fn rms_norm_backward_kernel<F: Float, W: Float, N: Size>(
+    x: &Tensor<Vector<F, N>>,
+    weight: &Tensor<Vector<W, N>>,
     inv_rms: &Tensor<f32>,
-    grad: &Tensor<F>,
-    d_x: &mut Tensor<F>,
-    partial: &mut Tensor<f32>,
+    grad: &Tensor<Vector<F, N>>,
+    residual: &Tensor<Vector<F, N>>,
+    d_x: &mut Tensor<Vector<F, N>>,
+    partial: &mut Tensor<Vector<f32, N>>,
     #[comptime] per_unit: usize,
+    #[comptime] add: bool,
     #[define(F, W)] _dtypes: [StorageType; 2],
 ) {
     let first = CUBE_POS * ROWS;
-    let width = x.shape(1);
+    let width = x.shape(1) / N::value();
     let mut shared = SharedMemory::<f32>::new(comptime!(UNITS));
-    let mut sums = Array::<f32>::new(per_unit);
+    let mut sums = Array::<Vector<f32, N>>::new(per_unit);
     for part in 0..per_unit {
-        sums[part] = f32::new(0.0);
+        sums[part] = Vector::cast_from(0.0f32);
     }
     if first < x.shape(0) {
         let last = min(first + ROWS, x.shape(0));
         for row in first..last {
             let inv = inv_rms[row];
-            let mut dot = f32::new(0.0);
+            let mut dot = Vector::<f32, N>::cast_from(0.0f32);
             for part in 0..per_unit {
                 let at = part * UNITS + UNIT_POS as usize;
                 if at < width {
-                    let normed = f32::cast_from(x[row * width + at]) * inv;
-                    let grad = f32::cast_from(grad[row * width + at]);
+                    let normed = Vector::<f32, N>::cast_from(x[row * width + at]) * Vector::cast_from(inv);
+                    let grad = Vector::<f32, N>::cast_from(grad[row * width + at]);
                     sums[part] += grad * normed;
-                    dot += grad * f32::cast_from(weight[at]) * normed;
+                    dot += grad * Vector::cast_from(weight[at]) * normed;
                 }
             }
-            let mean = cube_sum(dot, &mut shared) / f32::cast_from(width);
+            let mean = cube_sum(lanes(dot), &mut shared) / f32::cast_from(x.shape(1));
             for part in 0..per_unit {
                 let at = part * UNITS + UNIT_POS as usize;
                 if at < width {
-                    let normed = f32::cast_from(x[row * width + at]) * inv;
-                    let scaled = f32::cast_from(grad[row * width + at]) * f32::cast_from(weight[at]);
-                    d_x[row * width + at] = F::cast_from((scaled - normed * mean) * inv);
+                    let normed = Vector::<f32, N>::cast_from(x[row * width + at]) * Vector::cast_from(inv);
+                    let grad = Vector::<f32, N>::cast_from(grad[row * width + at]);
+                    let scaled = grad * Vector::cast_from(weight[at]);
+                    let mut d_x_at = (scaled - normed * Vector::cast_from(mean)) * Vector::cast_from(inv);
+                    if comptime!(add) {
+                        d_x_at += Vector::cast_from(residual[row * width + at]);
+                    }
+                    d_x[row * width + at] = Vector::cast_from(d_x_at);
                 }
             }
         }
@@ -170,15 +197,19 @@ fn rms_norm_backward_kernel<F: Float, W: Float>(
     }
 }
 
-/// [`LlamaBackend::rms_norm_backward`](crate::LlamaBackend::rms_norm_backward) without the residual; of the gain's gradient the sums of
-/// groups of rows, `[groups, d_model]`, in f32.
+/// [`LlamaBackend::rms_norm_backward`](crate::LlamaBackend::rms_norm_backward); of the gain's gradient the sums of groups of rows,
+/// `[groups, d_model]`, in f32.
 pub(super) fn rms_norm_backward<R: CubeRuntime>(
     x: CubeTensor<R>,
     weight: CubeTensor<R>,
     inv_rms: CubeTensor<R>,
     grad: CubeTensor<R>,
+    residual: Option<CubeTensor<R>>,
 ) -> (CubeTensor<R>, CubeTensor<R>) {
-    let [x, weight, inv_rms, grad] = contiguous([x, weight, inv_rms, grad]);
+    let add = residual.is_some();
+    // A kernel is given something in the place of what it does not read.
+    let residual = residual.unwrap_or_else(|| grad.clone());
+    let [x, weight, inv_rms, grad, residual] = contiguous([x, weight, inv_rms, grad, residual]);
     let [rows, width] = x.shape().dims();
     let groups = rows.div_ceil(ROWS);
     let d_x = empty_like(&x, x.shape(), x.dtype);
@@ -188,13 +219,16 @@ pub(super) fn rms_norm_backward<R: CubeRuntime>(
         &client,
         cubes(groups),
         CubeDim::new_1d(UNITS as u32),
+        vector_size(width),
         x.into_tensor_arg(),
         weight.into_tensor_arg(),
         inv_rms.into_tensor_arg(),
         grad.into_tensor_arg(),
+        residual.into_tensor_arg(),
         d_x.clone().into_tensor_arg(),
         partial.clone().into_tensor_arg(),
-        width.div_ceil(UNITS),
+        (width / vector_size(width)).div_ceil(UNITS),
+        add,
         dtypes,
     );
     (d_x, partial)
@@ -202,8 +236,8 @@ pub(super) fn rms_norm_backward<R: CubeRuntime>(
 
 /// The loss of each row of logits, and, if asked for, its gradient in the logits' place.
 #[cube(launch)]
-fn cross_entropy_kernel<F: Float, I: Int>(
-    logits: &mut Tensor<F>,
+fn cross_entropy_kernel<F: Float, I: Int, N: Size>(
+    logits: &mut Tensor<Vector<F, N>>,
     targets: &Tensor<I>,
     losses: &mut Tensor<f32>,
     z_loss: f32,
@@ -211,7 +245,7 @@ fn cross_entropy_kernel<F: Float, I: Int>(
     #[define(F, I)] _dtypes: [StorageType; 2],
 ) {
     let row = CUBE_POS;
-    let width = logits.shape(1);
+    let width = logits.shape(1) / N::value();
     let mut shared = SharedMemory::<f32>::new(comptime!(UNITS));
     if row < logits.shape(0) {
         let base = row * width;
@@ -220,9 +254,13 @@ fn cross_entropy_kernel<F: Float, I: Int>(
         let mut sum = f32::new(0.0);
         let mut at = UNIT_POS as usize;
         while at < width {
-            let value = f32::cast_from(logits[base + at]);
-            let higher = max(best, value);
-            sum = sum * (best - higher).exp() + (value - higher).exp();
+            let value = Vector::<f32, N>::cast_from(logits[base + at]);
+            let mut higher = best;
+            #[unroll]
+            for lane in 0..N::value() {
+                higher = max(higher, value[lane]);
+            }
+            sum = sum * (best - higher).exp() + lanes((value - Vector::cast_from(higher)).exp());
             best = higher;
             at += UNITS;
         }
@@ -235,7 +273,15 @@ fn cross_entropy_kernel<F: Float, I: Int>(
         if UNIT_POS == 0 {
             let mut loss = f32::new(0.0);
             if counts {
-                loss = lse - f32::cast_from(logits[base + target as usize]) + z_loss * lse * lse;
+                let value = Vector::<f32, N>::cast_from(logits[base + target as usize / N::value()]);
+                let mut logit = value[0];
+                #[unroll]
+                for lane in 1..N::value() {
+                    if target as usize % N::value() == lane {
+                        logit = value[lane];
+                    }
+                }
+                loss = lse - logit + z_loss * lse * lse;
             }
             losses[row] = loss;
         }
@@ -245,14 +291,20 @@ fn cross_entropy_kernel<F: Float, I: Int>(
             let factor = f32::new(1.0) + f32::new(2.0) * z_loss * lse;
             let mut at = UNIT_POS as usize;
             while at < width {
-                let mut value = f32::new(0.0);
+                let mut value = Vector::<f32, N>::cast_from(0.0f32);
                 if counts {
-                    value = (f32::cast_from(logits[base + at]) - lse).exp() * factor;
-                    if at == target as usize {
-                        value -= f32::new(1.0);
+                    let below = Vector::<f32, N>::cast_from(logits[base + at]) - Vector::cast_from(lse);
+                    value = below.exp() * Vector::cast_from(factor);
+                    if at == target as usize / N::value() {
+                        #[unroll]
+                        for lane in 0..N::value() {
+                            if target as usize % N::value() == lane {
+                                value[lane] -= f32::new(1.0);
+                            }
+                        }
                     }
                 }
-                logits[base + at] = F::cast_from(value);
+                logits[base + at] = Vector::cast_from(value);
                 at += UNITS;
             }
         }
@@ -270,13 +322,14 @@ pub(super) fn cross_entropy<R: CubeRuntime>(
     let [logits, targets] = contiguous([logits, targets]);
     // The kernel writes into the logits, which must be nobody else's.
     let logits = if gradient && !logits.can_mut() { logits.copy() } else { logits };
-    let rows = logits.shape()[0];
+    let [rows, width] = logits.shape().dims();
     let losses = empty_like(&logits, Shape::new([rows]), DType::F32);
     let dtypes = [logits.dtype.into(), targets.dtype.into()];
     cross_entropy_kernel::launch::<R>(
         &logits.client.clone(),
         cubes(rows),
         CubeDim::new_1d(UNITS as u32),
+        vector_size(width),
         logits.clone().into_tensor_arg(),
         targets.into_tensor_arg(),
         losses.clone().into_tensor_arg(),

@@ -6,67 +6,106 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::cube;
 use cubecl::prelude::*;
 
-use super::rows::{UNITS, cube_sum};
+use super::rows::{UNITS, cube_sum, lanes, vector_size};
 use super::{contiguous, cubes, empty_like};
 
-/// Most cubes that share a tensor.
-const MAX_PARTS: usize = 1024;
+/// Cubes that share a tensor whose squares are summed.
+const PARTS: usize = 256;
 /// Columns of a cube that sums rows; its units are this many times [`LANES`].
 const COLUMNS: usize = 32;
 const LANES: usize = UNITS / COLUMNS;
 
+/// `count` cubes sum a tensor, or the squares of its elements, to as many of `parts` from `first` on.
 #[cube(launch)]
-fn parts_kernel<F: Float>(
-    x: &Tensor<F>,
+fn parts_kernel<F: Float, N: Size>(
+    x: &Tensor<Vector<F, N>>,
     parts: &mut Tensor<f32>,
+    vectors: usize,
+    first: usize,
+    count: usize,
     #[comptime] squares: bool,
     #[define(F)] _dtype: StorageType,
 ) {
     let mut shared = SharedMemory::<f32>::new(comptime!(UNITS));
-    let count = parts.len();
     if CUBE_POS < count {
-        let mut sum = f32::new(0.0);
+        let mut sum = Vector::<f32, N>::cast_from(0.0f32);
         let mut at = CUBE_POS * UNITS + UNIT_POS as usize;
-        while at < x.len() {
-            let mut value = f32::cast_from(x[at]);
+        while at < vectors {
+            let mut value = Vector::<f32, N>::cast_from(x[at]);
             if comptime!(squares) {
                 value *= value;
             }
             sum += value;
             at += count * UNITS;
         }
-        let sum = cube_sum(sum, &mut shared);
+        let sum = cube_sum(lanes(sum), &mut shared);
         if UNIT_POS == 0 {
-            parts[CUBE_POS] = sum;
+            parts[first + CUBE_POS] = sum;
         }
     }
 }
 
-fn parts<R: CubeRuntime>(x: CubeTensor<R>, count: usize, squares: bool) -> CubeTensor<R> {
+fn sum_parts<R: CubeRuntime>(x: CubeTensor<R>, parts: &CubeTensor<R>, first: usize, count: usize, squares: bool) {
     let [x] = contiguous([x]);
-    let parts = empty_like(&x, Shape::new([count]), DType::F32);
     let (client, dtype) = (x.client.clone(), x.dtype.into());
+    let (length, size) = (x.shape().num_elements(), vector_size(x.shape().num_elements()));
     parts_kernel::launch::<R>(
         &client,
         cubes(count),
         CubeDim::new_1d(UNITS as u32),
+        size,
         x.into_tensor_arg(),
         parts.clone().into_tensor_arg(),
+        length / size,
+        first,
+        count,
         squares,
         dtype,
     );
-    parts
 }
 
 /// The sum of a short tensor, `[1]` in f32.
 pub(super) fn total<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
-    parts(x, 1, false)
+    let sum = empty_like(&x, Shape::new([1]), DType::F32);
+    sum_parts(x, &sum, 0, 1, false);
+    sum
 }
 
-/// [`LlamaBackend::sum_of_squares`](crate::LlamaBackend::sum_of_squares), in f32.
-pub(super) fn sum_of_squares<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
-    let count = x.shape().num_elements().div_ceil(4 * UNITS).clamp(1, MAX_PARTS);
-    total(parts(x, count, true))
+/// [`LlamaBackend::sums_of_squares`](crate::LlamaBackend::sums_of_squares), in f32.
+pub(super) fn sums_of_squares<R: CubeRuntime>(tensors: Vec<CubeTensor<R>>) -> CubeTensor<R> {
+    let count = tensors.len();
+    let parts = empty_like(&tensors[0], Shape::new([count, PARTS]), DType::F32);
+    for (index, x) in tensors.into_iter().enumerate() {
+        sum_parts(x, &parts, index * PARTS, PARTS, true);
+    }
+    // The parts of a tensor are neighbours: its row.
+    let out = empty_like(&parts, Shape::new([count]), DType::F32);
+    let client = parts.client.clone();
+    tensors_kernel::launch::<R>(
+        &client,
+        cubes(count),
+        CubeDim::new_1d(UNITS as u32),
+        parts.into_tensor_arg(),
+        out.clone().into_tensor_arg(),
+    );
+    out
+}
+
+#[cube(launch)]
+fn tensors_kernel(parts: &Tensor<f32>, out: &mut Tensor<f32>) {
+    let mut shared = SharedMemory::<f32>::new(comptime!(UNITS));
+    if CUBE_POS < out.len() {
+        let mut sum = f32::new(0.0);
+        let mut at = UNIT_POS as usize;
+        while at < comptime!(PARTS) {
+            sum += parts[CUBE_POS * PARTS + at];
+            at += UNITS;
+        }
+        let sum = cube_sum(sum, &mut shared);
+        if UNIT_POS == 0 {
+            out[CUBE_POS] = sum;
+        }
+    }
 }
 
 #[cube(launch)]

@@ -185,11 +185,11 @@ impl LlamaBackend for Flex {
         rows::adamw(param, grad, m, v, step)
     }
 
-    fn sum_of_squares(x: FlexTensor) -> FlexTensor {
-        if !is_f32(&[&x]) {
-            return reference::sum_of_squares::<Flex>(x);
+    fn sums_of_squares(tensors: Vec<FlexTensor>) -> FlexTensor {
+        if !is_f32(&tensors.iter().collect::<Vec<_>>()) {
+            return reference::sums_of_squares::<Flex>(tensors);
         }
-        rows::sum_of_squares(x)
+        Flex::float_cat(tensors.into_iter().map(rows::sum_of_squares).collect(), 0)
     }
 }
 

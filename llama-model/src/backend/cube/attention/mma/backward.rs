@@ -2,6 +2,10 @@
 
 use super::*;
 
+/// Rows of a tile that are looked at together, in blocks of 16.
+const BLOCKS: usize = 2;
+const STEP: usize = BLOCKS * ROWS;
+
 /// `rowsum(dO · O)` of a plane's 16 rows, which the softmax's backward subtracts: in each unit, of its two rows.
 #[cube]
 fn deltas<F: Float>(
@@ -39,7 +43,7 @@ fn deltas<F: Float>(
     deltas
 }
 
-#[cube(launch_unchecked)]
+#[cube(launch_unchecked, fast_math = FastMath::all())]
 fn backward_q_kernel<F: Float, E: Float, I: Int>(
     q: &Tensor<Vector<F, Eight>>,
     k: &Tensor<Vector<F, Eight>>,
@@ -53,6 +57,7 @@ fn backward_q_kernel<F: Float, E: Float, I: Int>(
     scale: f32,
     #[comptime] head_dim: usize,
     #[comptime] documents: bool,
+    #[comptime] stored: bool,
     #[define(F, E, I)] _dtypes: [StorageType; 3],
 ) {
     let q_len = q.shape(1);
@@ -64,7 +69,8 @@ fn backward_q_kernel<F: Float, E: Float, I: Int>(
         terminate!();
     }
     let head = CUBE_POS / tiles % heads;
-    let kv_head = head / (heads / k.shape(2));
+    let kv_heads = k.shape(2);
+    let kv_head = head / (heads / kv_heads);
     // Those with most keys begin first.
     let q_start = (tiles - 1 - CUBE_POS % tiles) * TILE;
     let shift = kv_len - q_len;
@@ -74,13 +80,21 @@ fn backward_q_kernel<F: Float, E: Float, I: Int>(
     let column = UNIT_POS_PLANE as usize % 4 * 2;
 
     let definition = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
-    let mut k_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(TILE * pitch(head_dim)), 16usize);
-    let mut v_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(TILE * pitch(head_dim)), 16usize);
-    load::<F, E>(q, &mut k_tile, batch, q_start, head, head_dim);
-    load::<F, E>(grad, &mut v_tile, batch, q_start, head, head_dim);
-    sync_cube();
-    let q_rows = rows_of(&definition, &k_tile, row, head_dim);
-    let grad_rows = rows_of(&definition, &v_tile, row, head_dim);
+    // Two tiles each: one is read, the next is on its way.
+    let mut k_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(2 * TILE * pitch(head_dim)), 16usize);
+    let mut v_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(2 * TILE * pitch(head_dim)), 16usize);
+    let arrived = Barrier::shared(CUBE_DIM, UNIT_POS == 0);
+    let unseen = first_key(starts, batch, q_start, q_len, documents);
+    let (tile, end) = (unseen / TILE, seen.div_ceil(TILE));
+    // Queries and their gradients pass through the second places.
+    load::<F, E>(q, &mut k_tile, TILE, batch, q_start, head, (q_len, heads), head_dim, stored);
+    load::<F, E>(grad, &mut v_tile, TILE, batch, q_start, head, (q_len, heads), head_dim, stored);
+    load::<F, E>(k, &mut k_tile, 0usize, batch, tile * TILE, kv_head, (kv_len, kv_heads), head_dim, stored);
+    load::<F, E>(v, &mut v_tile, 0usize, batch, tile * TILE, kv_head, (kv_len, kv_heads), head_dim, stored);
+    arrive(&arrived, stored);
+    arrived.wait_parity(0u32);
+    let q_rows = rows_of(&definition, &k_tile, TILE + row, head_dim);
+    let grad_rows = rows_of(&definition, &v_tile, TILE + row, head_dim);
 
     let deltas = deltas(out, grad, batch, query, head, head_dim);
     let mut first = Array::<usize>::new(2usize);
@@ -96,22 +110,28 @@ fn backward_q_kernel<F: Float, E: Float, I: Int>(
     }
 
     let mut results = zeros(head_dim);
-    let unseen = first_key(starts, batch, q_start, q_len, documents);
-    for kv_index in unseen / TILE..seen.div_ceil(TILE) {
+    for kv_index in tile..end {
         let kv_start = kv_index * TILE;
+        let index = kv_index - tile;
+        let place = index % 2 * TILE;
+        arrived.wait_parity(index as u32 % 2);
+        // All have read the tile before, whose place the next takes.
         sync_cube();
-        load::<F, E>(k, &mut k_tile, batch, kv_start, kv_head, head_dim);
-        load::<F, E>(v, &mut v_tile, batch, kv_start, kv_head, head_dim);
-        sync_cube();
-        for part in 0..comptime!(TILE / ROWS) {
-            let key_row = part * ROWS;
+        if kv_index + 1 < end {
+            let (next, place) = (kv_start + TILE, TILE - place);
+            load::<F, E>(k, &mut k_tile, place, batch, next, kv_head, (kv_len, kv_heads), head_dim, stored);
+            load::<F, E>(v, &mut v_tile, place, batch, next, kv_head, (kv_len, kv_heads), head_dim, stored);
+            arrive(&arrived, stored);
+        }
+        for part in 0..comptime!(TILE / STEP) {
+            let key_row = part * STEP;
             // A plane's last query sees none of the keys behind its own.
             if kv_start + key_row <= q_start + row + comptime!(ROWS - 1) + shift {
-                let mut score = scores(&definition, &q_rows, &k_tile, key_row, head_dim);
-                let d_weight = scores(&definition, &grad_rows, &v_tile, key_row, head_dim);
-                let whole = !documents && kv_start + key_row + ROWS <= q_start + row + shift + 1;
+                let mut score = scores(&definition, &q_rows, &k_tile, place + key_row, BLOCKS, head_dim);
+                let d_weight = scores(&definition, &grad_rows, &v_tile, place + key_row, BLOCKS, head_dim);
+                let whole = !documents && kv_start + key_row + STEP <= q_start + row + shift + 1;
                 #[unroll]
-                for side in 0..2usize {
+                for side in 0..comptime!(2 * BLOCKS) {
                     let score = score.index_mut(side);
                     let d_weight = d_weight.index(side);
                     #[unroll]
@@ -131,7 +151,7 @@ fn backward_q_kernel<F: Float, E: Float, I: Int>(
                         score[i] = value;
                     }
                 }
-                accumulate(&definition, &rounded(&score), &k_tile, key_row, &mut results, head_dim);
+                accumulate(&definition, &score, &k_tile, place + key_row, &mut results, BLOCKS, head_dim);
             }
         }
     }
@@ -144,7 +164,7 @@ fn backward_q_kernel<F: Float, E: Float, I: Int>(
     }
 }
 
-#[cube(launch_unchecked)]
+#[cube(launch_unchecked, fast_math = FastMath::all())]
 fn backward_kv_kernel<F: Float, E: Float, I: Int>(
     q: &Tensor<Vector<F, Eight>>,
     k: &Tensor<Vector<F, Eight>>,
@@ -158,6 +178,7 @@ fn backward_kv_kernel<F: Float, E: Float, I: Int>(
     scale: f32,
     #[comptime] head_dim: usize,
     #[comptime] documents: bool,
+    #[comptime] stored: bool,
     #[define(F, E, I)] _dtypes: [StorageType; 3],
 ) {
     let q_len = q.shape(1);
@@ -182,48 +203,63 @@ fn backward_kv_kernel<F: Float, E: Float, I: Int>(
     let definition = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
     let mut k_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(TILE * pitch(head_dim)), 16usize);
     let mut v_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(TILE * pitch(head_dim)), 16usize);
-    let mut q_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(TILE * pitch(head_dim)), 16usize);
-    let mut grad_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(TILE * pitch(head_dim)), 16usize);
-    let mut lse_tile = SharedMemory::<f32>::new(TILE);
-    let mut delta_tile = SharedMemory::<f32>::new(TILE);
-    load::<F, E>(k, &mut k_tile, batch, kv_start, kv_head, head_dim);
-    load::<F, E>(v, &mut v_tile, batch, kv_start, kv_head, head_dim);
+    // Two tiles each: one is read, the next is on its way.
+    let mut q_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(2 * TILE * pitch(head_dim)), 16usize);
+    let mut grad_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(2 * TILE * pitch(head_dim)), 16usize);
+    let mut lse_tile = SharedMemory::<f32>::new(comptime!(2 * TILE));
+    let mut delta_tile = SharedMemory::<f32>::new(comptime!(2 * TILE));
+    let arrived = Barrier::shared(CUBE_DIM, UNIT_POS == 0);
+    load::<F, E>(k, &mut k_tile, 0usize, batch, kv_start, kv_head, (kv_len, kv_heads), head_dim, stored);
+    load::<F, E>(v, &mut v_tile, 0usize, batch, kv_start, kv_head, (kv_len, kv_heads), head_dim, stored);
 
     let mut key_results = zeros(head_dim);
     let mut value_results = zeros(head_dim);
-    for member in 0..group {
-        let head = kv_head * group + member;
-        for q_index in first / TILE..q_len.div_ceil(TILE) {
-            let q_start = q_index * TILE;
-            sync_cube();
-            load::<F, E>(q, &mut q_tile, batch, q_start, head, head_dim);
-            load::<F, E>(grad, &mut grad_tile, batch, q_start, head, head_dim);
-            let unit = UNIT_POS as usize;
+    // Tiles of queries that see any of these keys, of one head of the group after the other.
+    let (tile, end) = (first / TILE, q_len.div_ceil(TILE));
+    let tiles = (end - tile) * group;
+    let unit = UNIT_POS as usize;
+    for index in 0..tiles + 1 {
+        if index > 0 {
+            arrived.wait_parity((index - 1) as u32 % 2);
+        }
+        // All have read the tile before the last, whose place this one takes.
+        sync_cube();
+        if index < tiles {
+            let head = kv_head * group + index / (end - tile);
+            let q_start = (tile + index % (end - tile)) * TILE;
+            let place = index % 2 * TILE;
+            load::<F, E>(q, &mut q_tile, place, batch, q_start, head, (q_len, heads), head_dim, stored);
+            load::<F, E>(grad, &mut grad_tile, place, batch, q_start, head, (q_len, heads), head_dim, stored);
             if unit < TILE {
                 let at = (batch * heads + head) * q_len + min(q_start + unit, q_len - 1);
-                lse_tile[unit] = lse[at];
-                delta_tile[unit] = delta[at];
+                lse_tile[place + unit] = lse[at];
+                delta_tile[place + unit] = delta[at];
             }
-            sync_cube();
-            for part in 0..comptime!(TILE / ROWS) {
-                let query_row = part * ROWS;
+            arrive(&arrived, stored);
+        }
+        if index > 0 {
+            let index = index - 1;
+            let q_start = (tile + index % (end - tile)) * TILE;
+            let place = index % 2 * TILE;
+            for part in 0..comptime!(TILE / STEP) {
+                let query_row = part * STEP;
                 // The last of these queries sees none of the keys behind its own.
-                if kv_start + row <= q_start + query_row + comptime!(ROWS - 1) + shift {
+                if kv_start + row <= q_start + query_row + comptime!(STEP - 1) + shift {
                     // Rows are keys, columns queries.
-                    let mut score = pairs(&definition, &k_tile, row, &q_tile, query_row, head_dim);
-                    let mut d_score = pairs(&definition, &v_tile, row, &grad_tile, query_row, head_dim);
+                    let mut score = pairs(&definition, &k_tile, row, &q_tile, place + query_row, head_dim);
+                    let mut d_score = pairs(&definition, &v_tile, row, &grad_tile, place + query_row, head_dim);
                     let whole = !documents
-                        && q_start + query_row + ROWS <= q_len
+                        && q_start + query_row + STEP <= q_len
                         && kv_start + row + ROWS <= q_start + query_row + shift + 1;
                     #[unroll]
-                    for side in 0..2usize {
+                    for side in 0..comptime!(2 * BLOCKS) {
                         let score = score.index_mut(side);
                         let d_score = d_score.index_mut(side);
                         let at = query_row + side * WIDTH + column;
-                        let mut lse_pair = Vector::<f32, Pair>::cast_from(lse_tile[at]);
-                        lse_pair[1] = lse_tile[at + 1];
-                        let mut delta_pair = Vector::<f32, Pair>::cast_from(delta_tile[at]);
-                        delta_pair[1] = delta_tile[at + 1];
+                        let mut lse_pair = Vector::<f32, Pair>::cast_from(lse_tile[place + at]);
+                        lse_pair[1] = lse_tile[place + at + 1];
+                        let mut delta_pair = Vector::<f32, Pair>::cast_from(delta_tile[place + at]);
+                        delta_pair[1] = delta_tile[place + at + 1];
                         #[unroll]
                         for i in 0..2usize {
                             let mut weight = (score[i] * Vector::cast_from(scale) - lse_pair).exp();
@@ -242,8 +278,16 @@ fn backward_kv_kernel<F: Float, E: Float, I: Int>(
                             d_score[i] = weight * (d_score[i] - delta_pair) * Vector::cast_from(scale);
                         }
                     }
-                    accumulate(&definition, &rounded(&score), &grad_tile, query_row, &mut value_results, head_dim);
-                    accumulate(&definition, &rounded(&d_score), &q_tile, query_row, &mut key_results, head_dim);
+                    accumulate(
+                        &definition,
+                        &score,
+                        &grad_tile,
+                        place + query_row,
+                        &mut value_results,
+                        BLOCKS,
+                        head_dim,
+                    );
+                    accumulate(&definition, &d_score, &q_tile, place + query_row, &mut key_results, BLOCKS, head_dim);
                 }
             }
         }
@@ -259,7 +303,7 @@ fn backward_kv_kernel<F: Float, E: Float, I: Int>(
     }
 }
 
-/// Products of 16 rows of one tile with 16 of another. As [`scores`], whose rows stay in registers: here those are full of results.
+/// Products of 16 rows of one tile with [`STEP`] of another. As [`scores`], whose rows stay in registers: here those are full of results.
 #[cube]
 fn pairs<E: Float>(
     definition: &MmaDefinition<E, E, f32>,
@@ -269,13 +313,25 @@ fn pairs<E: Float>(
     column: usize,
     #[comptime] head_dim: usize,
 ) -> Sequence<Sums> {
-    let mut sums = zeros(ROWS);
+    let parts = comptime!(head_dim / ROWS);
+    let mut sums = zeros(comptime!(BLOCKS * ROWS));
+    let mut left = Sequence::<Fragment<E>>::new();
+    let mut right = Sequence::<Fragment<E>>::new();
     #[unroll]
-    for part in 0..comptime!(head_dim / ROWS) {
-        let left = square(definition, rows, row, part * 2, head_dim, false);
-        let right = square(definition, columns, column, part * 2, head_dim, false);
-        definition.execute_inplace(&left, &half(&right, 0usize, 2usize), sums.index_mut(0usize));
-        definition.execute_inplace(&left, &half(&right, 1usize, 3usize), sums.index_mut(1usize));
+    for step in 0..comptime!((parts + 1) * BLOCKS) {
+        let (part, block) = comptime!((step / BLOCKS, step % BLOCKS));
+        if comptime!(part < parts) {
+            if comptime!(block == 0) {
+                left.push(square(definition, rows, row, part * 2, head_dim, false));
+            }
+            right.push(square(definition, columns, column + block * ROWS, part * 2, head_dim, false));
+        }
+        if comptime!(step >= BLOCKS) {
+            let square = right.index(comptime!(step - BLOCKS));
+            let left = left.index(comptime!(part - 1));
+            definition.execute_inplace(left, &half(square, 0usize, 2usize), sums.index_mut(comptime!(2 * block)));
+            definition.execute_inplace(left, &half(square, 1usize, 3usize), sums.index_mut(comptime!(2 * block + 1)));
+        }
     }
     sums
 }
@@ -299,6 +355,7 @@ pub(in crate::backend::cube) fn backward<R: CubeRuntime>(
     let delta = empty_like(&lse, lse.shape(), DType::F32);
     let client = q.client.clone();
     let dtypes = [q.dtype.into(), operand, starts.dtype.into()];
+    let stored = dtypes[0] == operand;
     // SAFETY: the kernels check every position that they read or write against the tensors' lengths.
     unsafe {
         backward_q_kernel::launch_unchecked::<R>(
@@ -317,6 +374,7 @@ pub(in crate::backend::cube) fn backward<R: CubeRuntime>(
             scale as f32,
             head_dim,
             documents,
+            stored,
             dtypes,
         );
         backward_kv_kernel::launch_unchecked::<R>(
@@ -335,6 +393,7 @@ pub(in crate::backend::cube) fn backward<R: CubeRuntime>(
             scale as f32,
             head_dim,
             documents,
+            stored,
             dtypes,
         );
     }

@@ -4,7 +4,10 @@ use burn::tensor::Shape;
 
 use super::*;
 
-#[cube(launch_unchecked)]
+/// Blocks of 16 keys in a tile.
+const BLOCKS: usize = TILE / ROWS;
+
+#[cube(launch_unchecked, fast_math = FastMath::all())]
 fn forward_kernel<F: Float, E: Float, I: Int>(
     q: &Tensor<Vector<F, Eight>>,
     k: &Tensor<Vector<F, Eight>>,
@@ -15,6 +18,7 @@ fn forward_kernel<F: Float, E: Float, I: Int>(
     scale: f32,
     #[comptime] head_dim: usize,
     #[comptime] documents: bool,
+    #[comptime] stored: bool,
     #[define(F, E, I)] _dtypes: [StorageType; 3],
 ) {
     let q_len = q.shape(1);
@@ -26,7 +30,8 @@ fn forward_kernel<F: Float, E: Float, I: Int>(
         terminate!();
     }
     let head = CUBE_POS / tiles % heads;
-    let kv_head = head / (heads / k.shape(2));
+    let kv_heads = k.shape(2);
+    let kv_head = head / (heads / kv_heads);
     // Those with most keys begin first.
     let q_start = (tiles - 1 - CUBE_POS % tiles) * TILE;
     // Query `i` sees the keys up to `shift + i`.
@@ -40,9 +45,14 @@ fn forward_kernel<F: Float, E: Float, I: Int>(
     let definition = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
     let mut k_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(TILE * pitch(head_dim)), 16usize);
     let mut v_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(TILE * pitch(head_dim)), 16usize);
-    load::<F, E>(q, &mut k_tile, batch, q_start, head, head_dim);
+    let keys = Barrier::shared(CUBE_DIM, UNIT_POS == 0);
+    let values = Barrier::shared(CUBE_DIM, UNIT_POS == 0);
+    // Queries pass through the place of the first values.
+    load::<F, E>(q, &mut v_tile, 0usize, batch, q_start, head, (q_len, heads), head_dim, stored);
+    arrive(&values, stored);
+    values.wait_parity(0u32);
+    let q_rows = rows_of(&definition, &v_tile, row, head_dim);
     sync_cube();
-    let q_rows = rows_of(&definition, &k_tile, row, head_dim);
 
     let mut results = zeros(head_dim);
     let mut highest = Array::<f32>::new(2usize);
@@ -57,17 +67,22 @@ fn forward_kernel<F: Float, E: Float, I: Int>(
     }
 
     let unseen = first_key(starts, batch, q_start, q_len, documents);
-    for kv_index in unseen / TILE..seen.div_ceil(TILE) {
+    let (tile, end) = (unseen / TILE, seen.div_ceil(TILE));
+    load::<F, E>(k, &mut k_tile, 0usize, batch, tile * TILE, kv_head, (kv_len, kv_heads), head_dim, stored);
+    arrive(&keys, stored);
+    load::<F, E>(v, &mut v_tile, 0usize, batch, tile * TILE, kv_head, (kv_len, kv_heads), head_dim, stored);
+    arrive(&values, stored);
+    for kv_index in tile..end {
         let kv_start = kv_index * TILE;
+        let next = kv_start + TILE;
+        let phase = (kv_index - tile) as u32 % 2;
+        keys.wait_parity(phase);
+        let mut score = scores(&definition, &q_rows, &k_tile, 0usize, BLOCKS, head_dim);
+        // All have read the keys, whose place the next take.
         sync_cube();
-        load::<F, E>(k, &mut k_tile, batch, kv_start, kv_head, head_dim);
-        load::<F, E>(v, &mut v_tile, batch, kv_start, kv_head, head_dim);
-        sync_cube();
-
-        let mut parts = Sequence::<Sequence<Sums>>::new();
-        #[unroll]
-        for part in 0..comptime!(TILE / ROWS) {
-            parts.push(scores(&definition, &q_rows, &k_tile, part * ROWS, head_dim));
+        if kv_index + 1 < end {
+            load::<F, E>(k, &mut k_tile, 0usize, batch, next, kv_head, (kv_len, kv_heads), head_dim, stored);
+            arrive(&keys, stored);
         }
         let whole = !documents && kv_start + TILE <= q_start + shift + 1;
         let mut best = Array::<f32>::new(2usize);
@@ -77,10 +92,10 @@ fn forward_kernel<F: Float, E: Float, I: Int>(
         }
         #[unroll]
         for part in 0..comptime!(TILE / WIDTH) {
-            let score = parts.index_mut(comptime!(part / 2)).index_mut(comptime!(part % 2));
+            let part_score = score.index_mut(part);
             #[unroll]
             for i in 0..2usize {
-                let mut value = score[i] * Vector::cast_from(scale);
+                let mut value = part_score[i] * Vector::cast_from(scale);
                 if !whole {
                     #[unroll]
                     for j in 0..2usize {
@@ -90,7 +105,7 @@ fn forward_kernel<F: Float, E: Float, I: Int>(
                         }
                     }
                 }
-                score[i] = value;
+                part_score[i] = value;
                 best[i] = max(best[i], max(value[0], value[1]));
             }
         }
@@ -109,29 +124,32 @@ fn forward_kernel<F: Float, E: Float, I: Int>(
             }
         }
         #[unroll]
-        for part in 0..comptime!(TILE / ROWS) {
-            let scores = parts.index_mut(part);
+        for part in 0..comptime!(TILE / WIDTH) {
+            let part_score = score.index_mut(part);
             #[unroll]
-            for side in 0..2usize {
-                let score = scores.index_mut(side);
-                #[unroll]
-                for i in 0..2usize {
-                    let value = score[i];
-                    let mut weight = (value - Vector::cast_from(best[i])).exp();
-                    // A row that sees nothing of this tile has no greater score to vanish against.
-                    if comptime!(documents) {
-                        #[unroll]
-                        for j in 0..2usize {
-                            if value[j] <= f32::new(MASKED) {
-                                weight[j] = f32::new(0.0);
-                            }
+            for i in 0..2usize {
+                let value = part_score[i];
+                let mut weight = (value - Vector::cast_from(best[i])).exp();
+                // A row that sees nothing of this tile has no greater score to vanish against.
+                if comptime!(documents) {
+                    #[unroll]
+                    for j in 0..2usize {
+                        if value[j] <= f32::new(MASKED) {
+                            weight[j] = f32::new(0.0);
                         }
                     }
-                    sum[i] += weight[0] + weight[1];
-                    score[i] = weight;
                 }
+                sum[i] += weight[0] + weight[1];
+                part_score[i] = weight;
             }
-            accumulate(&definition, &rounded(scores), &v_tile, part * ROWS, &mut results, head_dim);
+        }
+        // Before these were the queries.
+        values.wait_parity(1 - phase);
+        accumulate(&definition, &score, &v_tile, 0usize, &mut results, BLOCKS, head_dim);
+        sync_cube();
+        if kv_index + 1 < end {
+            load::<F, E>(v, &mut v_tile, 0usize, batch, next, kv_head, (kv_len, kv_heads), head_dim, stored);
+            arrive(&values, stored);
         }
     }
 
@@ -165,6 +183,7 @@ pub(in crate::backend::cube) fn forward<R: CubeRuntime>(
     let out = empty_like(&q, q.shape(), q.dtype);
     let lse = empty_like(&q, Shape::new([batch, heads, q_len]), DType::F32);
     let (client, dtypes) = (q.client.clone(), [q.dtype.into(), operand, starts.dtype.into()]);
+    let stored = dtypes[0] == operand;
     // SAFETY: the kernel checks every position that it reads or writes against the tensors' lengths.
     unsafe {
         forward_kernel::launch_unchecked::<R>(
@@ -180,6 +199,7 @@ pub(in crate::backend::cube) fn forward<R: CubeRuntime>(
             scale as f32,
             head_dim,
             documents,
+            stored,
             dtypes,
         );
     }

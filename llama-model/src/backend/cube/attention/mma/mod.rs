@@ -2,7 +2,7 @@
 //! operands lie in registers in a known order, so that scores become weights, and weights an operand, without leaving them.
 //!
 //! A cube of four planes has 64 rows, a plane 16 of them: of queries, or of keys in the gradients of keys and values. What its rows are
-//! multiplied with passes through shared memory, 64 rows at a time, rounded there to the operands' type.
+//! multiplied with passes through shared memory, 64 rows at a time, of which the next are on their way while one tile is multiplied.
 
 use burn::tensor::{DType, TensorMetadata};
 use burn_cubecl::CubeRuntime;
@@ -10,6 +10,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::cmma::MmaDefinition;
 use cubecl::cube;
 use cubecl::ir::StorageType;
+use cubecl::prelude::barrier::{Barrier, copy_async_checked};
 use cubecl::prelude::*;
 
 use super::super::mma::{Eight, Fragment, Pair, Sums, WIDTH, fragment, half, operand_type, zeros};
@@ -28,6 +29,8 @@ const PLANES: usize = 4;
 /// Rows of a cube, and of a tile in shared memory.
 const TILE: usize = ROWS * PLANES;
 const UNITS: usize = 32 * PLANES;
+/// Operands that are on their way from shared memory.
+const AHEAD: usize = 2;
 /// Widest head: its results stay in registers.
 const MAX_HEAD_DIM: usize = 128;
 
@@ -40,7 +43,8 @@ pub(in crate::backend::cube) fn operand<R: CubeRuntime>(
     let [_, _, _, head_dim] = q.shape().dims();
     let fits = head_dim.is_multiple_of(ROWS) && head_dim <= MAX_HEAD_DIM;
     let alike = q.dtype != DType::F64 && tensors.iter().all(|tensor| tensor.dtype == q.dtype);
-    operand_type(&q.client, precision).filter(|_| fits && alike)
+    let copies = q.client.properties().features.copy_async;
+    operand_type(&q.client, precision).filter(|_| fits && alike && copies)
 }
 
 /// Vectors between rows in shared memory: one more than a row has, so that eight rows lie in different banks.
@@ -48,30 +52,51 @@ fn pitch(head_dim: usize) -> usize {
     head_dim / 8 + 1
 }
 
-/// Copies the 64 positions of a head from `start` on, zeros behind the end.
+/// Begins to copy the 64 positions of a head from `start` on to as many rows of a tile, zeros behind the end: on its way past the
+/// units if it is `stored` as operands are, else rounded by them. It is there when all units have [`arrive`]d.
 #[cube]
 fn load<F: Float, E: Float>(
     from: &Tensor<Vector<F, Eight>>,
     to: &mut SharedMemory<Vector<E, Eight>>,
+    first_row: usize,
     batch: usize,
     start: usize,
     head: usize,
+    shape: (usize, usize),
     #[comptime] head_dim: usize,
+    #[comptime] stored: bool,
 ) {
-    let len = from.shape(1);
-    let heads = from.shape(2);
+    let (len, heads) = shape;
     let vectors = comptime!(head_dim / 8);
     #[unroll]
     for step in 0..comptime!(TILE * head_dim / 8 / UNITS) {
         let index = step * UNITS + UNIT_POS as usize;
         let row = index / vectors;
         let column = index % vectors;
-        let mut value = Vector::<E, Eight>::cast_from(0.0f32);
-        if start + row < len {
-            value = Vector::cast_from(from[((batch * len + start + row) * heads + head) * vectors + column]);
+        let inside = start + row < len;
+        let at = ((batch * len + start + row) * heads + head) * vectors + column;
+        let place = (first_row + row) * comptime!(pitch(head_dim)) + column;
+        if comptime!(stored) {
+            let at = select(inside, at, 0);
+            let source = from.slice(at, at + usize::cast_from(inside)).downcast::<Vector<E, Eight>>();
+            copy_async_checked(&source, &mut to.slice_mut(place, place + 1), 8u32);
+        } else {
+            let mut value = Vector::<E, Eight>::cast_from(0.0f32);
+            if inside {
+                value = Vector::cast_from(from[at]);
+            }
+            to[place] = value;
         }
-        to[row * comptime!(pitch(head_dim)) + column] = value;
     }
+}
+
+/// Tells a barrier that this unit has begun all its copies.
+#[cube]
+fn arrive(barrier: &Barrier, #[comptime] stored: bool) {
+    if comptime!(stored) {
+        barrier.commit_copy_async();
+    }
+    barrier.arrive();
 }
 
 /// The 16 × 16 values of a tile at a row and a column, the latter in vectors.
@@ -105,53 +130,80 @@ fn rows_of<E: Float>(
     rows
 }
 
-/// Products of a plane's rows with 16 rows of a tile: 16 × 16 sums.
+/// Products of a plane's rows with `blocks` times 16 rows of a tile: two sums for each block.
 #[cube]
 fn scores<E: Float>(
     definition: &MmaDefinition<E, E, f32>,
     rows: &Sequence<Fragment<E>>,
     tile: &SharedMemory<Vector<E, Eight>>,
     row: usize,
+    #[comptime] blocks: usize,
     #[comptime] head_dim: usize,
 ) -> Sequence<Sums> {
-    let mut sums = zeros(ROWS);
+    let parts = comptime!(head_dim / ROWS);
+    let mut sums = zeros(comptime!(blocks * ROWS));
+    // Operands are read from shared memory before the products that precede theirs, which hide the wait.
+    let mut squares = Sequence::<Fragment<E>>::new();
     #[unroll]
-    for part in 0..comptime!(head_dim / ROWS) {
-        let square = square(definition, tile, row, part * 2, head_dim, false);
-        let left = rows.index(part);
-        definition.execute_inplace(left, &half(&square, 0usize, 2usize), sums.index_mut(0usize));
-        definition.execute_inplace(left, &half(&square, 1usize, 3usize), sums.index_mut(1usize));
+    for step in 0..comptime!((parts + 1) * blocks) {
+        let (part, block) = comptime!((step / blocks, step % blocks));
+        if comptime!(part < parts) {
+            squares.push(square(definition, tile, row + block * ROWS, part * 2, head_dim, false));
+        }
+        if comptime!(step >= blocks) {
+            let square = squares.index(comptime!(step - blocks));
+            let left = rows.index(comptime!(part - 1));
+            definition.execute_inplace(left, &half(square, 0usize, 2usize), sums.index_mut(comptime!(2 * block)));
+            definition.execute_inplace(left, &half(square, 1usize, 3usize), sums.index_mut(comptime!(2 * block + 1)));
+        }
     }
     sums
 }
 
-/// 16 × 16 sums, rounded, as a left operand.
+/// The sums of a block, 16 × 16, rounded, as a left operand.
 #[cube]
-fn rounded<E: Float>(sums: &Sequence<Sums>) -> Fragment<E> {
+fn rounded<E: Float>(sums: &Sequence<Sums>, #[comptime] block: usize) -> Fragment<E> {
     let mut left = Array::<Vector<E, Pair>>::new(4usize);
     #[unroll]
     for part in 0..4usize {
-        let from = sums.index(comptime!(part / 2));
+        let from = sums.index(comptime!(2 * block + part / 2));
         left[part] = Vector::cast_from(from[comptime!(part % 2)]);
     }
     left
 }
 
-/// Adds to a plane's results the product of 16 × 16 values with 16 rows of a tile.
+/// Adds to a plane's results the products of `blocks` left operands with as many times 16 rows of a tile.
 #[cube]
 fn accumulate<E: Float>(
     definition: &MmaDefinition<E, E, f32>,
-    left: &Fragment<E>,
+    sums: &Sequence<Sums>,
     tile: &SharedMemory<Vector<E, Eight>>,
     row: usize,
     results: &mut Sequence<Sums>,
+    #[comptime] blocks: usize,
     #[comptime] head_dim: usize,
 ) {
+    let parts = comptime!(head_dim / ROWS);
+    let mut left = Sequence::<Fragment<E>>::new();
     #[unroll]
-    for part in 0..comptime!(head_dim / ROWS) {
-        let square = square(definition, tile, row, part * 2, head_dim, true);
-        definition.execute_inplace(left, &half(&square, 0usize, 1usize), results.index_mut(comptime!(2 * part)));
-        definition.execute_inplace(left, &half(&square, 2usize, 3usize), results.index_mut(comptime!(2 * part + 1)));
+    for block in 0..blocks {
+        left.push(rounded(sums, block));
+    }
+    // As above, two operands ahead.
+    let mut squares = Sequence::<Fragment<E>>::new();
+    #[unroll]
+    for step in 0..comptime!(blocks * parts + AHEAD) {
+        if comptime!(step < blocks * parts) {
+            let (block, part) = comptime!((step / parts, step % parts));
+            squares.push(square(definition, tile, row + block * ROWS, part * 2, head_dim, true));
+        }
+        if comptime!(step >= AHEAD) {
+            let (block, part) = comptime!(((step - AHEAD) / parts, (step - AHEAD) % parts));
+            let square = squares.index(comptime!(step - AHEAD));
+            let left = left.index(block);
+            definition.execute_inplace(left, &half(square, 0usize, 1usize), results.index_mut(comptime!(2 * part)));
+            definition.execute_inplace(left, &half(square, 2usize, 3usize), results.index_mut(comptime!(2 * part + 1)));
+        }
     }
 }
 
