@@ -25,20 +25,13 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
         sum: Option<FloatTensor<Self>>,
     ) -> FloatTensor<Self> {
         let outputs = [(Shape::new([vocab_size, grad.shape()[1]]), grad.dtype())];
-        let [d_weight] = match sum {
-            Some(sum) => custom::<B, 2, 1>(
-                "token_embedding_backward",
-                [grad, sum],
-                Some(tokens),
-                outputs,
-                move |[grad, sum], tokens| [B::token_embedding_backward(grad, expect(tokens), vocab_size, Some(sum))],
-            ),
-            None => {
-                custom::<B, 1, 1>("token_embedding_backward", [grad], Some(tokens), outputs, move |[grad], tokens| {
-                    [B::token_embedding_backward(grad, expect(tokens), vocab_size, None)]
-                })
-            }
+        let inputs = [grad].into_iter().chain(sum).collect();
+        let run = move |inputs: Vec<_>, tokens| {
+            let mut inputs = inputs.into_iter();
+            let grad = inputs.next().expect("the operation was registered with a gradient");
+            [B::token_embedding_backward(grad, expect(tokens), vocab_size, inputs.next())]
         };
+        let [d_weight] = custom_all::<B, 1>("token_embedding_backward", inputs, Some(tokens), outputs, run);
         d_weight
     }
 

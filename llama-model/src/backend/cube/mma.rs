@@ -21,7 +21,7 @@ pub(super) type Sums = Array<Vector<f32, Pair>>;
 /// Columns of [`Sums`].
 pub(super) const WIDTH: usize = 8;
 
-/// The operands' type of a precision, if the device has the instruction for it.
+/// The operands' type of a precision, if the device has the instruction for it and copies past the units.
 pub(super) fn operand_type<R: CubeRuntime>(client: &ComputeClient<R>, precision: Precision) -> Option<StorageType> {
     let kind = match precision {
         Precision::F32 => return None,
@@ -30,9 +30,10 @@ pub(super) fn operand_type<R: CubeRuntime>(client: &ComputeClient<R>, precision:
     };
     let operand: StorageType = ElemType::Float(kind).into();
     let sums: StorageType = ElemType::Float(FloatKind::F32).into();
-    let matmul = &client.properties().features.matmul;
+    let features = &client.properties().features;
+    let matmul = &features.matmul;
     let config = MmaConfig { a_type: operand, b_type: operand, cd_type: sums, m: 16, n: 8, k: 16 };
-    (matmul.mma.contains(&config) && matmul.ldmatrix.contains(&operand)).then_some(operand)
+    (features.copy_async && matmul.mma.contains(&config) && matmul.ldmatrix.contains(&operand)).then_some(operand)
 }
 
 /// Four squares of 8 × 8 values, or their transposes: unit `i` of a plane gives with `at` the row `i % 8` of square `i / 8`.

@@ -1,11 +1,12 @@
 //! CubeCL backends (CUDA, Vulkan, Metal, WebGPU), plain and with fusion.
 //!
 //! Own kernels where a composition of operations costs memory or passes over it: attention, whose scores never leave the chip; the
-//! norm; rotary embeddings; softmax and gradient of the loss in place; AdamW in place. SwiGLU and the sums of gradients stay
-//! compositions: Burn's fusion makes one kernel of each, and joins it with its neighbours.
+//! norm; rotary embeddings; softmax and gradient of the loss in place; AdamW in place; the embeddings' gradient; the global norm. SwiGLU
+//! stays a composition: Burn's fusion makes one kernel of it, and joins it with its neighbours.
 //!
-//! Everything is generic over the float type of its tensors, computes in f32, and needs neither plane operations nor tensor cores: a
-//! cube reduces through shared memory. Shapes or types that a kernel does not take go to the default bodies.
+//! Everything is generic over the float type of its tensors and computes in f32; a cube reduces through shared memory. Only `product` and
+//! `attention::mma` need tensor cores, and `few_rows` plane operations: where the device has them not, and for shapes or types that a
+//! kernel does not take, the default bodies run.
 
 mod attention;
 mod elementwise;
@@ -63,9 +64,7 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         precision: Precision,
     ) -> FloatTensor<Self> {
         if !pairs.iter().all(|(grad, weight)| product::fits([grad, weight], weight.shape()[1], precision)) {
-            let wide = pairs.iter().all(|(grad, _)| product::supported(&grad.client, precision));
-            let d_x = reference::project_backward_input::<Self>(pairs, precision);
-            return if wide { cast::<Self>(d_x, DType::F32) } else { d_x };
+            return widened::<Self>(reference::project_backward_input::<Self>(pairs, precision), precision);
         }
         let sum = pairs.into_iter().fold(None, |sum, (grad, weight)| {
             Some(product::add_product(sum, (grad, false), (weight, false), precision, DType::F32))
@@ -81,9 +80,7 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         if product::fits([&grad, &x], x.shape()[1], precision) {
             return product::product((grad, true), (x, false), precision, DType::F32);
         }
-        let wide = product::supported(&grad.client, precision);
-        let d_weight = reference::project_backward_weight::<Self>(grad, x, precision);
-        if wide { cast::<Self>(d_weight, DType::F32) } else { d_weight }
+        widened::<Self>(reference::project_backward_weight::<Self>(grad, x, precision), precision)
     }
 
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> (FloatTensor<Self>, FloatTensor<Self>) {
@@ -226,6 +223,14 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
             true => sums::sums_of_squares(tensors),
             false => reference::sums_of_squares::<Self>(tensors),
         }
+    }
+}
+
+/// A gradient that a default body made, in f32 where [`product`] would have made it so.
+fn widened<B: LlamaBackend>(gradient: FloatTensor<B>, precision: Precision) -> FloatTensor<B> {
+    match B::has_products(&B::float_device(&gradient), precision) {
+        true => cast::<B>(gradient, DType::F32),
+        false => gradient,
     }
 }
 

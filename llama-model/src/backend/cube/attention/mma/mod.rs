@@ -43,8 +43,7 @@ pub(in crate::backend::cube) fn operand<R: CubeRuntime>(
     let [_, _, _, head_dim] = q.shape().dims();
     let fits = head_dim.is_multiple_of(ROWS) && head_dim <= MAX_HEAD_DIM;
     let alike = q.dtype != DType::F64 && tensors.iter().all(|tensor| tensor.dtype == q.dtype);
-    let copies = q.client.properties().features.copy_async;
-    operand_type(&q.client, precision).filter(|_| fits && alike && copies)
+    operand_type(&q.client, precision).filter(|_| fits && alike)
 }
 
 /// Vectors between rows in shared memory: one more than a row has, so that eight rows lie in different banks.

@@ -1,36 +1,26 @@
-//! Matrix products on tensor cores, in bf16 or f16 with sums in f32.
-//!
-//! A cube makes a tile of the result, 128 rows × 256 columns, each of its planes 64 × 64 of it in registers. Both operands come through
-//! shared memory in steps of 64 along the summed dimension, the next steps on their way while one is multiplied, and are read as they
-//! lie: either dimension may be the contiguous one. Where the result has too few tiles for the device, as the gradient of a weight has,
-//! the sum is split and its parts are added at the end, always in the same order.
+//! The kernels: copies, operands and sums of a tile.
 
-use burn::tensor::{DType, Shape, TensorMetadata};
-use burn_cubecl::CubeRuntime;
-use burn_cubecl::tensor::CubeTensor;
-use cubecl::client::ComputeClient;
 use cubecl::cmma::MmaDefinition;
 use cubecl::cube;
 use cubecl::ir::StorageType;
 use cubecl::prelude::barrier::{Barrier, copy_async_checked};
 use cubecl::prelude::*;
 
-use super::mma::{Eight, Fragment, Pair, Sums, WIDTH, fragment, half, operand_type, zeros};
-use super::rows::vector_size;
-use super::{contiguous, cubes, empty_like};
-use crate::Precision;
+use super::super::mma::{Eight, Fragment, Pair, Sums, WIDTH, fragment, half, zeros};
 
 /// Values along the summed dimension that a step multiplies.
-const DEPTH: usize = 64;
+pub(super) const DEPTH: usize = 64;
 /// Steps in shared memory.
 const STAGES: usize = 3;
 /// Side of a plane's square of the result.
-const SIDE: usize = 64;
-const TILE_ROWS: usize = 2 * SIDE;
+pub(super) const SIDE: usize = 64;
+pub(super) const TILE_ROWS: usize = 2 * SIDE;
 /// Squares of an instruction along that side.
 const ACROSS: usize = SIDE / 16;
+/// The same along the sum.
+const DEPTHS: usize = DEPTH / 16;
 /// Blocks of a plane in a step: 64 × 16 of its result, 16 values along the sum.
-const BLOCKS: usize = DEPTH / 16 * ACROSS;
+const BLOCKS: usize = DEPTHS * ACROSS;
 /// Row tiles whose columns are done together, so that what they read stays in the cache.
 const GROUP: usize = 16;
 
@@ -38,9 +28,9 @@ const GROUP: usize = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Layout {
     /// Whether the summed dimension is the contiguous one.
-    summed_inner: bool,
+    pub(super) summed_inner: bool,
     /// Rows or columns of the result in a tile.
-    side: usize,
+    pub(super) side: usize,
 }
 
 impl Layout {
@@ -151,6 +141,24 @@ fn refill<E: Float>(
     }
 }
 
+/// Adds the products of a plane's rows with 16 columns, those of number `across`, to its results.
+#[cube]
+fn multiply<E: Float>(
+    definition: &MmaDefinition<E, E, f32>,
+    left: &Sequence<Fragment<E>>,
+    right: &Fragment<E>,
+    results: &mut Sequence<Sequence<Sums>>,
+    #[comptime] across: usize,
+) {
+    let (first, second) = (half(right, 0usize, 1usize), half(right, 2usize, 3usize));
+    #[unroll]
+    for i in 0..ACROSS {
+        let sums = results.index_mut(i);
+        definition.execute_inplace(left.index(i), &first, sums.index_mut(comptime!(2 * across)));
+        definition.execute_inplace(left.index(i), &second, sums.index_mut(comptime!(2 * across + 1)));
+    }
+}
+
 /// Room for operands.
 #[cube]
 fn room<E: Float>(#[comptime] count: usize) -> Sequence<Fragment<E>> {
@@ -163,7 +171,7 @@ fn room<E: Float>(#[comptime] count: usize) -> Sequence<Fragment<E>> {
 }
 
 #[cube(launch_unchecked)]
-fn product_kernel<E: Float, O: Float>(
+pub(super) fn product_kernel<E: Float, O: Float>(
     a: &Tensor<Vector<E, Eight>>,
     b: &Tensor<Vector<E, Eight>>,
     out: &mut Tensor<Vector<O, Pair>>,
@@ -260,68 +268,38 @@ fn product_kernel<E: Float, O: Float>(
                 #[unroll]
                 for block in 0..BLOCKS {
                     let (depth, across) = comptime!((block / ACROSS, block % ACROSS));
-                    let (next_depth, next_across) = comptime!(((block + 1) / ACROSS * 16, (block + 1) % ACROSS * 16));
-                    let (a_base, b_base) = comptime!((stage * rows.step(), stage * columns.step()));
-                    let right_next = right.index_mut(comptime!((block + 1) % 2));
-                    let left_next = left.index_mut(comptime!((depth + 1) % 2));
-                    if comptime!(block + 1 < BLOCKS) {
-                        refill(
-                            &definition,
-                            right_next,
-                            &b_tile,
-                            column + next_across,
-                            b_base,
-                            next_depth,
-                            false,
-                            columns,
-                        );
-                        if comptime!(across + 2 == ACROSS && block + 2 < BLOCKS) {
-                            refill(
-                                &definition,
-                                left_next,
-                                &a_tile,
-                                row,
-                                a_base,
-                                comptime!((depth + 1) * 16),
-                                true,
-                                rows,
-                            );
-                        }
+                    // The block that follows: of this step, or the first of the next.
+                    let next = comptime!((block + 1) % BLOCKS);
+                    let next_stage = comptime!(if next == 0 { (stage + 1) % STAGES } else { stage });
+                    if comptime!(next > 0) || step + 1 < steps {
+                        let (at, base) = comptime!((next / ACROSS * 16, next_stage * columns.step()));
+                        let right = right.index_mut(comptime!(next % 2));
+                        refill(&definition, right, &b_tile, column + next % ACROSS * 16, base, at, false, columns);
                     }
-                    // The first block of the next step.
-                    if comptime!(block + 2 >= BLOCKS) && step + 1 < steps {
-                        let next = comptime!((stage + 1) % STAGES);
-                        if comptime!(block + 2 == BLOCKS) {
-                            let rounds = comptime!((stage + 1) / STAGES) + round;
-                            arrived.index(next).wait_parity(rounds as u32 % 2);
+                    // A depth's rows are read two blocks before it begins, those of the next step when it has arrived.
+                    if comptime!(across + 2 == ACROSS) {
+                        let next = comptime!((depth + 1) % DEPTHS);
+                        let next_stage = comptime!(if next == 0 { (stage + 1) % STAGES } else { stage });
+                        let (at, base) = comptime!((next * 16, next_stage * rows.step()));
+                        if comptime!(next > 0) || step + 1 < steps {
+                            if comptime!(next == 0) {
+                                let rounds = comptime!((stage + 1) / STAGES) + round;
+                                arrived.index(next_stage).wait_parity(rounds as u32 % 2);
+                            }
                             refill(
                                 &definition,
-                                left_next,
+                                left.index_mut(comptime!(next % 2)),
                                 &a_tile,
                                 row,
-                                comptime!(next * rows.step()),
-                                0usize,
+                                base,
+                                at,
                                 true,
                                 rows,
                             );
-                        } else {
-                            let base = comptime!(next * columns.step());
-                            refill(&definition, right_next, &b_tile, column, base, 0usize, false, columns);
                         }
                     }
                     let both = right.index(comptime!(block % 2)).index(0usize);
-                    let (first, second) = (half(both, 0usize, 1usize), half(both, 2usize, 3usize));
-                    let left_now = left.index(comptime!(depth % 2));
-                    #[unroll]
-                    for i in 0..ACROSS {
-                        let sums = results.index_mut(i);
-                        definition.execute_inplace(left_now.index(i), &first, sums.index_mut(comptime!(2 * across)));
-                        definition.execute_inplace(
-                            left_now.index(i),
-                            &second,
-                            sums.index_mut(comptime!(2 * across + 1)),
-                        );
-                    }
+                    multiply(&definition, left.index(comptime!(depth % 2)), both, &mut results, across);
                     if comptime!(block == 0) {
                         // All have multiplied the step before, whose place is filled now.
                         sync_cube();
@@ -374,7 +352,7 @@ fn product_kernel<E: Float, O: Float>(
 }
 
 #[cube(launch_unchecked)]
-fn add_parts_kernel<O: Float, N: Size>(
+pub(super) fn add_parts_kernel<O: Float, N: Size>(
     parts: &Tensor<Vector<f32, N>>,
     out: &mut Tensor<Vector<O, N>>,
     #[comptime] count: usize,
@@ -393,107 +371,4 @@ fn add_parts_kernel<O: Float, N: Size>(
         }
         out[ABSOLUTE_POS] = Vector::cast_from(sum);
     }
-}
-
-/// Whether the device has what [`product`] needs.
-pub(super) fn supported<R: CubeRuntime>(client: &ComputeClient<R>, precision: Precision) -> bool {
-    client.properties().features.copy_async && operand_type(client, precision).is_some()
-}
-
-/// Whether these matrices can be multiplied here to a result of so many columns: rows begin at whole vectors.
-pub(super) fn fits<R: CubeRuntime>(operands: [&CubeTensor<R>; 2], columns: usize, precision: Precision) -> bool {
-    let matrix = |tensor: &CubeTensor<R>| tensor.dtype != DType::F64 && tensor.shape()[1].is_multiple_of(8);
-    supported(&operands[0].client, precision) && operands.into_iter().all(matrix) && columns.is_multiple_of(2)
-}
-
-/// As [`product`], added to a sum of which nobody else has a handle.
-pub(super) fn add_product<R: CubeRuntime>(
-    sum: Option<CubeTensor<R>>,
-    (a, a_transposed): (CubeTensor<R>, bool),
-    (b, b_transposed): (CubeTensor<R>, bool),
-    precision: Precision,
-    dtype: DType,
-) -> CubeTensor<R> {
-    let [a, b] = contiguous([a, b].map(|x| burn_cubecl::kernel::cast(x, precision.dtype())));
-    let ([a_0, a_1], [b_0, b_1]) = (a.shape().dims(), b.shape().dims());
-    let (rows, summed) = if a_transposed { (a_1, a_0) } else { (a_0, a_1) };
-    let columns = if b_transposed { b_0 } else { b_1 };
-    let row_layout = Layout { summed_inner: !a_transposed, side: TILE_ROWS };
-    let column_layout =
-        Layout { summed_inner: b_transposed, side: if columns <= 2 * SIDE { 2 * SIDE } else { 4 * SIDE } };
-    let tiles = rows.div_ceil(row_layout.side) * columns.div_ceil(column_layout.side);
-    let (splits, part) = split(tiles, summed, a.client.properties().hardware.num_streaming_multiprocessors);
-
-    let client = a.client.clone();
-    let shape = Shape::new([rows, columns]);
-    let add = sum.is_some();
-    let out = sum.unwrap_or_else(|| empty_like(&a, shape, dtype));
-    let parts = match splits {
-        1 => burn_cubecl::ops::reshape(out.clone(), Shape::new([1, rows, columns])),
-        _ => empty_like(&a, Shape::new([splits, rows, columns]), DType::F32),
-    };
-    let units = row_layout.side / SIDE * (column_layout.side / SIDE) * 32;
-    let dtypes = [a.dtype.into(), parts.dtype.into()];
-    // SAFETY: the kernel reads nothing behind the operands' ends and writes nothing behind the result's.
-    unsafe {
-        product_kernel::launch_unchecked::<R>(
-            &client,
-            cubes(tiles * splits),
-            CubeDim::new_1d(units as u32),
-            a.clone().into_tensor_arg(),
-            b.into_tensor_arg(),
-            parts.clone().into_tensor_arg(),
-            summed,
-            part,
-            row_layout,
-            column_layout,
-            add && splits == 1,
-            dtypes,
-        );
-    }
-    if splits == 1 {
-        return out;
-    }
-    // SAFETY: units behind the result's end do nothing.
-    unsafe {
-        let size = vector_size(rows * columns);
-        add_parts_kernel::launch_unchecked::<R>(
-            &client,
-            cubes((rows * columns / size).div_ceil(256)),
-            CubeDim::new_1d(256),
-            size,
-            parts.into_tensor_arg(),
-            out.clone().into_tensor_arg(),
-            splits,
-            add,
-            out.dtype.into(),
-        );
-    }
-    out
-}
-
-/// `a · b` of `a [rows, summed]` and `b [summed, columns]`, either also as its transpose; the result in a type of its own.
-pub(super) fn product<R: CubeRuntime>(
-    a: (CubeTensor<R>, bool),
-    b: (CubeTensor<R>, bool),
-    precision: Precision,
-    dtype: DType,
-) -> CubeTensor<R> {
-    add_product(None, a, b, precision, dtype)
-}
-
-/// In how many parts a sum is made so that all multiprocessors have work, and how long each is: whole steps.
-fn split(tiles: usize, summed: usize, multiprocessors: Option<u32>) -> (usize, usize) {
-    // Shorter parts would spend their time on beginnings and ends.
-    const SHORTEST: usize = 4 * DEPTH;
-    let multiprocessors = multiprocessors.unwrap_or(1) as usize;
-    // Time in tiles that a multiprocessor makes one after the other; a split costs its part's way through memory.
-    let time = |splits: &usize| {
-        let waves = (tiles * splits).div_ceil(multiprocessors) as f64;
-        (1e6 * (waves / *splits as f64 + 0.02 * *splits as f64)) as usize
-    };
-    let most = (summed / SHORTEST).clamp(1, 16);
-    let splits = (1..=most).min_by_key(time).unwrap_or(1);
-    let part = summed.div_ceil(splits).next_multiple_of(DEPTH);
-    (summed.div_ceil(part), part)
 }
