@@ -134,9 +134,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", help="files of JSON lines")
     parser.add_argument("--svg", help="write the picture there")
-    parser.add_argument("--only", help="only tables whose title contains this")
+    parser.add_argument("--only", nargs="+", help="only tables whose title contains one of these")
     args = parser.parse_args()
-    sections = [s for s in read(args.results) if not args.only or args.only.lower() in s.title.lower()]
+    sections = [s for s in read(args.results) if not args.only or any(o.lower() in s.title.lower() for o in args.only)]
     print("\n".join(section.markdown() for section in sections))
     if args.svg:
         with open(args.svg, "w") as picture:
