@@ -10,7 +10,7 @@ use crate::backend::QUANT_BLOCK;
 const SUMS: usize = 4;
 /// Bytes between what is read and what is asked for. Rows are read one after the other, a single stream: several at a time
 /// were half as fast where rows are short.
-const AHEAD: usize = 8192;
+pub(super) const AHEAD: usize = 8192;
 
 /// A float that 16 of are widened at a time.
 pub trait Widen: Copy {
@@ -112,7 +112,7 @@ pub unsafe fn dots<T: Widen>(out: &mut [f32], x: &[f32], w: &[T]) {
             // SAFETY: 16 elements follow each place; fetching reads nothing.
             unsafe {
                 for (i, sum) in sums.iter_mut().enumerate() {
-                    fetch_ahead(w.as_ptr().add(16 * i));
+                    fetch_ahead(w.as_ptr().add(16 * i), AHEAD);
                     let x = _mm512_loadu_ps(x.as_ptr().add(16 * i));
                     *sum = _mm512_fmadd_ps(x, T::widen(w.as_ptr().add(16 * i)), *sum);
                 }
@@ -161,10 +161,10 @@ fn to_floats(out: &mut [f32], halfs: &[f16]) {
     }
 }
 
-/// Asks for what will be read soon: rows follow one another, so it may belong to the next.
+/// Asks for what will be read soon, so many bytes further on: rows follow one another, so it may belong to the next.
 #[inline(always)]
-pub(super) unsafe fn fetch_ahead<T>(ptr: *const T) {
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr.cast::<i8>().wrapping_add(AHEAD)) }
+pub(super) unsafe fn fetch_ahead<T>(ptr: *const T, bytes: usize) {
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr.cast::<i8>().wrapping_add(bytes)) }
 }
 
 #[target_feature(enable = "avx512f")]

@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::super::attention::avx512::four_totals;
-use super::avx512::{Block, fetch_ahead};
+use super::avx512::{AHEAD, Block, fetch_ahead};
 use crate::backend::QUANT_BLOCK;
 
 /// The largest whole number: 127 · 128.
@@ -168,6 +168,8 @@ unsafe fn sums<T: Integers, const N: usize>(x: &Rounded, w: &[T], scales: &[f16]
     let blocks = x.blocks();
     let (width, per_row) = (blocks * T::BYTES, blocks * T::SCALES);
     let stride = per_row.next_multiple_of(16);
+    // As many blocks ahead as their values.
+    let scales_ahead = AHEAD / T::BYTES * T::SCALES * size_of::<f16>();
     let mut totals = [_mm512_setzero_ps(); N];
     for ((scales, floats), total) in scales.chunks_exact(per_row).zip(floats.chunks_exact_mut(stride)).zip(&mut totals)
     {
@@ -175,6 +177,7 @@ unsafe fn sums<T: Integers, const N: usize>(x: &Rounded, w: &[T], scales: &[f16]
         unsafe {
             for at in (0..per_row).step_by(16) {
                 let left = ((1u32 << (per_row - at).min(16)) - 1) as u16;
+                fetch_ahead(scales.as_ptr().add(at), scales_ahead);
                 let halfs = _mm256_maskz_loadu_epi16(left, scales.as_ptr().add(at).cast());
                 let factors = _mm512_loadu_ps(T::factors(x).as_ptr().add(at));
                 let products = _mm512_mul_ps(_mm512_cvtph_ps(halfs), factors);
@@ -192,9 +195,12 @@ unsafe fn sums<T: Integers, const N: usize>(x: &Rounded, w: &[T], scales: &[f16]
         unsafe {
             let bytes = _mm512_loadu_si512(x.bytes.as_ptr().add(block).cast());
             let start = T::start(x, block);
+            // The rows are fetched one after the other, though they are read side by side.
+            for line in (0..N * T::BYTES).step_by(64) {
+                fetch_ahead(w.as_ptr().wrapping_add(block * N * T::BYTES + line), AHEAD);
+            }
             for (row, sum) in sums.iter_mut().enumerate() {
                 let w = w.as_ptr().add(row * width + block * T::BYTES);
-                fetch_ahead(w);
                 let products = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, T::twice(w), bytes));
                 let scale = _mm512_set1_ps(*floats.get_unchecked(row * stride + block * T::SCALES));
                 *sum = _mm512_fmadd_ps(products, scale, *sum);
