@@ -1,0 +1,279 @@
+// A product on the tensor cores of Hopper, by warp groups of four planes.
+//
+// Before this text come the definitions of one variant: COLUMNS of a tile; A_SUMMED_INNER and B_SUMMED_INNER, whether the summed
+// dimension of an operand is its contiguous one; OUT_F32, OUT_BF16 or OUT_F16; ADD, whether a result in f32 is added to what lies there;
+// and the instruction for a warp group's 64 rows, WGMMA(sums, a, b, add).
+//
+// Two warp groups multiply, 64 rows × COLUMNS each in registers. A unit beside them copies: tiles of both operands by the tensor memory
+// accelerator, as many steps ahead as there are stages, on into the next tile of the result. Two cubes make a pair: they have
+// neighbouring rows and the same columns, and each copies a half of the columns' operand for both.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct __align__(64) TensorMap {
+    u64 opaque[16];
+};
+
+struct Shape {
+    u64 rows, columns, summed, part, splits;
+};
+
+constexpr u32 PAIR = 2;
+constexpr u32 ROWS = 128;
+constexpr u32 DEPTH = 64;
+constexpr u32 A_BYTES = ROWS * DEPTH * 2;
+constexpr u32 B_BYTES = COLUMNS * DEPTH * 2;
+constexpr u32 STAGES = 192 * 1024 / (A_BYTES + B_BYTES);
+// A copy of 64 × 64 values, where the summed dimension is the outer one.
+constexpr u32 BOX = 64;
+constexpr u32 BOX_BYTES = BOX * DEPTH * 2;
+// Row tiles, in pairs, whose columns are done together, so that what they read stays in the cache.
+constexpr u32 GROUP = 8;
+
+__device__ __forceinline__ u32 shared_address(const void* at) {
+    return (u32)__cvta_generic_to_shared(at);
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra.uni over;\n"
+        "bra.uni again;\n"
+        "over:\n"
+        "}\n" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+/// Arrives at the barrier in the same place of a cube of the pair. At the default scope: a wider one would wait for all writes to memory,
+/// and what was read here was read by the tensor cores, which are done.
+__device__ __forceinline__ void barrier_arrive(u32 barrier, u32 rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+        "}\n" ::"r"(barrier), "r"(rank) : "memory");
+}
+
+__device__ __forceinline__ void pair_sync() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+/// Copies a box whose first value has these coordinates, the contiguous dimension's first.
+__device__ __forceinline__ void copy(const TensorMap& map, u32 to, u32 barrier, int inner, int outer) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(inner), "r"(outer)
+        : "memory");
+}
+
+/// The same to both cubes of the pair.
+__device__ __forceinline__ void copy_to_both(const TensorMap& map, u32 to, u32 barrier, int inner, int outer) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(inner), "r"(outer), "h"((unsigned short)3)
+        : "memory");
+}
+
+/// How an operand lies in shared memory: rows of 128 bytes, swizzled; groups of eight follow each other; boxes of 64, if need be, too.
+__device__ __forceinline__ u64 descriptor(u32 at) {
+    return (u64)(at & 0x3FFFF) >> 4 | (u64)(BOX_BYTES >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+/// From 16 values along the sum to the next 16, in the units of a descriptor.
+constexpr u64 a_advance = (A_SUMMED_INNER ? 16 * 2 : 16 * 128) >> 4;
+constexpr u64 b_advance = (B_SUMMED_INNER ? 16 * 2 : 16 * 128) >> 4;
+
+/// A tile of the result and its part of the sum.
+struct Tile {
+    u32 split, row, column, begin, steps;
+
+    __device__ __forceinline__ Tile(const Shape& shape, u32 number, u32 rank) {
+        u32 row_pairs = ((u32)shape.rows + PAIR * ROWS - 1) / (PAIR * ROWS);
+        u32 column_tiles = ((u32)shape.columns + COLUMNS - 1) / COLUMNS;
+        split = number / (row_pairs * column_tiles);
+        number %= row_pairs * column_tiles;
+        u32 group = number / (GROUP * column_tiles);
+        u32 group_rows = min(row_pairs - group * GROUP, GROUP);
+        number %= GROUP * column_tiles;
+        row = ((group * GROUP + number % group_rows) * PAIR + rank) * ROWS;
+        column = number / group_rows * COLUMNS;
+        begin = split * (u32)shape.part;
+        steps = (min(begin + (u32)shape.part, (u32)shape.summed) - begin + DEPTH - 1) / DEPTH;
+    }
+
+    /// Pairs of tiles that a shape has.
+    static __device__ __forceinline__ u32 count(const Shape& shape) {
+        u32 row_pairs = ((u32)shape.rows + PAIR * ROWS - 1) / (PAIR * ROWS);
+        return row_pairs * (((u32)shape.columns + COLUMNS - 1) / COLUMNS) * (u32)shape.splits;
+    }
+};
+
+/// A stage of those in turn, and how often all have been used, odd or even.
+struct Turn {
+    u32 stage = 0, parity = 0;
+
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+#if defined(OUT_F32)
+typedef float Out;
+
+/// Writes the sums of a row at `columns`, two neighbours of each eight columns in a unit: units exchange, so that each writes four.
+__device__ __forceinline__ void write_row(Out* row, const float* sums, u32 first, u32 columns) {
+    u32 lane = threadIdx.x % 4;
+    bool odd = lane % 2;
+#pragma unroll
+    for (u32 j = 0; j < COLUMNS / 8; j += 2) {
+        float2 here = make_float2(sums[j * 4], sums[j * 4 + 1]), there = make_float2(sums[j * 4 + 4], sums[j * 4 + 5]);
+        float2 give = odd ? here : there, keep = odd ? there : here;
+        float2 got = make_float2(__shfl_xor_sync(~0u, give.x, 1), __shfl_xor_sync(~0u, give.y, 1));
+        float4 four = odd ? make_float4(got.x, got.y, keep.x, keep.y) : make_float4(keep.x, keep.y, got.x, got.y);
+        u32 column = first + (j + odd) * 8 + lane / 2 * 4;
+        if (row && column < columns) {
+            float4* at = (float4*)(row + column);
+#if ADD
+            // By the cache, once for each value: nothing here waits for what was there.
+            asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(four.x), "f"(four.y), "f"(four.z), "f"(four.w)
+                         : "memory");
+#else
+            *at = four;
+#endif
+        }
+    }
+}
+#else
+typedef unsigned short Out;
+
+__device__ __forceinline__ u32 rounded(float low, float high) {
+    u32 both;
+#if defined(OUT_BF16)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#endif
+    return both;
+}
+
+/// Writes the sums of a row, two neighbours of each eight columns in a unit: units exchange, so that each writes eight.
+__device__ __forceinline__ void write_row(Out* row, const float* sums, u32 first, u32 columns) {
+    u32 lane = threadIdx.x % 4;
+    bool odd = lane % 2, late = lane / 2;
+#pragma unroll
+    for (u32 j = 0; j < COLUMNS / 8; j += 4) {
+        u32 pairs[4];
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) pairs[i] = rounded(sums[(j + i) * 4], sums[(j + i) * 4 + 1]);
+        u32 got_0 = __shfl_xor_sync(~0u, odd ? pairs[0] : pairs[1], 1);
+        u32 got_1 = __shfl_xor_sync(~0u, odd ? pairs[2] : pairs[3], 1);
+        uint2 here = odd ? make_uint2(got_0, pairs[1]) : make_uint2(pairs[0], got_0);
+        uint2 there = odd ? make_uint2(got_1, pairs[3]) : make_uint2(pairs[2], got_1);
+        uint2 give = late ? here : there, keep = late ? there : here;
+        uint2 got = make_uint2(__shfl_xor_sync(~0u, give.x, 2), __shfl_xor_sync(~0u, give.y, 2));
+        uint4 eight = late ? make_uint4(got.x, got.y, keep.x, keep.y) : make_uint4(keep.x, keep.y, got.x, got.y);
+        u32 column = first + (j + lane) * 8;
+        if (row && column < columns) *(uint4*)(row + column) = eight;
+    }
+}
+#endif
+
+extern "C" __global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(288, 1) product(
+    const __grid_constant__ TensorMap a_map,
+    const __grid_constant__ TensorMap b_map,
+    const void*,
+    const void*,
+    Out* out,
+    const __grid_constant__ Shape shape) {
+    extern __shared__ unsigned char room[];
+    __shared__ u64 barriers[2 * STAGES];
+    // What is swizzled begins at whole patterns.
+    u32 a_at = (shared_address(room) + 1023) / 1024 * 1024, b_at = a_at + STAGES * A_BYTES;
+    u32 arrived = shared_address(barriers), left = arrived + STAGES * 8;
+    u32 rank = blockIdx.x % PAIR, group = threadIdx.x / 128;
+    if (threadIdx.x == 0) {
+        for (u32 stage = 0; stage < STAGES; stage++) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrived + stage * 8) : "memory");
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(left + stage * 8), "r"(2 * PAIR) : "memory");
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    pair_sync();
+
+    u32 tiles = Tile::count(shape);
+    Turn turn;
+    if (group == 2) {
+        if (threadIdx.x % 128 == 0) {
+            for (u32 number = blockIdx.x / PAIR; number < tiles; number += gridDim.x / PAIR) {
+                Tile tile(shape, number, rank);
+                for (u32 step = 0; step < tile.steps; step++) {
+                    u32 barrier = arrived + turn.stage * 8;
+                    barrier_wait(left + turn.stage * 8, turn.parity ^ 1);
+                    barrier_expect(barrier, A_BYTES + B_BYTES);
+                    int summed = tile.begin + step * DEPTH;
+                    u32 to = a_at + turn.stage * A_BYTES;
+                    if (A_SUMMED_INNER) {
+                        copy(a_map, to, barrier, summed, tile.row);
+                    } else {
+                        for (u32 i = 0; i < ROWS / BOX; i++)
+                            copy(a_map, to + i * BOX_BYTES, barrier, tile.row + i * BOX, summed);
+                    }
+                    u32 column = rank * (COLUMNS / PAIR);
+                    to = b_at + turn.stage * B_BYTES + column * DEPTH * 2;
+                    column += tile.column;
+                    if (B_SUMMED_INNER) {
+                        copy_to_both(b_map, to, barrier, summed, column);
+                    } else {
+                        for (u32 i = 0; i < COLUMNS / PAIR / BOX; i++)
+                            copy_to_both(b_map, to + i * BOX_BYTES, barrier, column + i * BOX, summed);
+                    }
+                    turn.next();
+                }
+            }
+        }
+    } else {
+        u32 side = group * 64;
+        // Sixty-four rows of 128 bytes, or the box of these rows: both as long.
+        u64 a_first = descriptor(a_at + side * DEPTH * 2), b_first = descriptor(b_at);
+        for (u32 number = blockIdx.x / PAIR; number < tiles; number += gridDim.x / PAIR) {
+            Tile tile(shape, number, rank);
+            float sums[COLUMNS / 2];
+            u32 before = 0;
+            for (u32 step = 0; step < tile.steps; step++) {
+                barrier_wait(arrived + turn.stage * 8, turn.parity);
+                u64 a = a_first + turn.stage * (A_BYTES >> 4), b = b_first + turn.stage * (B_BYTES >> 4);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (u32 k = 0; k < DEPTH / 16; k++) WGMMA(sums, a + k * a_advance, b + k * b_advance, step + k > 0);
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                // The step before has been multiplied, in this cube; its place may be filled in both.
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                if (step > 0 && threadIdx.x % 128 < PAIR) barrier_arrive(left + before * 8, threadIdx.x % 128);
+                before = turn.stage;
+                turn.next();
+            }
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            if (threadIdx.x % 128 < PAIR) barrier_arrive(left + before * 8, threadIdx.x % 128);
+            u32 row = tile.row + side + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+            for (u32 half = 0; half < 2; half++) {
+                Out* at = out + ((u64)tile.split * shape.rows + row + half * 8) * shape.columns;
+                write_row(row + half * 8 < shape.rows ? at : nullptr, sums + half * 2, tile.column, (u32)shape.columns);
+            }
+        }
+    }
+    // Neither may end while the other copies to it or arrives at its barriers.
+    pair_sync();
+}
