@@ -10,7 +10,7 @@
 
 use std::time::Instant;
 
-use burn::tensor::{Distribution, Tensor};
+use burn::tensor::{DType, Distribution, Tensor};
 use llama::model::backend::LlamaBackend;
 use llama::model::backend::ops::{primitive, tensor};
 use llama::model::{BackendTask, Precision, TrainBackend};
@@ -61,7 +61,7 @@ impl BackendTask for Products {
                         let [x, w, grad] = [&x, &w, &grad].map(|tensor| primitive(tensor.clone()));
                         let out = match form {
                             0 => B::InnerBackend::project(x, w, precision),
-                            1 => B::InnerBackend::project_backward_input(vec![(grad, w)], precision),
+                            1 => B::InnerBackend::project_backward_input(vec![(grad, w)], precision, DType::F32),
                             _ => B::InnerBackend::project_backward_weight(grad, x, precision),
                         };
                         tensor::<B::InnerBackend, 2>(out)

@@ -294,7 +294,7 @@ fn products_in<B: TrainBackend>(precision: Precision, device: &B::Device) {
                 [[tokens, d_out], [d_out, d_in]],
                 &|[grad, weight]| {
                     let pair = (store(grad), primitive(weight));
-                    Inner::<B>::project_backward_input(vec![pair.clone(), pair], precision)
+                    Inner::<B>::project_backward_input(vec![pair.clone(), pair], precision, DType::F32)
                 },
                 &|[grad, weight]| grad.matmul(weight) * 2.0,
             );
@@ -403,11 +403,11 @@ device_test! {
         let (x, weight, grad) = (f32s([7, 33], 7), f32s([5, 33], 8), f32s([7, 5], 9));
         let pairs = vec![(grad.clone(), weight), (f32s([7, 4], 11), f32s([4, 33], 12))];
         let ours = vec![
-            one(Inner::<B>::project_backward_input(pairs.clone(), Precision::F32)),
+            one(Inner::<B>::project_backward_input(pairs.clone(), Precision::F32, DType::F32)),
             one(Inner::<B>::project_backward_weight(grad.clone(), x.clone(), Precision::F32)),
         ];
         let default = vec![
-            one(reference::project_backward_input::<Inner<B>>(pairs, Precision::F32)),
+            one(reference::project_backward_input::<Inner<B>>(pairs, Precision::F32, DType::F32)),
             one(reference::project_backward_weight::<Inner<B>>(grad, x, Precision::F32)),
         ];
         same("project", ours, default);

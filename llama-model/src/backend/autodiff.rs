@@ -47,11 +47,12 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
                 let grad = grads.consume::<B>(&ops.node);
                 let [x_node, weight_node] = ops.parents;
                 let (x, weight, precision) = ops.state;
+                let dtype = x.dtype();
                 if let Some(node) = weight_node {
                     grads.register::<B>(node.id, B::project_backward_weight(grad.clone(), x, precision));
                 }
                 if let Some(node) = x_node {
-                    grads.register::<B>(node.id, B::project_backward_input(vec![(grad, weight)], precision));
+                    grads.register::<B>(node.id, B::project_backward_input(vec![(grad, weight)], precision, dtype));
                 }
             }
         }
@@ -76,7 +77,9 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
             fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
                 let grad = grads.consume::<B>(&ops.node);
                 let (weight, precision) = ops.state;
-                let d_x = B::project_backward_input(vec![(grad, weight.dense())], precision);
+                // A result has the dtype of its input, and so has its gradient.
+                let dtype = grad.dtype();
+                let d_x = B::project_backward_input(vec![(grad, weight.dense())], precision, dtype);
                 register::<B, 1>(grads, ops.parents.map(|p| p.map(|n| n.id)), [d_x]);
             }
         }

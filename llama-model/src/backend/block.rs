@@ -197,9 +197,9 @@ pub fn backward<B: LlamaBackend>(
     grad: FloatTensor<B>,
 ) -> (FloatTensor<B>, BlockWeights<Option<FloatTensor<B>>>) {
     let precision = spec.compute.precision;
-    let input = |pairs: &[(&FloatTensor<B>, &FloatTensor<B>)]| {
+    let input = |pairs: &[(&FloatTensor<B>, &FloatTensor<B>)], dtype| {
         let pairs = pairs.iter().map(|(grad, weight)| ((*grad).clone(), (*weight).clone())).collect();
-        B::project_backward_input(pairs, precision)
+        B::project_backward_input(pairs, precision, dtype)
     };
     let weight = |wanted: bool, grad: &FloatTensor<B>, x: &FloatTensor<B>| {
         wanted.then(|| B::project_backward_weight(grad.clone(), x.clone(), precision))
@@ -211,19 +211,20 @@ pub fn backward<B: LlamaBackend>(
     let w2 = weight(wanted.w2, &d_out, &inner.product());
     let Activations { attention_norm, attention, h, ffn_norm, gate, up, product } = inner;
     drop(product);
-    let (d_gate, d_up) = B::swiglu_backward(gate, up, input(&[(&d_out, &weights.w2)]));
+    let d_product = input(&[(&d_out, &weights.w2)], gate.dtype());
+    let (d_gate, d_up) = B::swiglu_backward(gate, up, d_product);
     drop(d_out);
     let (m, inv_rms) = ffn_norm.unwrap_or_else(|| norm::<B>(h.clone(), &weights.ffn_norm, spec));
     let (w1, w3) = (weight(wanted.w1, &d_gate, &m), weight(wanted.w3, &d_up, &m));
     drop(m);
-    let d_m = input(&[(&d_gate, &weights.w1), (&d_up, &weights.w3)]);
+    let d_m = input(&[(&d_gate, &weights.w1), (&d_up, &weights.w3)], h.dtype());
     drop((d_gate, d_up));
     let (d_h, ffn_norm) = B::rms_norm_backward(h, weights.ffn_norm.clone(), inv_rms, d_m, Some(grad));
 
     // Attention.
     let d_rows = B::operand(d_h.clone(), precision);
     let wo = weight(wanted.wo, &d_rows, &attention.rows());
-    let d_out = cast::<B>(input(&[(&d_rows, &weights.wo)]), attention.out.dtype());
+    let d_out = input(&[(&d_rows, &weights.wo)], attention.out.dtype());
     drop(d_rows);
     let d_out = B::float_reshape(d_out, attention.out.shape());
     let [d_q, d_k, d_v] = B::causal_attention_backward(attention, d_out);
@@ -232,7 +233,7 @@ pub fn backward<B: LlamaBackend>(
     let (n, inv_rms) = attention_norm.unwrap_or_else(|| norm::<B>(x.clone(), &weights.attention_norm, spec));
     let (wq, wk, wv) = (weight(wanted.wq, &d_q, &n), weight(wanted.wk, &d_k, &n), weight(wanted.wv, &d_v, &n));
     drop(n);
-    let d_n = input(&[(&d_q, &weights.wq), (&d_k, &weights.wk), (&d_v, &weights.wv)]);
+    let d_n = input(&[(&d_q, &weights.wq), (&d_k, &weights.wk), (&d_v, &weights.wv)], x.dtype());
     let (d_x, attention_norm) = B::rms_norm_backward(x, weights.attention_norm.clone(), inv_rms, d_n, Some(d_h));
 
     let norms = [wanted.attention_norm.then_some(attention_norm), wanted.ffn_norm.then_some(ffn_norm)];

@@ -20,6 +20,7 @@ pub mod ops;
 pub mod quantized;
 pub mod reference;
 
+use burn::tensor::DType;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::{FloatTensor, IntTensor};
 
@@ -161,13 +162,13 @@ pub trait LlamaBackend: Backend {
     /// Gradient of [`project`](Self::project) for its input, summed over the weights that read it: `Σ grad · weight`.
     ///
     /// # Shapes
-    /// One pair or more of `grad [tokens, d_out]` and `weight [d_out, d_in]`; result `[tokens, d_in]`, in f32 where
-    /// [`has_products`](Self::has_products), else in the dtype of `grad`.
+    /// One pair or more of `grad [tokens, d_out]` and `weight [d_out, d_in]`; result `[tokens, d_in]`, in `dtype`, that of the input.
     fn project_backward_input(
         pairs: Vec<(FloatTensor<Self>, FloatTensor<Self>)>,
         precision: Precision,
+        dtype: DType,
     ) -> FloatTensor<Self> {
-        reference::project_backward_input::<Self>(pairs, precision)
+        reference::project_backward_input::<Self>(pairs, precision, dtype)
     }
 
     /// Gradient of [`project`](Self::project) for its weight: `gradᵀ · x`, in f32 where [`has_products`](Self::has_products), else in the

@@ -40,13 +40,14 @@ fn product<B: Backend>(a: FloatTensor<B>, b: FloatTensor<B>, precision: Precisio
 pub fn project_backward_input<B: Backend>(
     pairs: Vec<(FloatTensor<B>, FloatTensor<B>)>,
     precision: Precision,
+    dtype: DType,
 ) -> FloatTensor<B> {
     let products = pairs.into_iter().map(|(grad, weight)| {
         // A frozen weight may be stored in fewer bytes.
         let weight = if weight.dtype() == grad.dtype() { weight } else { B::float_cast(weight, grad.dtype().into()) };
         product::<B>(grad, weight, precision)
     });
-    products.reduce(B::float_add).expect("an input is read by a weight")
+    cast::<B>(products.reduce(B::float_add).expect("an input is read by a weight"), dtype)
 }
 
 /// [`LlamaBackend::project_backward_weight`](super::LlamaBackend::project_backward_weight).

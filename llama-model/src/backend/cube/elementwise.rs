@@ -6,7 +6,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::cube;
 use cubecl::prelude::*;
 
-use super::rows::vector_size;
+use super::reduce::vector_size;
 use super::{contiguous, cubes, empty_like};
 use crate::backend::AdamWStep;
 

@@ -11,8 +11,10 @@ use super::{contiguous, cubes};
 
 /// Units of a cube, and tokens that are looked at together.
 const UNITS: usize = 256;
-/// Rows of the vocabulary that a cube has.
-const ROWS: usize = 32;
+/// Tokens of which it is noted together whether any has a row of the cube.
+const GROUP: usize = 32;
+/// Rows of the vocabulary that a cube has: few, because frequent tokens are neighbours.
+const ROWS: usize = 8;
 
 #[cube(launch)]
 fn backward_kernel<F: Float, I: Int>(
@@ -26,7 +28,7 @@ fn backward_kernel<F: Float, I: Int>(
     let count = grad.shape(0);
     let unit = UNIT_POS as usize;
     let mut rows = SharedMemory::<u32>::new(UNITS);
-    let mut any = SharedMemory::<u32>::new(1usize);
+    let mut any = SharedMemory::<u32>::new(comptime!(UNITS / GROUP));
     if first < sum.shape(0) {
         for tile in 0..count.div_ceil(UNITS) {
             let start = tile * UNITS;
@@ -39,25 +41,27 @@ fn backward_kernel<F: Float, I: Int>(
                 }
             }
             rows[unit] = row;
-            if unit == 0 {
-                any[0] = 0;
+            if unit < comptime!(UNITS / GROUP) {
+                any[unit] = 0;
             }
             sync_cube();
             if row < comptime!(ROWS as u32) {
-                any[0] = 1;
+                any[unit / GROUP] = 1;
             }
             sync_cube();
-            if any[0] == 1 {
-                for index in 0..UNITS {
-                    let row = rows[index];
-                    if row < comptime!(ROWS as u32) {
-                        let mut column = unit;
-                        while column < width {
-                            let at = (first + row as usize) * width + column;
-                            sum[at] = F::cast_from(
-                                f32::cast_from(sum[at]) + f32::cast_from(grad[(start + index) * width + column]),
-                            );
-                            column += UNITS;
+            for group in 0..comptime!(UNITS / GROUP) {
+                if any[group] == 1 {
+                    for index in group * GROUP..group * GROUP + GROUP {
+                        let row = rows[index];
+                        if row < comptime!(ROWS as u32) {
+                            let mut column = unit;
+                            while column < width {
+                                let at = (first + row as usize) * width + column;
+                                sum[at] = F::cast_from(
+                                    f32::cast_from(sum[at]) + f32::cast_from(grad[(start + index) * width + column]),
+                                );
+                                column += UNITS;
+                            }
                         }
                     }
                 }

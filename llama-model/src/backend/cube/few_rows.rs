@@ -4,10 +4,9 @@ use burn::tensor::{Shape, TensorMetadata};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cube;
-use cubecl::ir::features::Plane;
 use cubecl::prelude::*;
 
-use super::rows::lanes;
+use super::reduce::{lanes, planes};
 use super::{contiguous, cubes, empty_like};
 
 /// Units of a cube.
@@ -53,8 +52,7 @@ fn few_rows_kernel<X: Float, W: Float, N: Size>(
 
 /// Whether [`project`] takes an input, of so few rows that it is better there.
 pub(super) fn fits<R: CubeRuntime>(x: &CubeTensor<R>, weight: &CubeTensor<R>) -> bool {
-    let planes = x.client.properties().features.plane.contains(Plane::Ops);
-    planes && x.shape()[0] <= MAX_ROWS && x.shape()[1].is_multiple_of(8) && weight.shape().num_dims() == 2
+    planes(&x.client) && x.shape()[0] <= MAX_ROWS && x.shape()[1].is_multiple_of(8) && weight.shape().num_dims() == 2
 }
 
 /// [`LlamaBackend::project`](crate::LlamaBackend::project) of at most [`MAX_ROWS`] rows, summed in f32.

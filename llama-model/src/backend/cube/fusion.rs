@@ -50,18 +50,19 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
     fn project_backward_input(
         pairs: Vec<(FloatTensor<Self>, FloatTensor<Self>)>,
         precision: Precision,
+        dtype: DType,
     ) -> FloatTensor<Self> {
         if !pairs.iter().all(|(grad, _)| Self::has_products(&Self::float_device(grad), precision)) {
-            return reference::project_backward_input::<Self>(pairs, precision);
+            return reference::project_backward_input::<Self>(pairs, precision, dtype);
         }
         // One operation for all of them, so that the products after the first are added where they are made.
         let (grad, weight) = pairs.first().expect("an input is read by a weight");
-        let outputs = [(Shape::new([grad.shape()[0], weight.shape()[1]]), DType::F32)];
+        let outputs = [(Shape::new([grad.shape()[0], weight.shape()[1]]), dtype)];
         let inputs = pairs.into_iter().flat_map(|(grad, weight)| [grad, weight]).collect();
         let [d_x] = custom_all::<B, 1>("project_backward_input", inputs, None, outputs, move |inputs, _| {
             let mut inputs = inputs.into_iter();
             let pairs = std::iter::from_fn(|| Some((inputs.next()?, inputs.next()?))).collect();
-            [B::project_backward_input(pairs, precision)]
+            [B::project_backward_input(pairs, precision, dtype)]
         });
         d_x
     }

@@ -16,6 +16,7 @@ mod fusion;
 mod loss;
 mod mma;
 mod product;
+mod reduce;
 mod rows;
 mod sums;
 
@@ -62,14 +63,17 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
     fn project_backward_input(
         pairs: Vec<(FloatTensor<Self>, FloatTensor<Self>)>,
         precision: Precision,
+        dtype: DType,
     ) -> FloatTensor<Self> {
         if !pairs.iter().all(|(grad, weight)| product::fits([grad, weight], weight.shape()[1], precision)) {
-            return widened::<Self>(reference::project_backward_input::<Self>(pairs, precision), precision);
+            return reference::project_backward_input::<Self>(pairs, precision, dtype);
         }
+        // A sum of several is rounded once.
+        let sum_dtype = if pairs.len() == 1 { dtype } else { DType::F32 };
         let sum = pairs.into_iter().fold(None, |sum, (grad, weight)| {
-            Some(product::add_product(sum, (grad, false), (weight, false), precision, DType::F32))
+            Some(product::add_product(sum, (grad, false), (weight, false), precision, sum_dtype))
         });
-        sum.expect("an input is read by a weight")
+        cast::<Self>(sum.expect("an input is read by a weight"), dtype)
     }
 
     fn project_backward_weight(
@@ -80,7 +84,11 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         if product::fits([&grad, &x], x.shape()[1], precision) {
             return product::product((grad, true), (x, false), precision, DType::F32);
         }
-        widened::<Self>(reference::project_backward_weight::<Self>(grad, x, precision), precision)
+        let gradient = reference::project_backward_weight::<Self>(grad, x, precision);
+        match product::supported(&gradient.client, precision) {
+            true => cast::<Self>(gradient, DType::F32),
+            false => gradient,
+        }
     }
 
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> (FloatTensor<Self>, FloatTensor<Self>) {
@@ -223,14 +231,6 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
             true => sums::sums_of_squares(tensors),
             false => reference::sums_of_squares::<Self>(tensors),
         }
-    }
-}
-
-/// A gradient that a default body made, in f32 where [`product`] would have made it so.
-fn widened<B: LlamaBackend>(gradient: FloatTensor<B>, precision: Precision) -> FloatTensor<B> {
-    match B::has_products(&B::float_device(&gradient), precision) {
-        true => cast::<B>(gradient, DType::F32),
-        false => gradient,
     }
 }
 

@@ -6,72 +6,17 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::cube;
 use cubecl::prelude::*;
 
+use super::reduce::{UNITS, cube_max, cube_sum, lanes, planes, vector_size};
 use super::{contiguous, cubes, empty_like};
 
-/// Units of a cube.
-pub(super) const UNITS: usize = 256;
 /// Rows whose share of the gain's gradient is summed by one cube.
-const ROWS: usize = 32;
+const ROWS: usize = 16;
 /// Widest row of the norm: a unit holds its part of it in registers.
 const MAX_WIDTH: usize = 64 * UNITS;
-
-/// Values of a row that a unit reads at once.
-pub(super) fn vector_size(width: usize) -> usize {
-    if width.is_multiple_of(4) { 4 } else { 1 }
-}
 
 /// Whether the norm's kernels take rows of this width.
 pub(super) fn fits<R: CubeRuntime>(x: &CubeTensor<R>) -> bool {
     x.shape()[1] <= MAX_WIDTH
-}
-
-/// The sum of all units' values, in every unit.
-#[cube]
-pub(super) fn cube_sum(value: f32, shared: &mut SharedMemory<f32>) -> f32 {
-    let unit = UNIT_POS as usize;
-    shared[unit] = value;
-    sync_cube();
-    #[unroll]
-    for level in 0..comptime!(UNITS.ilog2()) {
-        let step = comptime!(UNITS >> (level + 1));
-        if unit < step {
-            shared[unit] += shared[unit + step];
-        }
-        sync_cube();
-    }
-    let sum = shared[0];
-    // Nobody writes the next value before all have read this one.
-    sync_cube();
-    sum
-}
-
-#[cube]
-fn cube_max(value: f32, shared: &mut SharedMemory<f32>) -> f32 {
-    let unit = UNIT_POS as usize;
-    shared[unit] = value;
-    sync_cube();
-    #[unroll]
-    for level in 0..comptime!(UNITS.ilog2()) {
-        let step = comptime!(UNITS >> (level + 1));
-        if unit < step {
-            shared[unit] = max(shared[unit], shared[unit + step]);
-        }
-        sync_cube();
-    }
-    let best = shared[0];
-    sync_cube();
-    best
-}
-
-/// The sum of a vector's values.
-#[cube]
-pub(super) fn lanes<N: Size>(vector: Vector<f32, N>) -> f32 {
-    let mut sum = vector[0];
-    #[unroll]
-    for lane in 1..N::value() {
-        sum += vector[lane];
-    }
-    sum
 }
 
 #[cube(launch)]
@@ -81,29 +26,37 @@ fn rms_norm_kernel<F: Float, W: Float, O: Float, N: Size>(
     out: &mut Tensor<Vector<O, N>>,
     inv_rms: &mut Tensor<f32>,
     eps: f32,
+    #[comptime] per_unit: usize,
+    #[comptime] planes: bool,
     #[define(F, W, O)] _dtypes: [StorageType; 3],
 ) {
     let row = CUBE_POS;
     let width = x.shape(1) / N::value();
     let mut shared = SharedMemory::<f32>::new(comptime!(UNITS));
     if row < x.shape(0) {
+        let mut values = Array::<Vector<f32, N>>::new(per_unit);
         let mut squares = Vector::<f32, N>::cast_from(0.0f32);
-        let mut at = UNIT_POS as usize;
-        while at < width {
-            let value = Vector::<f32, N>::cast_from(x[row * width + at]);
+        #[unroll]
+        for part in 0..per_unit {
+            let at = part * UNITS + UNIT_POS as usize;
+            let mut value = Vector::<f32, N>::cast_from(0.0f32);
+            if at < width {
+                value = Vector::cast_from(x[row * width + at]);
+            }
             squares += value * value;
-            at += UNITS;
+            values[part] = value;
         }
-        let mean = cube_sum(lanes(squares), &mut shared) / f32::cast_from(x.shape(1));
+        let mean = cube_sum(lanes(squares), &mut shared, planes) / f32::cast_from(x.shape(1));
         let inv = f32::new(1.0) / (mean + eps).sqrt();
-        let mut at = UNIT_POS as usize;
-        while at < width {
-            // Cast back before the gain, as the reference does.
-            let value = Vector::<f32, N>::cast_from(x[row * width + at]);
-            let normed = Vector::<F, N>::cast_from(value * Vector::cast_from(inv));
-            let gain = Vector::<f32, N>::cast_from(weight[at]);
-            out[row * width + at] = Vector::cast_from(Vector::<f32, N>::cast_from(normed) * gain);
-            at += UNITS;
+        #[unroll]
+        for part in 0..per_unit {
+            let at = part * UNITS + UNIT_POS as usize;
+            if at < width {
+                // Cast back before the gain, as the reference does.
+                let normed = Vector::<F, N>::cast_from(values[part] * Vector::cast_from(inv));
+                let gain = Vector::<f32, N>::cast_from(weight[at]);
+                out[row * width + at] = Vector::cast_from(Vector::<f32, N>::cast_from(normed) * gain);
+            }
         }
         if UNIT_POS == 0 {
             inv_rms[row] = inv;
@@ -123,16 +76,19 @@ pub(super) fn rms_norm<R: CubeRuntime>(
     let out = empty_like(&x, x.shape(), dtype);
     let inv_rms = empty_like(&x, Shape::new([rows, 1]), DType::F32);
     let (client, dtypes) = (x.client.clone(), [x.dtype.into(), weight.dtype.into(), dtype.into()]);
+    let size = vector_size(width);
     rms_norm_kernel::launch::<R>(
         &client,
         cubes(rows),
         CubeDim::new_1d(UNITS as u32),
-        vector_size(width),
+        size,
         x.into_tensor_arg(),
         weight.into_tensor_arg(),
         out.clone().into_tensor_arg(),
         inv_rms.clone().into_tensor_arg(),
         eps as f32,
+        (width / size).div_ceil(UNITS),
+        planes(&client),
         dtypes,
     );
     (out, inv_rms)
@@ -150,12 +106,17 @@ fn rms_norm_backward_kernel<F: Float, W: Float, N: Size>(
     partial: &mut Tensor<Vector<f32, N>>,
     #[comptime] per_unit: usize,
     #[comptime] add: bool,
+    #[comptime] planes: bool,
     #[define(F, W)] _dtypes: [StorageType; 2],
 ) {
     let first = CUBE_POS * ROWS;
     let width = x.shape(1) / N::value();
     let mut shared = SharedMemory::<f32>::new(comptime!(UNITS));
     let mut sums = Array::<Vector<f32, N>>::new(per_unit);
+    let mut normed = Array::<Vector<f32, N>>::new(per_unit);
+    let mut scaled = Array::<Vector<f32, N>>::new(per_unit);
+    let mut passed = Array::<Vector<f32, N>>::new(per_unit);
+    #[unroll]
     for part in 0..per_unit {
         sums[part] = Vector::cast_from(0.0f32);
     }
@@ -164,30 +125,39 @@ fn rms_norm_backward_kernel<F: Float, W: Float, N: Size>(
         for row in first..last {
             let inv = inv_rms[row];
             let mut dot = Vector::<f32, N>::cast_from(0.0f32);
+            #[unroll]
             for part in 0..per_unit {
                 let at = part * UNITS + UNIT_POS as usize;
+                let mut normed_at = Vector::<f32, N>::cast_from(0.0f32);
+                let mut scaled_at = Vector::<f32, N>::cast_from(0.0f32);
                 if at < width {
-                    let normed = Vector::<f32, N>::cast_from(x[row * width + at]) * Vector::cast_from(inv);
+                    normed_at = Vector::<f32, N>::cast_from(x[row * width + at]) * Vector::cast_from(inv);
                     let grad = Vector::<f32, N>::cast_from(grad[row * width + at]);
-                    sums[part] += grad * normed;
-                    dot += grad * Vector::cast_from(weight[at]) * normed;
-                }
-            }
-            let mean = cube_sum(lanes(dot), &mut shared) / f32::cast_from(x.shape(1));
-            for part in 0..per_unit {
-                let at = part * UNITS + UNIT_POS as usize;
-                if at < width {
-                    let normed = Vector::<f32, N>::cast_from(x[row * width + at]) * Vector::cast_from(inv);
-                    let grad = Vector::<f32, N>::cast_from(grad[row * width + at]);
-                    let scaled = grad * Vector::cast_from(weight[at]);
-                    let mut d_x_at = (scaled - normed * Vector::cast_from(mean)) * Vector::cast_from(inv);
+                    // Read now, so that the wait for it is over when the sum is there.
                     if comptime!(add) {
-                        d_x_at += Vector::cast_from(residual[row * width + at]);
+                        passed[part] = Vector::cast_from(residual[row * width + at]);
+                    }
+                    scaled_at = grad * Vector::cast_from(weight[at]);
+                    sums[part] += grad * normed_at;
+                }
+                dot += scaled_at * normed_at;
+                normed[part] = normed_at;
+                scaled[part] = scaled_at;
+            }
+            let mean = cube_sum(lanes(dot), &mut shared, planes) / f32::cast_from(x.shape(1));
+            #[unroll]
+            for part in 0..per_unit {
+                let at = part * UNITS + UNIT_POS as usize;
+                if at < width {
+                    let mut d_x_at = (scaled[part] - normed[part] * Vector::cast_from(mean)) * Vector::cast_from(inv);
+                    if comptime!(add) {
+                        d_x_at += passed[part];
                     }
                     d_x[row * width + at] = Vector::cast_from(d_x_at);
                 }
             }
         }
+        #[unroll]
         for part in 0..per_unit {
             let at = part * UNITS + UNIT_POS as usize;
             if at < width {
@@ -229,6 +199,7 @@ pub(super) fn rms_norm_backward<R: CubeRuntime>(
         partial.clone().into_tensor_arg(),
         (width / vector_size(width)).div_ceil(UNITS),
         add,
+        planes(&client),
         dtypes,
     );
     (d_x, partial)
@@ -242,6 +213,7 @@ fn cross_entropy_kernel<F: Float, I: Int, N: Size>(
     losses: &mut Tensor<f32>,
     z_loss: f32,
     #[comptime] gradient: bool,
+    #[comptime] planes: bool,
     #[define(F, I)] _dtypes: [StorageType; 2],
 ) {
     let row = CUBE_POS;
@@ -264,8 +236,8 @@ fn cross_entropy_kernel<F: Float, I: Int, N: Size>(
             best = higher;
             at += UNITS;
         }
-        let highest = cube_max(best, &mut shared);
-        let total = cube_sum(sum * (best - highest).exp(), &mut shared);
+        let highest = cube_max(best, &mut shared, planes);
+        let total = cube_sum(sum * (best - highest).exp(), &mut shared, planes);
         let lse = highest + total.ln();
 
         let target = i32::cast_from(targets[row]);
@@ -325,8 +297,9 @@ pub(super) fn cross_entropy<R: CubeRuntime>(
     let [rows, width] = logits.shape().dims();
     let losses = empty_like(&logits, Shape::new([rows]), DType::F32);
     let dtypes = [logits.dtype.into(), targets.dtype.into()];
+    let client = logits.client.clone();
     cross_entropy_kernel::launch::<R>(
-        &logits.client.clone(),
+        &client,
         cubes(rows),
         CubeDim::new_1d(UNITS as u32),
         vector_size(width),
@@ -335,6 +308,7 @@ pub(super) fn cross_entropy<R: CubeRuntime>(
         losses.clone().into_tensor_arg(),
         z_loss as f32,
         gradient,
+        planes(&client),
         dtypes,
     );
     (losses, logits)

@@ -6,13 +6,13 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::cube;
 use cubecl::prelude::*;
 
-use super::rows::{UNITS, cube_sum, lanes, vector_size};
+use super::reduce::{UNITS, cube_sum, lanes, planes, vector_size};
 use super::{contiguous, cubes, empty_like};
 
 /// Cubes that share a tensor whose squares are summed.
 const PARTS: usize = 256;
-/// Columns of a cube that sums rows; its units are this many times [`LANES`].
-const COLUMNS: usize = 32;
+/// Columns of a cube that sums rows; its units are this many times [`LANES`]. Few, so that many cubes share the rows.
+const COLUMNS: usize = 8;
 const LANES: usize = UNITS / COLUMNS;
 
 /// `count` cubes sum a tensor, or the squares of its elements, to as many of `parts` from `first` on.
@@ -24,6 +24,7 @@ fn parts_kernel<F: Float, N: Size>(
     first: usize,
     count: usize,
     #[comptime] squares: bool,
+    #[comptime] planes: bool,
     #[define(F)] _dtype: StorageType,
 ) {
     let mut shared = SharedMemory::<f32>::new(comptime!(UNITS));
@@ -38,7 +39,7 @@ fn parts_kernel<F: Float, N: Size>(
             sum += value;
             at += count * UNITS;
         }
-        let sum = cube_sum(lanes(sum), &mut shared);
+        let sum = cube_sum(lanes(sum), &mut shared, planes);
         if UNIT_POS == 0 {
             parts[first + CUBE_POS] = sum;
         }
@@ -60,6 +61,7 @@ fn sum_parts<R: CubeRuntime>(x: CubeTensor<R>, parts: &CubeTensor<R>, first: usi
         first,
         count,
         squares,
+        planes(&client),
         dtype,
     );
 }
@@ -87,12 +89,13 @@ pub(super) fn sums_of_squares<R: CubeRuntime>(tensors: Vec<CubeTensor<R>>) -> Cu
         CubeDim::new_1d(UNITS as u32),
         parts.into_tensor_arg(),
         out.clone().into_tensor_arg(),
+        planes(&client),
     );
     out
 }
 
 #[cube(launch)]
-fn tensors_kernel(parts: &Tensor<f32>, out: &mut Tensor<f32>) {
+fn tensors_kernel(parts: &Tensor<f32>, out: &mut Tensor<f32>, #[comptime] planes: bool) {
     let mut shared = SharedMemory::<f32>::new(comptime!(UNITS));
     if CUBE_POS < out.len() {
         let mut sum = f32::new(0.0);
@@ -101,7 +104,7 @@ fn tensors_kernel(parts: &Tensor<f32>, out: &mut Tensor<f32>) {
             sum += parts[CUBE_POS * PARTS + at];
             at += UNITS;
         }
-        let sum = cube_sum(sum, &mut shared);
+        let sum = cube_sum(sum, &mut shared, planes);
         if UNIT_POS == 0 {
             out[CUBE_POS] = sum;
         }

@@ -60,9 +60,9 @@ impl LlamaBackend for Flex {
         Self::project_all(x, weights.into_iter().map(QuantizedWeight::dense).collect(), precision)
     }
 
-    fn project_backward_input(pairs: Vec<(FlexTensor, FlexTensor)>, precision: Precision) -> FlexTensor {
-        if !pairs.iter().all(|(grad, _)| is_f32(&[grad])) {
-            return reference::project_backward_input::<Flex>(pairs, precision);
+    fn project_backward_input(pairs: Vec<(FlexTensor, FlexTensor)>, precision: Precision, dtype: DType) -> FlexTensor {
+        if !pairs.iter().all(|(grad, _)| is_f32(&[grad])) || dtype != DType::F32 {
+            return reference::project_backward_input::<Flex>(pairs, precision, dtype);
         }
         // A frozen weight may be stored in fewer bytes.
         let widened =

@@ -13,7 +13,7 @@ use cubecl::prelude::CubeDim;
 
 use self::kernel::{DEPTH, Layout, SIDE, TILE_ROWS, add_parts_kernel, product_kernel};
 use super::mma::operand_type;
-use super::rows::vector_size;
+use super::reduce::vector_size;
 use super::{contiguous, cubes, empty_like};
 use crate::Precision;
 
