@@ -269,7 +269,7 @@ fn products_in<B: TrainBackend>(precision: Precision, device: &B::Device) {
         return eprintln!("skipped: {error}");
     }
     let can_store = Inner::<B>::has_products(device, precision);
-    for [tokens, d_in, d_out] in [[24, 16, 8], [40, 72, 136], [130, 264, 520], [1000, 96, 48], [2056, 136, 264]] {
+    for [tokens, d_in, d_out] in [[24, 16, 24], [40, 72, 136], [130, 264, 520], [1000, 96, 48], [2056, 136, 264]] {
         for stored in [false, true] {
             let store =
                 |x: Tensor<Inner<B>, 2>| primitive(if stored && can_store { x.cast(precision.dtype()) } else { x });
@@ -303,6 +303,36 @@ fn products_in<B: TrainBackend>(precision: Precision, device: &B::Device) {
                 [[tokens, d_out], [tokens, d_in]],
                 &|[grad, x]| Inner::<B>::project_backward_weight(store(grad), store(x), precision),
                 &|[grad, x]| grad.transpose().matmul(x),
+            );
+            // Several weights of one input, beside each other: of different sizes, and more than are made in one go.
+            let parts =
+                |x: Tensor<Inner<B>, 2>| [0..d_out, 0..8, 8..d_out, 0..d_out].map(|rows| x.clone().slice([rows]));
+            let beside = |results: Vec<FloatTensor<Inner<B>>>, dim| {
+                primitive(Tensor::cat(results.into_iter().map(tensor::<Inner<B>, 2>).collect(), dim))
+            };
+            check(
+                "project with several weights",
+                [[tokens, d_in], [d_out, d_in]],
+                &|[x, weight]| {
+                    let weights = parts(weight).map(primitive).into();
+                    beside(Inner::<B>::project_all(store(x), weights, precision), 1)
+                },
+                &|[x, weight]| {
+                    let whole = x.matmul(weight.transpose());
+                    Tensor::cat(vec![whole.clone(), whole.clone(), whole], 1)
+                },
+            );
+            check(
+                "gradients of several weights",
+                [[tokens, d_out], [tokens, d_in]],
+                &|[grad, x]| {
+                    let grads = parts(grad.transpose()).map(|grad| store(grad.transpose())).into();
+                    beside(Inner::<B>::project_backward_weights(grads, store(x), precision), 0)
+                },
+                &|[grad, x]| {
+                    let whole = grad.transpose().matmul(x);
+                    Tensor::cat(vec![whole.clone(), whole.clone(), whole], 0)
+                },
             );
         }
     }

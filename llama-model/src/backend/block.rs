@@ -14,7 +14,7 @@ use burn::tensor::ops::{FloatTensor, IntTensor};
 
 use super::ops::cast;
 use super::{AttentionSaved, AttentionSpec, LlamaBackend};
-use crate::{Compute, Recompute};
+use crate::{Compute, Precision, Recompute};
 
 /// The nine parameters of a block, or one thing for each of them.
 #[derive(Clone, Debug)]
@@ -40,6 +40,13 @@ pub struct BlockWeights<T> {
 }
 
 impl<T> BlockWeights<T> {
+    /// The matrices changed, the gains of the norms as they are.
+    fn map_matrices(self, mut f: impl FnMut(T) -> T) -> Self {
+        let Self { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 } = self;
+        let [wq, wk, wv, wo, w1, w2, w3] = [wq, wk, wv, wo, w1, w2, w3].map(&mut f);
+        Self { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 }
+    }
+
     /// In the order of the fields.
     pub fn into_array(self) -> [T; 9] {
         let Self { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 } = self;
@@ -84,6 +91,8 @@ pub struct BlockSpec<B: Backend> {
 pub struct BlockSaved<B: Backend> {
     x: FloatTensor<B>,
     inner: Option<Activations<B>>,
+    /// The matrices as products read them: where that is in fewer bytes, they are rounded once for both directions.
+    operands: Option<Weights<B>>,
 }
 
 /// What is between a block's input and output. The optional ones are cheap to make again.
@@ -107,24 +116,23 @@ impl<B: LlamaBackend> Activations<B> {
     fn new(x: FloatTensor<B>, weights: &Weights<B>, spec: &BlockSpec<B>) -> Self {
         let &BlockSpec { batch, seq_len, head_dim, .. } = spec;
         let precision = spec.compute.precision;
-        let heads = |n: &FloatTensor<B>, weight: &FloatTensor<B>| {
-            let x = B::project(n.clone(), weight.clone(), precision);
+        let heads = |x: FloatTensor<B>| {
             let width = x.shape()[1];
             B::float_reshape(x, [batch, seq_len, width / head_dim, head_dim].into())
         };
         let rotary = |x| B::rotary(x, spec.cos.clone(), spec.sin.clone(), false);
 
         let attention_norm = norm::<B>(x.clone(), &weights.attention_norm, spec);
-        let n = &attention_norm.0;
-        let (q, k, v) = (rotary(heads(n, &weights.wq)), rotary(heads(n, &weights.wk)), heads(n, &weights.wv));
+        let [q, k, v] =
+            project::<B, 3>(&attention_norm.0, [&weights.wq, &weights.wk, &weights.wv], precision).map(heads);
+        let (q, k) = (rotary(q), rotary(k));
         let attention_spec = AttentionSpec::new(head_dim, precision);
         let (out, lse) = B::causal_attention(q.clone(), k.clone(), v.clone(), spec.starts.clone(), attention_spec);
         let attention = AttentionSaved { q, k, v, starts: spec.starts.clone(), out, lse, spec: attention_spec };
         let h = add::<B>(B::project(attention.rows(), weights.wo.clone(), precision), x);
 
         let ffn_norm = norm::<B>(h.clone(), &weights.ffn_norm, spec);
-        let gate = B::project(ffn_norm.0.clone(), weights.w1.clone(), precision);
-        let up = B::project(ffn_norm.0.clone(), weights.w3.clone(), precision);
+        let [gate, up] = project::<B, 2>(&ffn_norm.0, [&weights.w1, &weights.w3], precision);
         let product = Some(B::swiglu(gate.clone(), up.clone()));
         Self { attention_norm: Some(attention_norm), attention, h, ffn_norm: Some(ffn_norm), gate, up, product }
     }
@@ -145,6 +153,17 @@ impl<B: Backend> AttentionSaved<B> {
     fn rows(&self) -> FloatTensor<B> {
         rows::<B>(self.out.clone())
     }
+}
+
+/// Projections of one input.
+fn project<B: LlamaBackend, const N: usize>(
+    x: &FloatTensor<B>,
+    weights: [&FloatTensor<B>; N],
+    precision: Precision,
+) -> [FloatTensor<B>; N] {
+    let weights = weights.into_iter().cloned().collect();
+    let results = B::project_all(x.clone(), weights, precision);
+    results.try_into().unwrap_or_else(|_| unreachable!("each weight has a result"))
 }
 
 /// A norm of the residual stream, which only products read.
@@ -172,20 +191,38 @@ pub fn forward<B: LlamaBackend>(x: FloatTensor<B>, weights: &Weights<B>, spec: &
     inner.output(weights, spec)
 }
 
+fn operands<B: LlamaBackend>(weights: Weights<B>, spec: &BlockSpec<B>) -> Weights<B> {
+    weights.map_matrices(|weight| B::operand(weight, spec.compute.precision))
+}
+
 /// The block's result, and what `spec` keeps for [`backward`].
 pub fn forward_saving<B: LlamaBackend>(
     x: FloatTensor<B>,
     weights: &Weights<B>,
     spec: &BlockSpec<B>,
 ) -> (FloatTensor<B>, BlockSaved<B>) {
-    let inner = Activations::new(x.clone(), weights, spec);
-    let out = inner.output(weights, spec);
-    let inner = match spec.compute.recompute {
-        Recompute::None => Some(inner),
-        Recompute::Selective => Some(Activations { attention_norm: None, ffn_norm: None, product: None, ..inner }),
-        Recompute::Full => None,
+    let weights = operands::<B>(weights.clone(), spec);
+    let inner = Activations::new(x.clone(), &weights, spec);
+    let out = inner.output(&weights, spec);
+    let (inner, operands) = match spec.compute.recompute {
+        Recompute::None => (Some(inner), Some(weights)),
+        Recompute::Selective => {
+            (Some(Activations { attention_norm: None, ffn_norm: None, product: None, ..inner }), Some(weights))
+        }
+        Recompute::Full => (None, None),
     };
-    (out, BlockSaved { x, inner })
+    (out, BlockSaved { x, inner, operands })
+}
+
+/// Gradients of those weights that are wanted, by those of their results; all read the input `x`.
+fn gradients<B: LlamaBackend, const N: usize>(
+    grads: [(bool, &FloatTensor<B>); N],
+    x: FloatTensor<B>,
+    precision: Precision,
+) -> [Option<FloatTensor<B>>; N] {
+    let of_wanted = grads.iter().filter(|(wanted, _)| *wanted).map(|(_, grad)| (*grad).clone()).collect();
+    let mut gradients = B::project_backward_weights(of_wanted, x, precision).into_iter();
+    grads.map(|(wanted, _)| if wanted { gradients.next() } else { None })
 }
 
 /// Gradients of [`forward`] for `x` and for those weights that are `wanted`.
@@ -201,29 +238,26 @@ pub fn backward<B: LlamaBackend>(
         let pairs = pairs.iter().map(|(grad, weight)| ((*grad).clone(), (*weight).clone())).collect();
         B::project_backward_input(pairs, precision, dtype)
     };
-    let weight = |wanted: bool, grad: &FloatTensor<B>, x: &FloatTensor<B>| {
-        wanted.then(|| B::project_backward_weight(grad.clone(), x.clone(), precision))
-    };
-    let BlockSaved { x, inner } = saved;
+    let BlockSaved { x, inner, operands: kept } = saved;
+    let weights = &kept.unwrap_or_else(|| operands::<B>(weights.clone(), spec));
     let inner = inner.unwrap_or_else(|| Activations::new(x.clone(), weights, spec));
     // The feed-forward network, from its end.
     let d_out = B::operand(grad.clone(), precision);
-    let w2 = weight(wanted.w2, &d_out, &inner.product());
+    let [w2] = gradients::<B, 1>([(wanted.w2, &d_out)], inner.product(), precision);
     let Activations { attention_norm, attention, h, ffn_norm, gate, up, product } = inner;
     drop(product);
     let d_product = input(&[(&d_out, &weights.w2)], gate.dtype());
     let (d_gate, d_up) = B::swiglu_backward(gate, up, d_product);
     drop(d_out);
     let (m, inv_rms) = ffn_norm.unwrap_or_else(|| norm::<B>(h.clone(), &weights.ffn_norm, spec));
-    let (w1, w3) = (weight(wanted.w1, &d_gate, &m), weight(wanted.w3, &d_up, &m));
-    drop(m);
+    let [w1, w3] = gradients::<B, 2>([(wanted.w1, &d_gate), (wanted.w3, &d_up)], m, precision);
     let d_m = input(&[(&d_gate, &weights.w1), (&d_up, &weights.w3)], h.dtype());
     drop((d_gate, d_up));
     let (d_h, ffn_norm) = B::rms_norm_backward(h, weights.ffn_norm.clone(), inv_rms, d_m, Some(grad));
 
     // Attention.
     let d_rows = B::operand(d_h.clone(), precision);
-    let wo = weight(wanted.wo, &d_rows, &attention.rows());
+    let [wo] = gradients::<B, 1>([(wanted.wo, &d_rows)], attention.rows(), precision);
     let d_out = input(&[(&d_rows, &weights.wo)], attention.out.dtype());
     drop(d_rows);
     let d_out = B::float_reshape(d_out, attention.out.shape());
@@ -231,8 +265,7 @@ pub fn backward<B: LlamaBackend>(
     let turn_back = |d| rows::<B>(B::rotary(d, spec.cos.clone(), spec.sin.clone(), true));
     let (d_q, d_k, d_v) = (turn_back(d_q), turn_back(d_k), rows::<B>(d_v));
     let (n, inv_rms) = attention_norm.unwrap_or_else(|| norm::<B>(x.clone(), &weights.attention_norm, spec));
-    let (wq, wk, wv) = (weight(wanted.wq, &d_q, &n), weight(wanted.wk, &d_k, &n), weight(wanted.wv, &d_v, &n));
-    drop(n);
+    let [wq, wk, wv] = gradients::<B, 3>([(wanted.wq, &d_q), (wanted.wk, &d_k), (wanted.wv, &d_v)], n, precision);
     let d_n = input(&[(&d_q, &weights.wq), (&d_k, &weights.wk), (&d_v, &weights.wv)], x.dtype());
     let (d_x, attention_norm) = B::rms_norm_backward(x, weights.attention_norm.clone(), inv_rms, d_n, Some(d_h));
 

@@ -181,6 +181,15 @@ pub trait LlamaBackend: Backend {
         reference::project_backward_weight::<Self>(grad, x, precision)
     }
 
+    /// [`project_backward_weight`](Self::project_backward_weight) for several weights that read one input.
+    fn project_backward_weights(
+        grads: Vec<FloatTensor<Self>>,
+        x: FloatTensor<Self>,
+        precision: Precision,
+    ) -> Vec<FloatTensor<Self>> {
+        grads.into_iter().map(|grad| Self::project_backward_weight(grad, x.clone(), precision)).collect()
+    }
+
     /// `x / rms(x) · weight` with `rms(x) = sqrt(mean(x²) + eps)`; statistics in f32 or wider.
     ///
     /// Returns the result and `1 / rms` of each row, which the backward needs.

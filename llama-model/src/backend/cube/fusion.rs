@@ -47,6 +47,23 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
         out
     }
 
+    fn project_all(
+        x: FloatTensor<Self>,
+        weights: Vec<FloatTensor<Self>>,
+        precision: Precision,
+    ) -> Vec<FloatTensor<Self>> {
+        let few = x.shape()[0] <= few_rows::MAX_ROWS;
+        if !few && !Self::has_products(&Self::float_device(&x), precision) {
+            return weights.into_iter().map(|weight| Self::project(x.clone(), weight, precision)).collect();
+        }
+        let outputs = weights.iter().map(|weight| (Shape::new([x.shape()[0], weight.shape()[0]]), x.dtype())).collect();
+        let inputs = [x].into_iter().chain(weights).collect();
+        custom_list::<B>("project_all", inputs, None, outputs, move |mut weights, _| {
+            let x = weights.remove(0);
+            B::project_all(x, weights, precision)
+        })
+    }
+
     fn project_backward_input(
         pairs: Vec<(FloatTensor<Self>, FloatTensor<Self>)>,
         precision: Precision,
@@ -80,6 +97,23 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
             [B::project_backward_weight(grad, x, precision)]
         });
         d_weight
+    }
+
+    fn project_backward_weights(
+        grads: Vec<FloatTensor<Self>>,
+        x: FloatTensor<Self>,
+        precision: Precision,
+    ) -> Vec<FloatTensor<Self>> {
+        if grads.is_empty() || !Self::has_products(&Self::float_device(&x), precision) {
+            let gradient = |grad| Self::project_backward_weight(grad, x.clone(), precision);
+            return grads.into_iter().map(gradient).collect();
+        }
+        let outputs = grads.iter().map(|grad| (Shape::new([grad.shape()[1], x.shape()[1]]), DType::F32)).collect();
+        let inputs = [x].into_iter().chain(grads).collect();
+        custom_list::<B>("project_backward_weights", inputs, None, outputs, move |mut grads, _| {
+            let x = grads.remove(0);
+            B::project_backward_weights(grads, x, precision)
+        })
     }
 
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> (FloatTensor<Self>, FloatTensor<Self>) {
@@ -229,24 +263,23 @@ fn expect<T>(targets: Option<T>) -> T {
 }
 
 /// What a custom operation does on the inner backend.
-type Run<B, const M: usize> =
-    Arc<dyn Fn(Vec<FloatTensor<B>>, Option<IntTensor<B>>) -> [FloatTensor<B>; M] + Send + Sync>;
+type Run<B> = Arc<dyn Fn(Vec<FloatTensor<B>>, Option<IntTensor<B>>) -> Vec<FloatTensor<B>> + Send + Sync>;
 
 /// A custom operation in the stream.
-struct Custom<B: LlamaBackend, const M: usize> {
+struct Custom<B: LlamaBackend> {
     desc: CustomOpIr,
     /// Its inputs that are floats; perhaps one of integers follows.
     floats: usize,
-    run: Run<B, M>,
+    run: Run<B>,
 }
 
-impl<B: LlamaBackend, const M: usize> fmt::Debug for Custom<B, M> {
+impl<B: LlamaBackend> fmt::Debug for Custom<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.desc.fmt(f)
     }
 }
 
-impl<B: FusionBackend + LlamaBackend, const M: usize> Operation<B::FusionRuntime> for Custom<B, M> {
+impl<B: FusionBackend + LlamaBackend> Operation<B::FusionRuntime> for Custom<B> {
     fn execute(&self, handles: &mut HandleContainer<<B::FusionRuntime as FusionRuntime>::FusionHandle>) {
         let (floats, ints) = self.desc.inputs.split_at(self.floats);
         let floats = floats.iter().map(|float| handles.get_float_tensor::<B>(float)).collect();
@@ -258,6 +291,25 @@ impl<B: FusionBackend + LlamaBackend, const M: usize> Operation<B::FusionRuntime
 }
 
 /// Registers an operation on float tensors, and perhaps one of integers, whose results have these shapes and types.
+fn custom_list<B: FusionBackend + LlamaBackend>(
+    name: &'static str,
+    inputs: Vec<FloatTensor<Fusion<B>>>,
+    ints: Option<IntTensor<Fusion<B>>>,
+    outputs: Vec<(Shape, DType)>,
+    run: impl Fn(Vec<FloatTensor<B>>, Option<IntTensor<B>>) -> Vec<FloatTensor<B>> + Send + Sync + 'static,
+) -> Vec<FloatTensor<Fusion<B>>> {
+    let client = inputs[0].client.clone();
+    let floats = inputs.len();
+    let streams = OperationStreams::with_inputs(inputs.iter().chain(&ints));
+    let output = |(shape, dtype)| TensorIr::uninit(client.create_empty_handle(), shape, dtype);
+    let outputs: Vec<TensorIr> = outputs.into_iter().map(output).collect();
+    let inputs: Vec<TensorIr> = inputs.into_iter().chain(ints).map(|input| input.into_ir()).collect();
+    let desc = CustomOpIr::new(name, &inputs, &outputs);
+    let operation = Custom::<B> { desc: desc.clone(), floats, run: Arc::new(run) };
+    client.register(streams, OperationIr::Custom(desc), operation)
+}
+
+/// [`custom_list`] for a number of results that the operation knows.
 fn custom_all<B: FusionBackend + LlamaBackend, const M: usize>(
     name: &'static str,
     inputs: Vec<FloatTensor<Fusion<B>>>,
@@ -265,15 +317,8 @@ fn custom_all<B: FusionBackend + LlamaBackend, const M: usize>(
     outputs: [(Shape, DType); M],
     run: impl Fn(Vec<FloatTensor<B>>, Option<IntTensor<B>>) -> [FloatTensor<B>; M] + Send + Sync + 'static,
 ) -> [FloatTensor<Fusion<B>>; M] {
-    let client = inputs[0].client.clone();
-    let floats = inputs.len();
-    let streams = OperationStreams::with_inputs(inputs.iter().chain(&ints));
-    let outputs = outputs.map(|(shape, dtype)| TensorIr::uninit(client.create_empty_handle(), shape, dtype));
-    let inputs: Vec<TensorIr> = inputs.into_iter().chain(ints).map(|input| input.into_ir()).collect();
-    let desc = CustomOpIr::new(name, &inputs, &outputs);
-    let operation = Custom::<B, M> { desc: desc.clone(), floats, run: Arc::new(run) };
-    let registered = client.register(streams, OperationIr::Custom(desc), operation);
-    registered.try_into().unwrap_or_else(|_| unreachable!("an operation returns the outputs it was registered with"))
+    let results = custom_list::<B>(name, inputs, ints, outputs.into(), move |inputs, ints| run(inputs, ints).into());
+    results.try_into().unwrap_or_else(|_| unreachable!("an operation returns the outputs it was registered with"))
 }
 
 /// [`custom_all`] for a number of inputs that the operation knows.

@@ -38,7 +38,7 @@ pub(super) fn linear_cross_entropy_with_grads<R: CubeRuntime, F: FloatElement, I
         loss = loss + tensor::<CubeBackend<R, F, I, BT>, 1>(sums::total(losses));
         d_hidden.push(tensor(product((d_logits.clone(), false), (head.clone(), false), spec.precision, dtype)));
         if spec.head_grad {
-            d_head = Some(add_product(d_head, (d_logits, true), (hidden, false), spec.precision, DType::F32));
+            d_head = Some(add_product(d_head, (d_logits, true), (hidden, false), spec.precision));
         }
     }
     let d_head = match d_head {

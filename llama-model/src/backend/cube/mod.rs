@@ -60,6 +60,20 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         product::product((x, false), (weight, true), precision, dtype)
     }
 
+    fn project_all(
+        x: FloatTensor<Self>,
+        weights: Vec<FloatTensor<Self>>,
+        precision: Precision,
+    ) -> Vec<FloatTensor<Self>> {
+        let few = x.shape()[0] <= few_rows::MAX_ROWS;
+        if few || !weights.iter().all(|weight| product::fits([&x, weight], weight.shape()[0], precision)) {
+            return weights.into_iter().map(|weight| Self::project(x.clone(), weight, precision)).collect();
+        }
+        let dtype = x.dtype();
+        let pairs = weights.into_iter().map(|weight| [(x.clone(), false), (weight, true)]).collect();
+        product::products(pairs, precision, dtype)
+    }
+
     fn project_backward_input(
         pairs: Vec<(FloatTensor<Self>, FloatTensor<Self>)>,
         precision: Precision,
@@ -68,12 +82,8 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         if !pairs.iter().all(|(grad, weight)| product::fits([grad, weight], weight.shape()[1], precision)) {
             return reference::project_backward_input::<Self>(pairs, precision, dtype);
         }
-        // A sum of several is rounded once.
-        let sum_dtype = if pairs.len() == 1 { dtype } else { DType::F32 };
-        let sum = pairs.into_iter().fold(None, |sum, (grad, weight)| {
-            Some(product::add_product(sum, (grad, false), (weight, false), precision, sum_dtype))
-        });
-        cast::<Self>(sum.expect("an input is read by a weight"), dtype)
+        let pairs = pairs.into_iter().map(|(grad, weight)| [(grad, false), (weight, false)]).collect();
+        product::sum_of_products(pairs, precision, dtype)
     }
 
     fn project_backward_weight(
@@ -84,11 +94,22 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         if product::fits([&grad, &x], x.shape()[1], precision) {
             return product::product((grad, true), (x, false), precision, DType::F32);
         }
+        let wide = product::supported(&x.client, precision);
         let gradient = reference::project_backward_weight::<Self>(grad, x, precision);
-        match product::supported(&gradient.client, precision) {
-            true => cast::<Self>(gradient, DType::F32),
-            false => gradient,
+        if wide { cast::<Self>(gradient, DType::F32) } else { gradient }
+    }
+
+    fn project_backward_weights(
+        grads: Vec<FloatTensor<Self>>,
+        x: FloatTensor<Self>,
+        precision: Precision,
+    ) -> Vec<FloatTensor<Self>> {
+        if !grads.iter().all(|grad| product::fits([grad, &x], x.shape()[1], precision)) {
+            let gradient = |grad| Self::project_backward_weight(grad, x.clone(), precision);
+            return grads.into_iter().map(gradient).collect();
         }
+        let pairs = grads.into_iter().map(|grad| [(grad, true), (x.clone(), false)]).collect();
+        product::products(pairs, precision, DType::F32)
     }
 
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> (FloatTensor<Self>, FloatTensor<Self>) {

@@ -31,87 +31,159 @@ pub(super) fn fits<R: CubeRuntime>(operands: [&CubeTensor<R>; 2], columns: usize
     supported(&operands[0].client, precision) && operands.into_iter().all(matrix) && columns.is_multiple_of(2)
 }
 
-/// As [`product`], added to a sum of which nobody else has a handle.
+/// A factor of a product: a matrix, and whether its transpose is meant.
+pub(super) type Factor<R> = (CubeTensor<R>, bool);
+
+/// `a · b` of `a [rows, summed]` and `b [summed, columns]`; the result in a type of its own.
+pub(super) fn product<R: CubeRuntime>(a: Factor<R>, b: Factor<R>, precision: Precision, dtype: DType) -> CubeTensor<R> {
+    sum_of_products(vec![[a, b]], precision, dtype)
+}
+
+/// As [`product`], added to a sum in f32 of which nobody else has a handle.
 pub(super) fn add_product<R: CubeRuntime>(
     sum: Option<CubeTensor<R>>,
-    (a, a_transposed): (CubeTensor<R>, bool),
-    (b, b_transposed): (CubeTensor<R>, bool),
+    a: Factor<R>,
+    b: Factor<R>,
+    precision: Precision,
+) -> CubeTensor<R> {
+    let Some(sum) = sum else { return product(a, b, precision, DType::F32) };
+    multiply(vec![Product::new([a, b], precision)], vec![sum.clone()], true);
+    sum
+}
+
+/// Some products, all summed over one dimension, in one go where the device can.
+pub(super) fn products<R: CubeRuntime>(
+    pairs: Vec<[Factor<R>; 2]>,
+    precision: Precision,
+    dtype: DType,
+) -> Vec<CubeTensor<R>> {
+    let mut results = Vec::new();
+    for products in groups(pairs, precision) {
+        let outs: Vec<_> = products.iter().map(|product| product.room(dtype)).collect();
+        multiply(products, outs.clone(), false);
+        results.extend(outs);
+    }
+    results
+}
+
+/// The sum of some products of one shape, in one go where the device can, rounded once.
+pub(super) fn sum_of_products<R: CubeRuntime>(
+    pairs: Vec<[Factor<R>; 2]>,
     precision: Precision,
     dtype: DType,
 ) -> CubeTensor<R> {
-    let operands = contiguous([a, b].map(|x| burn_cubecl::kernel::cast(x, precision.dtype())));
-    let summed_inner = [!a_transposed, b_transposed];
-    let ([a_0, a_1], [b_0, b_1]) = (operands[0].shape().dims(), operands[1].shape().dims());
-    let (rows, summed) = if a_transposed { (a_1, a_0) } else { (a_0, a_1) };
-    let columns = if b_transposed { b_0 } else { b_1 };
-    let client = operands[0].client.clone();
-    let add = sum.is_some();
-    let out = sum.unwrap_or_else(|| empty_like(&operands[0], Shape::new([rows, columns]), dtype));
-    let by_warp_groups = wgmma::supported(&client) && columns.is_multiple_of(8) && (!add || out.dtype == DType::F32);
-    let plan = |tile_rows, tile_columns: &[_], at_once| {
-        let size = [rows, columns, summed];
-        tile_columns.iter().map(|&columns| Plan::new(size, [tile_rows, columns], at_once)).min_by_key(|plan| plan.time)
+    let groups = groups(pairs, precision);
+    let sum_dtype = if groups.len() == 1 { dtype } else { DType::F32 };
+    let sum = groups.into_iter().fold(None, |sum: Option<CubeTensor<R>>, products| {
+        let add = sum.is_some();
+        let sum = sum.unwrap_or_else(|| products[0].room(sum_dtype));
+        multiply(products, vec![sum.clone()], add);
+        Some(sum)
+    });
+    burn_cubecl::kernel::cast(sum.expect("a sum has products"), dtype)
+}
+
+/// Products that are made in one go.
+fn groups<R: CubeRuntime>(pairs: Vec<[Factor<R>; 2]>, precision: Precision) -> Vec<Vec<Product<R>>> {
+    let products: Vec<_> = pairs.into_iter().map(|factors| Product::new(factors, precision)).collect();
+    let together = products.iter().all(Product::fits_warp_groups);
+    let most = if together { wgmma::MOST } else { 1 };
+    let mut groups = Vec::new();
+    for (index, product) in products.into_iter().enumerate() {
+        if index % most == 0 {
+            groups.push(Vec::new());
+        }
+        groups.last_mut().expect("a group was begun").push(product);
+    }
+    groups
+}
+
+/// A product of operands in half precision.
+struct Product<R: CubeRuntime> {
+    operands: [CubeTensor<R>; 2],
+    /// Whether the summed dimension is an operand's contiguous one.
+    summed_inner: [bool; 2],
+    /// Rows and columns of the result, and length of the sum.
+    size: [usize; 3],
+}
+
+impl<R: CubeRuntime> Product<R> {
+    fn new([(a, a_transposed), (b, b_transposed)]: [Factor<R>; 2], precision: Precision) -> Self {
+        let operands = contiguous([a, b].map(|x| burn_cubecl::kernel::cast(x, precision.dtype())));
+        let ([a_0, a_1], [b_0, b_1]) = (operands[0].shape().dims(), operands[1].shape().dims());
+        let (rows, summed) = if a_transposed { (a_1, a_0) } else { (a_0, a_1) };
+        let columns = if b_transposed { b_0 } else { b_1 };
+        Self { operands, summed_inner: [!a_transposed, b_transposed], size: [rows, columns, summed] }
+    }
+
+    /// Where its result may lie.
+    fn room(&self, dtype: DType) -> CubeTensor<R> {
+        let [rows, columns, _] = self.size;
+        empty_like(&self.operands[0], Shape::new([rows, columns]), dtype)
+    }
+
+    fn fits_warp_groups(&self) -> bool {
+        wgmma::supported(&self.operands[0].client) && self.size[1].is_multiple_of(8)
+    }
+}
+
+/// Writes each product to a result of its own, or their sum to one, or with `add` adds it to what lies there.
+fn multiply<R: CubeRuntime>(products: Vec<Product<R>>, outs: Vec<CubeTensor<R>>, add: bool) {
+    let client = outs[0].client.clone();
+    let sizes: Vec<_> = products.iter().map(|product| product.size).collect();
+    let sum = outs.len() < products.len();
+    let by_warp_groups = products.iter().all(Product::fits_warp_groups) && (!add || outs[0].dtype == DType::F32);
+    let columns = sizes[0][1];
+    let (tile_rows, tile_columns, at_once) = match by_warp_groups {
+        true => (wgmma::PAIR_ROWS, wgmma::TILE_COLUMNS.to_vec(), multiprocessors(&client) / 2),
+        false => (TILE_ROWS, vec![if columns <= 2 * SIDE { 2 * SIDE } else { 4 * SIDE }], multiprocessors(&client)),
     };
-    let plan = match by_warp_groups {
-        true => plan(wgmma::PAIR_ROWS, &wgmma::TILE_COLUMNS, multiprocessors(&client) / 2),
-        false => plan(TILE_ROWS, &[if columns <= 2 * SIDE { 2 * SIDE } else { 4 * SIDE }], multiprocessors(&client)),
-    };
-    let Plan { tile_columns, splits, part, .. } = plan.expect("there are tiles to choose from");
-    let parts = match splits {
-        1 => burn_cubecl::ops::reshape(out.clone(), Shape::new([1, rows, columns])),
-        _ => empty_like(&operands[0], Shape::new([splits, rows, columns]), DType::F32),
-    };
-    let product = Product { operands, summed_inner, parts: parts.clone(), summed, part };
+    let plans = tile_columns.iter().map(|&columns| Plan::new(&sizes, sum, [tile_rows, columns], at_once));
+    let plan = plans.min_by_key(|plan| plan.time).expect("there are tiles to choose from");
+    let parts: Vec<_> = outs
+        .iter()
+        .zip(&sizes)
+        .map(|(out, &[rows, columns, _])| match plan.splits {
+            1 => burn_cubecl::ops::reshape(out.clone(), Shape::new([1, rows, columns])),
+            splits => empty_like(out, Shape::new([splits, rows, columns]), DType::F32),
+        })
+        .collect();
+    let add_to_parts = add && plan.splits == 1;
     match by_warp_groups {
-        true => wgmma::launch(product, tile_columns, add && splits == 1),
-        false => launch(product, tile_columns, add && splits == 1),
+        true => wgmma::launch(products, parts.clone(), &plan, add_to_parts),
+        false => {
+            products.into_iter().zip(&parts).for_each(|(product, parts)| launch(product, parts, &plan, add_to_parts))
+        }
     }
-    if splits == 1 {
-        return out;
+    if plan.splits > 1 {
+        parts.into_iter().zip(outs).for_each(|(parts, out)| add_parts(parts, out, add));
     }
+}
+
+/// Sums the parts `[splits, rows, columns]` of a product.
+fn add_parts<R: CubeRuntime>(parts: CubeTensor<R>, out: CubeTensor<R>, add: bool) {
+    let [splits, rows, columns] = parts.shape().dims();
+    let size = vector_size(rows * columns);
+    let (client, dtype) = (out.client.clone(), out.dtype.into());
     // SAFETY: units behind the result's end do nothing.
     unsafe {
-        let size = vector_size(rows * columns);
         add_parts_kernel::launch_unchecked::<R>(
             &client,
             cubes((rows * columns / size).div_ceil(256)),
             CubeDim::new_1d(256),
             size,
             parts.into_tensor_arg(),
-            out.clone().into_tensor_arg(),
+            out.into_tensor_arg(),
             splits,
             add,
-            out.dtype.into(),
+            dtype,
         );
     }
-    out
 }
 
-/// `a · b` of `a [rows, summed]` and `b [summed, columns]`, either also as its transpose; the result in a type of its own.
-pub(super) fn product<R: CubeRuntime>(
-    a: (CubeTensor<R>, bool),
-    b: (CubeTensor<R>, bool),
-    precision: Precision,
-    dtype: DType,
-) -> CubeTensor<R> {
-    add_product(None, a, b, precision, dtype)
-}
-
-/// A product of operands in half precision, and the parts that it is to make.
-struct Product<R: CubeRuntime> {
-    operands: [CubeTensor<R>; 2],
-    /// Whether the summed dimension is an operand's contiguous one.
-    summed_inner: [bool; 2],
-    /// `[splits, rows, columns]`.
-    parts: CubeTensor<R>,
-    summed: usize,
-    /// Length of a part of the sum: whole steps.
-    part: usize,
-}
-
-fn launch<R: CubeRuntime>(product: Product<R>, tile_columns: usize, add: bool) {
-    let Product { operands: [a, b], summed_inner, parts, summed, part, .. } = product;
-    let [splits, rows, columns] = parts.shape().dims();
+fn launch<R: CubeRuntime>(product: Product<R>, parts: &CubeTensor<R>, plan: &Plan, add: bool) {
+    let Product { operands: [a, b], summed_inner, size: [rows, columns, summed] } = product;
+    let &Plan { tile_columns, splits, part, .. } = plan;
     let layout = |i, side| Layout { summed_inner: summed_inner[i], side };
     let (row_layout, column_layout) = (layout(0, TILE_ROWS), layout(1, tile_columns));
     let tiles = rows.div_ceil(TILE_ROWS) * columns.div_ceil(tile_columns);
@@ -125,7 +197,7 @@ fn launch<R: CubeRuntime>(product: Product<R>, tile_columns: usize, add: bool) {
             CubeDim::new_1d(units as u32),
             a.into_tensor_arg(),
             b.into_tensor_arg(),
-            parts.into_tensor_arg(),
+            parts.clone().into_tensor_arg(),
             summed,
             part,
             row_layout,
@@ -151,23 +223,31 @@ struct Plan {
 }
 
 impl Plan {
-    /// The best for `[rows, columns, summed]` in such tiles, of which the device makes so many at once.
-    fn new([rows, columns, summed]: [usize; 3], [tile_rows, tile_columns]: [usize; 2], at_once: usize) -> Self {
+    /// The best for products of `[rows, columns, summed]`, or for their sum, in such tiles, of which the device makes so many at once.
+    fn new(sizes: &[[usize; 3]], sum: bool, [tile_rows, tile_columns]: [usize; 2], at_once: usize) -> Self {
         // Shorter parts would spend their time on beginnings and ends, which take as long as these steps.
         const SHORTEST: usize = 4 * DEPTH;
         const ENDS: usize = 3;
         // What goes through memory in the time of a step of 256 columns: parts are written and read.
         const BYTES: usize = 2_000_000;
+        let results = if sum { &sizes[..1] } else { sizes };
+        let longest = sizes.iter().map(|[_, _, summed]| *summed).max().unwrap_or(0);
         let time = |splits: usize| {
-            let tiles = rows.div_ceil(tile_rows) * columns.div_ceil(tile_columns) * splits;
-            let steps = summed.div_ceil(splits).div_ceil(DEPTH) + ENDS;
-            let adding = if splits > 1 { ENDS + splits * rows * columns * 8 / BYTES } else { 0 };
-            tiles.div_ceil(at_once.max(1)) * steps * tile_columns + adding * 256
+            let tiles = |&[rows, columns, _]: &[usize; 3]| rows.div_ceil(tile_rows) * columns.div_ceil(tile_columns);
+            let tiles = results.iter().map(tiles).sum::<usize>() * splits;
+            let steps = match sum {
+                true => sizes.iter().map(|[_, _, summed]| summed.div_ceil(DEPTH)).sum(),
+                false => longest.div_ceil(splits).div_ceil(DEPTH),
+            };
+            let elements: usize = results.iter().map(|[rows, columns, _]| rows * columns).sum();
+            let adding = if splits > 1 { ENDS + splits * elements * 8 / BYTES } else { 0 };
+            tiles.div_ceil(at_once.max(1)) * (steps + ENDS) * tile_columns + adding * 256
         };
-        let most = (summed / SHORTEST).clamp(1, 16);
+        // A sum of several products is long as it is.
+        let most = if sum { 1 } else { (longest / SHORTEST).clamp(1, 16) };
         let splits = (1..=most).min_by_key(|&splits| time(splits)).unwrap_or(1);
-        let part = summed.div_ceil(splits).next_multiple_of(DEPTH);
-        Self { tile_columns, splits: summed.div_ceil(part), part, time: time(splits) }
+        let part = longest.div_ceil(splits).next_multiple_of(DEPTH);
+        Self { tile_columns, splits: longest.div_ceil(part), part, time: time(splits) }
     }
 }
 
@@ -178,12 +258,12 @@ mod tests {
     #[test]
     fn sums_are_split_where_tiles_are_few() {
         // Activations of 16,384 tokens: tiles enough.
-        assert_eq!(Plan::new([16_384, 768, 768], [128, 256], 132).splits, 1);
+        assert_eq!(Plan::new(&[[16_384, 768, 768]], false, [128, 256], 132).splits, 1);
         // The gradient of a weight: 18 tiles for 132 multiprocessors; parts are whole steps and make up the sum.
-        let plan = Plan::new([768, 768, 16_384], [128, 256], 132);
+        let plan = Plan::new(&[[768, 768, 16_384]], false, [128, 256], 132);
         assert!(plan.splits > 1 && plan.part.is_multiple_of(DEPTH));
         assert!((plan.splits - 1) * plan.part < 16_384 && plan.splits * plan.part >= 16_384);
         // A short sum stays whole.
-        assert_eq!(Plan::new([64, 64, 96], [128, 256], 132).splits, 1);
+        assert_eq!(Plan::new(&[[64, 64, 96]], false, [128, 256], 132).splits, 1);
     }
 }

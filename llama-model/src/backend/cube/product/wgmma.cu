@@ -1,7 +1,8 @@
-// A product on the tensor cores of Hopper, by warp groups of four planes.
+// Products on the tensor cores of Hopper, by warp groups of four planes: some at once, or the sum of some.
 //
-// Before this text come the definitions of one variant: COLUMNS of a tile; A_SUMMED_INNER and B_SUMMED_INNER, whether the summed
-// dimension of an operand is its contiguous one; OUT_F32, OUT_BF16 or OUT_F16; ADD, whether a result in f32 is added to what lies there;
+// Before this text come the definitions of one variant: MEMBERS, how many products, and SUM, whether they are summed; COLUMNS of a tile;
+// A_SUMMED_INNER and B_SUMMED_INNER, whether the summed dimension of an operand is its contiguous one; OUT_F32, OUT_BF16 or OUT_F16; ADD,
+// whether a result in f32 is added to what lies there; PARAMETERS, A_MAPS, B_MAPS and OUTS, the kernel's parameters and lists of them;
 // and the instruction for a warp group's 64 rows, WGMMA(sums, a, b, add).
 //
 // Two warp groups multiply, 64 rows × COLUMNS each in registers. A unit beside them copies: tiles of both operands by the tensor memory
@@ -15,9 +16,17 @@ struct __align__(64) TensorMap {
     u64 opaque[16];
 };
 
+/// Of each product; a sum has the same rows and columns for all, products that are not summed have sums of one length.
 struct Shape {
-    u64 rows, columns, summed, part, splits;
+    u64 rows[MEMBERS], columns[MEMBERS], summed[MEMBERS];
+    u64 part, splits;
 };
+
+#if defined(OUT_F32)
+typedef float Out;
+#else
+typedef unsigned short Out;
+#endif
 
 constexpr u32 PAIR = 2;
 constexpr u32 ROWS = 128;
@@ -92,28 +101,41 @@ __device__ __forceinline__ u64 descriptor(u32 at) {
 constexpr u64 a_advance = (A_SUMMED_INNER ? 16 * 2 : 16 * 128) >> 4;
 constexpr u64 b_advance = (B_SUMMED_INNER ? 16 * 2 : 16 * 128) >> 4;
 
-/// A tile of the result and its part of the sum.
+/// A tile of a result and its part of the sum.
 struct Tile {
-    u32 split, row, column, begin, steps;
+    u32 member = 0, split, row, column, begin, steps = 0;
 
     __device__ __forceinline__ Tile(const Shape& shape, u32 number, u32 rank) {
-        u32 row_pairs = ((u32)shape.rows + PAIR * ROWS - 1) / (PAIR * ROWS);
-        u32 column_tiles = ((u32)shape.columns + COLUMNS - 1) / COLUMNS;
-        split = number / (row_pairs * column_tiles);
-        number %= row_pairs * column_tiles;
+        if (!SUM)
+            while (member + 1 < MEMBERS && number >= count(shape, member)) number -= count(shape, member++);
+        u32 pairs = row_pairs(shape, member), column_tiles = columns(shape, member);
+        split = number / (pairs * column_tiles);
+        number %= pairs * column_tiles;
         u32 group = number / (GROUP * column_tiles);
-        u32 group_rows = min(row_pairs - group * GROUP, GROUP);
+        u32 group_rows = min(pairs - group * GROUP, GROUP);
         number %= GROUP * column_tiles;
         row = ((group * GROUP + number % group_rows) * PAIR + rank) * ROWS;
         column = number / group_rows * COLUMNS;
         begin = split * (u32)shape.part;
-        steps = (min(begin + (u32)shape.part, (u32)shape.summed) - begin + DEPTH - 1) / DEPTH;
+        for (u32 i = member; i < (SUM ? MEMBERS : member + 1); i++) steps += steps_of(shape, i);
     }
 
-    /// Pairs of tiles that a shape has.
-    static __device__ __forceinline__ u32 count(const Shape& shape) {
-        u32 row_pairs = ((u32)shape.rows + PAIR * ROWS - 1) / (PAIR * ROWS);
-        return row_pairs * (((u32)shape.columns + COLUMNS - 1) / COLUMNS) * (u32)shape.splits;
+    /// Steps of a product's part of the sum.
+    __device__ __forceinline__ u32 steps_of(const Shape& shape, u32 member) const {
+        return (min(begin + (u32)shape.part, (u32)shape.summed[member]) - begin + DEPTH - 1) / DEPTH;
+    }
+
+    static __device__ __forceinline__ u32 row_pairs(const Shape& shape, u32 member) {
+        return ((u32)shape.rows[member] + PAIR * ROWS - 1) / (PAIR * ROWS);
+    }
+
+    static __device__ __forceinline__ u32 columns(const Shape& shape, u32 member) {
+        return ((u32)shape.columns[member] + COLUMNS - 1) / COLUMNS;
+    }
+
+    /// Pairs of tiles that a product has.
+    static __device__ __forceinline__ u32 count(const Shape& shape, u32 member) {
+        return row_pairs(shape, member) * columns(shape, member) * (u32)shape.splits;
     }
 };
 
@@ -129,8 +151,16 @@ struct Turn {
     }
 };
 
+/// One of a list, which stays in registers.
+template <typename T, u32 N>
+__device__ __forceinline__ T pick(T (&list)[N], u32 index) {
+    T picked = list[0];
+#pragma unroll
+    for (u32 i = 1; i < N; i++) picked = index == i ? list[i] : picked;
+    return picked;
+}
+
 #if defined(OUT_F32)
-typedef float Out;
 
 /// Writes the sums of a row at `columns`, two neighbours of each eight columns in a unit: units exchange, so that each writes four.
 __device__ __forceinline__ void write_row(Out* row, const float* sums, u32 first, u32 columns) {
@@ -156,8 +186,6 @@ __device__ __forceinline__ void write_row(Out* row, const float* sums, u32 first
     }
 }
 #else
-typedef unsigned short Out;
-
 __device__ __forceinline__ u32 rounded(float low, float high) {
     u32 both;
 #if defined(OUT_BF16)
@@ -191,12 +219,10 @@ __device__ __forceinline__ void write_row(Out* row, const float* sums, u32 first
 #endif
 
 extern "C" __global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(288, 1) product(
-    const __grid_constant__ TensorMap a_map,
-    const __grid_constant__ TensorMap b_map,
-    const void*,
-    const void*,
-    Out* out,
-    const __grid_constant__ Shape shape) {
+    PARAMETERS, const __grid_constant__ Shape shape) {
+    const TensorMap* a_maps[] = {A_MAPS};
+    const TensorMap* b_maps[] = {B_MAPS};
+    Out* outs[] = {OUTS};
     extern __shared__ unsigned char room[];
     __shared__ u64 barriers[2 * STAGES];
     // What is swizzled begins at whole patterns.
@@ -212,34 +238,38 @@ extern "C" __global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(288, 1
     }
     pair_sync();
 
-    u32 tiles = Tile::count(shape);
+    u32 tiles = 0;
+    for (u32 i = 0; i < (SUM ? 1 : MEMBERS); i++) tiles += Tile::count(shape, i);
     Turn turn;
     if (group == 2) {
         if (threadIdx.x % 128 == 0) {
             for (u32 number = blockIdx.x / PAIR; number < tiles; number += gridDim.x / PAIR) {
                 Tile tile(shape, number, rank);
-                for (u32 step = 0; step < tile.steps; step++) {
-                    u32 barrier = arrived + turn.stage * 8;
-                    barrier_wait(left + turn.stage * 8, turn.parity ^ 1);
-                    barrier_expect(barrier, A_BYTES + B_BYTES);
-                    int summed = tile.begin + step * DEPTH;
-                    u32 to = a_at + turn.stage * A_BYTES;
-                    if (A_SUMMED_INNER) {
-                        copy(a_map, to, barrier, summed, tile.row);
-                    } else {
-                        for (u32 i = 0; i < ROWS / BOX; i++)
-                            copy(a_map, to + i * BOX_BYTES, barrier, tile.row + i * BOX, summed);
+                for (u32 i = tile.member; i < (SUM ? MEMBERS : tile.member + 1); i++) {
+                    const TensorMap &a_map = *pick(a_maps, i), &b_map = *pick(b_maps, i);
+                    for (u32 step = 0; step < tile.steps_of(shape, i); step++) {
+                        u32 barrier = arrived + turn.stage * 8;
+                        barrier_wait(left + turn.stage * 8, turn.parity ^ 1);
+                        barrier_expect(barrier, A_BYTES + B_BYTES);
+                        int summed = tile.begin + step * DEPTH;
+                        u32 to = a_at + turn.stage * A_BYTES;
+                        if (A_SUMMED_INNER) {
+                            copy(a_map, to, barrier, summed, tile.row);
+                        } else {
+                            for (u32 i = 0; i < ROWS / BOX; i++)
+                                copy(a_map, to + i * BOX_BYTES, barrier, tile.row + i * BOX, summed);
+                        }
+                        u32 column = rank * (COLUMNS / PAIR);
+                        to = b_at + turn.stage * B_BYTES + column * DEPTH * 2;
+                        column += tile.column;
+                        if (B_SUMMED_INNER) {
+                            copy_to_both(b_map, to, barrier, summed, column);
+                        } else {
+                            for (u32 i = 0; i < COLUMNS / PAIR / BOX; i++)
+                                copy_to_both(b_map, to + i * BOX_BYTES, barrier, column + i * BOX, summed);
+                        }
+                        turn.next();
                     }
-                    u32 column = rank * (COLUMNS / PAIR);
-                    to = b_at + turn.stage * B_BYTES + column * DEPTH * 2;
-                    column += tile.column;
-                    if (B_SUMMED_INNER) {
-                        copy_to_both(b_map, to, barrier, summed, column);
-                    } else {
-                        for (u32 i = 0; i < COLUMNS / PAIR / BOX; i++)
-                            copy_to_both(b_map, to + i * BOX_BYTES, barrier, column + i * BOX, summed);
-                    }
-                    turn.next();
                 }
             }
         }
@@ -267,10 +297,12 @@ extern "C" __global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(288, 1
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             if (threadIdx.x % 128 < PAIR) barrier_arrive(left + before * 8, threadIdx.x % 128);
             u32 row = tile.row + side + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+            Out* out = pick(outs, SUM ? 0 : tile.member);
+            u32 rows = shape.rows[tile.member], columns = shape.columns[tile.member];
 #pragma unroll
             for (u32 half = 0; half < 2; half++) {
-                Out* at = out + ((u64)tile.split * shape.rows + row + half * 8) * shape.columns;
-                write_row(row + half * 8 < shape.rows ? at : nullptr, sums + half * 2, tile.column, (u32)shape.columns);
+                Out* at = out + ((u64)tile.split * rows + row + half * 8) * columns;
+                write_row(row + half * 8 < rows ? at : nullptr, sums + half * 2, tile.column, columns);
             }
         }
     }

@@ -2,8 +2,9 @@
 //!
 //! CubeCL 0.10 has no such instruction, so this one kernel is written in CUDA C++ (`wgmma.cu`) and compiled like CubeCL's own, at run time.
 
-use burn::tensor::{DType, Shape, TensorMetadata};
+use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeRuntime;
+use burn_cubecl::tensor::CubeTensor;
 use cubecl::client::ComputeClient;
 use cubecl::ir::features::Tma;
 use cubecl::prelude::*;
@@ -11,12 +12,14 @@ use cubecl::server::{KernelArguments, MetadataBindingInfo, TensorMapBinding};
 use cubecl::{CompilationError, Compiler, CubeTask};
 
 use super::kernel::DEPTH;
-use super::{Product, multiprocessors};
+use super::{Plan, Product, multiprocessors};
 
 /// Rows of a tile that a pair of cubes makes.
 pub(super) const PAIR_ROWS: usize = 256;
 /// Columns of a tile: the wider reads less, of the narrower there are more to share.
 pub(super) const TILE_COLUMNS: [usize; 2] = [256, 128];
+/// Most products that a launch makes.
+pub(super) const MOST: usize = 3;
 /// Two warp groups that multiply, and a plane of which a unit copies.
 const UNITS: u32 = 288;
 /// Shared memory: operands, and what their beginning at a whole pattern may lose.
@@ -25,6 +28,8 @@ const ROOM: usize = 193 * 1024;
 /// A kernel of `wgmma.cu`: its definitions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Wgmma {
+    products: usize,
+    sum: bool,
     operand: DType,
     columns: usize,
     /// Whether the summed dimension is the contiguous one, of the left operand and of the right.
@@ -35,7 +40,7 @@ struct Wgmma {
 
 impl Wgmma {
     fn source(self) -> String {
-        let Self { operand, columns, summed_inner: [a_inner, b_inner], out, add } = self;
+        let Self { products, sum, operand, columns, summed_inner: [a_inner, b_inner], out, add } = self;
         let operand = if operand == DType::F16 { "f16" } else { "bf16" };
         let out = match out {
             DType::F16 => "F16",
@@ -43,22 +48,43 @@ impl Wgmma {
             _ => "F32",
         };
         let flag = u8::from;
+        let list = |count: usize, item: &dyn Fn(usize) -> String| (0..count).map(item).collect::<Vec<_>>().join(", ");
+        // As CubeCL passes them: tensor maps, what they map, other tensors, constants.
+        let results = if sum { 1 } else { products };
+        let map = |name: &'static str| move |i| format!("const __grid_constant__ TensorMap {name}_{i}");
+        let parameters = [
+            list(products, &map("a")),
+            list(products, &map("b")),
+            list(2 * products, &|_| "const void*".into()),
+            list(results, &|i| format!("Out* out_{i}")),
+        ]
+        .join(", ");
         let sums = columns / 2;
-        let list = |item: fn(usize) -> String| (0..sums).map(item).collect::<Vec<_>>().join(", ");
-        let registers = list(|i| format!("%{i}"));
-        let variables = list(|i| format!("\"+f\"(sums[{i}])"));
+        let registers = list(sums, &|i| format!("%{i}"));
+        let variables = list(sums, &|i| format!("\"+f\"(sums[{i}])"));
         let (a, b, scale) = (sums, sums + 1, sums + 2);
         let (a_outer, b_outer) = (flag(!a_inner), flag(!b_inner));
-        format!(
-            "#define COLUMNS {columns}\n#define A_SUMMED_INNER {}\n#define B_SUMMED_INNER {}\n#define OUT_{out}\n#define ADD {}\n\
-             #define WGMMA(sums, a, b, add) asm volatile(\"{{\\n.reg .pred add;\\nsetp.ne.b32 add, %{scale}, 0;\\n\
+        let wgmma = format!(
+            "asm volatile(\"{{\\n.reg .pred add;\\nsetp.ne.b32 add, %{scale}, 0;\\n\
              wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{operand}.{operand} {{{registers}}}, %{a}, %{b}, add, 1, 1, {a_outer}, \
-             {b_outer};\\n}}\\n\" : {variables} : \"l\"(a), \"l\"(b), \"r\"((u32)(add)))\n{}",
-            flag(a_inner),
-            flag(b_inner),
-            flag(add),
-            include_str!("wgmma.cu"),
-        )
+             {b_outer};\\n}}\\n\" : {variables} : \"l\"(a), \"l\"(b), \"r\"((u32)(add)))"
+        );
+        let definitions = [
+            ("MEMBERS", products.to_string()),
+            ("SUM", flag(sum).to_string()),
+            ("COLUMNS", columns.to_string()),
+            ("A_SUMMED_INNER", flag(a_inner).to_string()),
+            ("B_SUMMED_INNER", flag(b_inner).to_string()),
+            ("ADD", flag(add).to_string()),
+            (&format!("OUT_{out}"), String::new()),
+            ("PARAMETERS", parameters),
+            ("A_MAPS", list(products, &|i| format!("&a_{i}"))),
+            ("B_MAPS", list(products, &|i| format!("&b_{i}"))),
+            ("OUTS", list(results, &|i| format!("out_{i}"))),
+            ("WGMMA(sums, a, b, add)", wgmma),
+        ];
+        let definitions = definitions.map(|(name, value)| format!("#define {name} {value}\n"));
+        definitions.concat() + include_str!("wgmma.cu")
     }
 }
 
@@ -110,32 +136,43 @@ pub(super) fn supported<R: CubeRuntime>(client: &ComputeClient<R>) -> bool {
     tma.contains(Tma::Base) && !tma.contains(Tma::Im2colWide) && properties.hardware.max_shared_memory_size > ROOM
 }
 
-/// Launches a product whose parts are to lie in `parts`, `[splits, rows, columns]`.
-pub(super) fn launch<R: CubeRuntime>(product: Product<R>, tile_columns: usize, add: bool) {
-    let Product { operands, summed_inner, parts, summed, part } = product;
-    let [splits, rows, columns] = parts.shape().dims();
-    let kernel = Wgmma { operand: operands[0].dtype, columns: tile_columns, summed_inner, out: parts.dtype, add };
-    let client = parts.client.clone();
+/// Launches products whose parts are to lie in as many `parts`, `[splits, rows, columns]`, or their sum's in one.
+pub(super) fn launch<R: CubeRuntime>(products: Vec<Product<R>>, parts: Vec<CubeTensor<R>>, plan: &Plan, add: bool) {
+    let &Plan { tile_columns, splits, part, .. } = plan;
+    let (client, summed_inner) = (parts[0].client.clone(), products[0].summed_inner);
+    let kernel = Wgmma {
+        products: products.len(),
+        sum: parts.len() < products.len(),
+        operand: products[0].operands[0].dtype,
+        columns: tile_columns,
+        summed_inner,
+        out: parts[0].dtype,
+        add,
+    };
     // A box of the left operand has the rows of a cube, of the right one the half of a tile's columns; both 64 values along the sum, which
     // are the lines of a box of 64 values where the summed dimension is the outer one.
     let lines = [PAIR_ROWS / 2, tile_columns / 2];
-    let tensor_maps = [0, 1].map(|i| {
+    let map = |i: usize, operand: &CubeTensor<R>| {
         let lines = if summed_inner[i] { lines[i] } else { DEPTH };
-        let operand = &operands[i];
         let args = TiledArgs { tile_size: Shape::new([lines, DEPTH]) };
         let map =
             TensorMapArg::<R, Tiled>::new(args, operand.clone().into_tensor_arg(), StorageType::from(operand.dtype))
                 .with_swizzle(TensorMapSwizzle::B128)
                 .with_prefetch(TensorMapPrefetch::B256);
         TensorMapBinding { binding: operand.clone().binding().handle, map: map.metadata }
-    });
-    let shape: Vec<u64> = [rows, columns, summed, part, splits].map(|size| size as u64).into();
-    let constant = shape.len();
+    };
+    let maps = [0, 1].into_iter().flat_map(|i| products.iter().map(move |product| (i, product)));
+    let maps = maps.map(|(i, product)| map(i, &product.operands[i])).collect();
+    let sizes = (0..3).flat_map(|i| products.iter().map(move |product| product.size[i]));
+    // A sum of several is whole, whatever their lengths.
+    let constants: Vec<u64> = sizes.chain([part, splits]).map(|size| size as u64).collect();
+    let constant = constants.len();
     let arguments = KernelArguments::new()
-        .with_tensor_maps(tensor_maps.into())
-        .with_buffer(parts.binding().handle)
-        .with_info(MetadataBindingInfo::new(shape, constant));
-    let pairs = rows.div_ceil(PAIR_ROWS) * columns.div_ceil(tile_columns) * splits;
+        .with_tensor_maps(maps)
+        .with_buffers(parts.iter().map(|parts| parts.clone().binding().handle).collect())
+        .with_info(MetadataBindingInfo::new(constants, constant));
+    let pairs = |product: &Product<R>| product.size[0].div_ceil(PAIR_ROWS) * product.size[1].div_ceil(tile_columns);
+    let pairs: usize = products[..parts.len()].iter().map(pairs).sum::<usize>() * splits;
     let count = CubeCount::new_1d(2 * pairs.min(multiprocessors(&client) / 2).max(1) as u32);
     // SAFETY: copies of what lies behind an operand's end are zeros, and nothing is written behind the result's.
     unsafe { client.launch_unchecked(Box::new(kernel), count, arguments) }
@@ -152,8 +189,15 @@ mod tests {
     fn compiles_to_a_source_and_its_room() {
         type Compiler = <CudaRuntime as Runtime>::Compiler;
         for columns in TILE_COLUMNS {
-            let kernel =
-                Wgmma { operand: DType::BF16, columns, summed_inner: [true, false], out: DType::F32, add: true };
+            let kernel = Wgmma {
+                products: 2,
+                sum: true,
+                operand: DType::BF16,
+                columns,
+                summed_inner: [true, false],
+                out: DType::F32,
+                add: true,
+            };
             let address_type = kernel.address_type();
             let compiled: CompiledKernel<Compiler> = kernel
                 .compile(&mut Default::default(), &Default::default(), ExecutionMode::Unchecked, address_type)
