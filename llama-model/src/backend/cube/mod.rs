@@ -4,15 +4,16 @@
 //! norm; rotary embeddings; softmax and gradient of the loss in place; AdamW in place; the embeddings' gradient; the global norm. SwiGLU
 //! stays a composition: Burn's fusion makes one kernel of it, and joins it with its neighbours.
 //!
-//! Everything is generic over the float type of its tensors and computes in f32; a cube reduces through shared memory. Only `product` and
-//! `attention::mma` need tensor cores, and `few_rows` plane operations: where the device has them not, and for shapes or types that a
-//! kernel does not take, the default bodies run.
+//! Everything is generic over the float type of its tensors and computes in f32. What needs tensor cores (`product`, `attention::mma`; the
+//! `wgmma` beside them needs those of Hopper) or plane operations (`few_rows`) has a fallback: where the device has them not, and for
+//! shapes or types that a kernel does not take, plainer kernels or the default bodies run.
 
 mod attention;
 mod elementwise;
 mod embedding;
 mod few_rows;
 mod fusion;
+mod hopper;
 mod loss;
 mod mma;
 mod product;
@@ -170,6 +171,9 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         starts: Option<IntTensor<Self>>,
         spec: AttentionSpec,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        if attention::wgmma::fits(&[&q, &k, &v], starts.as_ref(), spec.precision) {
+            return attention::wgmma::forward(q, k, v, starts, spec.scale);
+        }
         if let Some(operand) = attention::mma::operand(&[&q, &k, &v], spec.precision) {
             return attention::mma::forward(q, k, v, starts, spec.scale, operand);
         }
@@ -180,7 +184,11 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
     }
 
     fn causal_attention_backward(saved: AttentionSaved<Self>, grad: FloatTensor<Self>) -> [FloatTensor<Self>; 3] {
-        let AttentionSaved { q, k, v, out, spec, .. } = &saved;
+        let AttentionSaved { q, k, v, starts, out, spec, .. } = &saved;
+        if attention::wgmma::fits(&[q, k, v, out, &grad], starts.as_ref(), spec.precision) {
+            let AttentionSaved { q, k, v, starts, out, lse, spec } = saved;
+            return attention::wgmma::backward([q, k, v, out, grad], starts, lse, spec.scale);
+        }
         if let Some(operand) = attention::mma::operand(&[q, k, v, out, &grad], spec.precision) {
             let AttentionSaved { q, k, v, starts, out, lse, spec } = saved;
             return attention::mma::backward([q, k, v, out, grad], starts, lse, spec.scale, operand);

@@ -15,6 +15,7 @@ use super::{contiguous, cubes, empty_like};
 mod backward;
 mod forward;
 pub(super) mod mma;
+pub(super) mod wgmma;
 
 pub(super) use backward::backward;
 pub(super) use forward::forward;

@@ -12,6 +12,7 @@ use cubecl::client::ComputeClient;
 use cubecl::prelude::CubeDim;
 
 use self::kernel::{DEPTH, Layout, SIDE, TILE_ROWS, add_parts_kernel, product_kernel};
+use super::hopper;
 use super::mma::operand_type;
 use super::reduce::vector_size;
 use super::{contiguous, cubes, empty_like};
@@ -123,7 +124,7 @@ impl<R: CubeRuntime> Product<R> {
     }
 
     fn fits_warp_groups(&self) -> bool {
-        wgmma::supported(&self.operands[0].client) && self.size[1].is_multiple_of(8)
+        hopper::supported(&self.operands[0].client) && self.size[1].is_multiple_of(8)
     }
 }
 

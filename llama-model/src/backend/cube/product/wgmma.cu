@@ -1,6 +1,6 @@
 // Products on the tensor cores of Hopper, by warp groups of four planes: some at once, or the sum of some.
 //
-// Before this text come the definitions of one variant: MEMBERS, how many products, and SUM, whether they are summed; COLUMNS of a tile;
+// Before this text come `hopper.cuh` and the definitions of one variant: MEMBERS, how many products, and SUM, whether they are summed; COLUMNS of a tile;
 // A_SUMMED_INNER and B_SUMMED_INNER, whether the summed dimension of an operand is its contiguous one; OUT_F32, OUT_BF16 or OUT_F16; ADD,
 // whether a result in f32 is added to what lies there; PARAMETERS, A_MAPS, B_MAPS and OUTS, the kernel's parameters and lists of them;
 // and the instruction for a warp group's 64 rows, WGMMA(sums, a, b, add).
@@ -8,13 +8,6 @@
 // Two warp groups multiply, 64 rows × COLUMNS each in registers. A unit beside them copies: tiles of both operands by the tensor memory
 // accelerator, as many steps ahead as there are stages, on into the next tile of the result. Two cubes make a pair: they have
 // neighbouring rows and the same columns, and each copies a half of the columns' operand for both.
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-struct __align__(64) TensorMap {
-    u64 opaque[16];
-};
 
 /// Of each product; a sum has the same rows and columns for all, products that are not summed have sums of one length.
 struct Shape {
@@ -40,26 +33,6 @@ constexpr u32 BOX_BYTES = BOX * DEPTH * 2;
 // Row tiles, in pairs, whose columns are done together, so that what they read stays in the cache.
 constexpr u32 GROUP = 8;
 
-__device__ __forceinline__ u32 shared_address(const void* at) {
-    return (u32)__cvta_generic_to_shared(at);
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra.uni over;\n"
-        "bra.uni again;\n"
-        "over:\n"
-        "}\n" ::"r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
 /// Arrives at the barrier in the same place of a cube of the pair. At the default scope: a wider one would wait for all writes to memory,
 /// and what was read here was read by the tensor cores, which are done.
 __device__ __forceinline__ void barrier_arrive(u32 barrier, u32 rank) {
@@ -75,14 +48,6 @@ __device__ __forceinline__ void pair_sync() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-/// Copies a box whose first value has these coordinates, the contiguous dimension's first.
-__device__ __forceinline__ void copy(const TensorMap& map, u32 to, u32 barrier, int inner, int outer) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),
-        "l"(&map), "r"(barrier), "r"(inner), "r"(outer)
-        : "memory");
-}
-
 /// The same to both cubes of the pair.
 __device__ __forceinline__ void copy_to_both(const TensorMap& map, u32 to, u32 barrier, int inner, int outer) {
     asm volatile(
@@ -90,11 +55,6 @@ __device__ __forceinline__ void copy_to_both(const TensorMap& map, u32 to, u32 b
         "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
         "l"(&map), "r"(barrier), "r"(inner), "r"(outer), "h"((unsigned short)3)
         : "memory");
-}
-
-/// How an operand lies in shared memory: rows of 128 bytes, swizzled; groups of eight follow each other; boxes of 64, if need be, too.
-__device__ __forceinline__ u64 descriptor(u32 at) {
-    return (u64)(at & 0x3FFFF) >> 4 | (u64)(BOX_BYTES >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 
 /// From 16 values along the sum to the next 16, in the units of a descriptor.
@@ -139,18 +99,6 @@ struct Tile {
     }
 };
 
-/// A stage of those in turn, and how often all have been used, odd or even.
-struct Turn {
-    u32 stage = 0, parity = 0;
-
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
 /// One of a list, which stays in registers.
 template <typename T, u32 N>
 __device__ __forceinline__ T pick(T (&list)[N], u32 index) {
@@ -186,35 +134,9 @@ __device__ __forceinline__ void write_row(Out* row, const float* sums, u32 first
     }
 }
 #else
-__device__ __forceinline__ u32 rounded(float low, float high) {
-    u32 both;
-#if defined(OUT_BF16)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-#endif
-    return both;
-}
 
-/// Writes the sums of a row, two neighbours of each eight columns in a unit: units exchange, so that each writes eight.
 __device__ __forceinline__ void write_row(Out* row, const float* sums, u32 first, u32 columns) {
-    u32 lane = threadIdx.x % 4;
-    bool odd = lane % 2, late = lane / 2;
-#pragma unroll
-    for (u32 j = 0; j < COLUMNS / 8; j += 4) {
-        u32 pairs[4];
-#pragma unroll
-        for (u32 i = 0; i < 4; i++) pairs[i] = rounded(sums[(j + i) * 4], sums[(j + i) * 4 + 1]);
-        u32 got_0 = __shfl_xor_sync(~0u, odd ? pairs[0] : pairs[1], 1);
-        u32 got_1 = __shfl_xor_sync(~0u, odd ? pairs[2] : pairs[3], 1);
-        uint2 here = odd ? make_uint2(got_0, pairs[1]) : make_uint2(pairs[0], got_0);
-        uint2 there = odd ? make_uint2(got_1, pairs[3]) : make_uint2(pairs[2], got_1);
-        uint2 give = late ? here : there, keep = late ? there : here;
-        uint2 got = make_uint2(__shfl_xor_sync(~0u, give.x, 2), __shfl_xor_sync(~0u, give.y, 2));
-        uint4 eight = late ? make_uint4(got.x, got.y, keep.x, keep.y) : make_uint4(keep.x, keep.y, got.x, got.y);
-        u32 column = first + (j + lane) * 8;
-        if (row && column < columns) *(uint4*)(row + column) = eight;
-    }
+    write_rounded<COLUMNS>(row, sums, first, columns);
 }
 #endif
 
@@ -231,8 +153,8 @@ extern "C" __global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(288, 1
     u32 rank = blockIdx.x % PAIR, group = threadIdx.x / 128;
     if (threadIdx.x == 0) {
         for (u32 stage = 0; stage < STAGES; stage++) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(arrived + stage * 8) : "memory");
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(left + stage * 8), "r"(2 * PAIR) : "memory");
+            barrier_init(arrived + stage * 8, 1);
+            barrier_init(left + stage * 8, 2 * PAIR);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -240,7 +162,7 @@ extern "C" __global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(288, 1
 
     u32 tiles = 0;
     for (u32 i = 0; i < (SUM ? 1 : MEMBERS); i++) tiles += Tile::count(shape, i);
-    Turn turn;
+    Turn<STAGES> turn;
     if (group == 2) {
         if (threadIdx.x % 128 == 0) {
             for (u32 number = blockIdx.x / PAIR; number < tiles; number += gridDim.x / PAIR) {
@@ -276,7 +198,7 @@ extern "C" __global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(288, 1
     } else {
         u32 side = group * 64;
         // Sixty-four rows of 128 bytes, or the box of these rows: both as long.
-        u64 a_first = descriptor(a_at + side * DEPTH * 2), b_first = descriptor(b_at);
+        u64 a_first = descriptor(a_at + side * DEPTH * 2, BOX_BYTES), b_first = descriptor(b_at, BOX_BYTES);
         for (u32 number = blockIdx.x / PAIR; number < tiles; number += gridDim.x / PAIR) {
             Tile tile(shape, number, rank);
             float sums[COLUMNS / 2];
@@ -284,17 +206,17 @@ extern "C" __global__ void __cluster_dims__(PAIR, 1, 1) __launch_bounds__(288, 1
             for (u32 step = 0; step < tile.steps; step++) {
                 barrier_wait(arrived + turn.stage * 8, turn.parity);
                 u64 a = a_first + turn.stage * (A_BYTES >> 4), b = b_first + turn.stage * (B_BYTES >> 4);
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                group_begin();
 #pragma unroll
                 for (u32 k = 0; k < DEPTH / 16; k++) WGMMA(sums, a + k * a_advance, b + k * b_advance, step + k > 0);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                group_commit();
                 // The step before has been multiplied, in this cube; its place may be filled in both.
-                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                group_wait<1>();
                 if (step > 0 && threadIdx.x % 128 < PAIR) barrier_arrive(left + before * 8, threadIdx.x % 128);
                 before = turn.stage;
                 turn.next();
             }
-            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            group_wait<0>();
             if (threadIdx.x % 128 < PAIR) barrier_arrive(left + before * 8, threadIdx.x % 128);
             u32 row = tile.row + side + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
             Out* out = pick(outs, SUM ? 0 : tile.member);
