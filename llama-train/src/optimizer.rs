@@ -10,7 +10,7 @@ use burn::tensor::{Tensor, TensorData};
 use llama_model::backend::AdamWStep;
 use llama_model::backend::ops::{primitive, tensor};
 use llama_model::weights::{self, ParamMap};
-use llama_model::{ModelError, TrainBackend};
+use llama_model::{LlamaBackend, ModelError, TrainBackend};
 
 use crate::{GradientList, OptimizerConfig};
 
@@ -106,7 +106,6 @@ impl<B: TrainBackend> ParamMap<B> for Update<'_, B> {
     fn map<const D: usize>(&mut self, path: &str, value: Tensor<B, D>) -> Tensor<B, D> {
         let Some(grad) = self.grads.remove(path) else { return value };
         let AdamW { config, step, moments } = &mut *self.optimizer;
-        let dims = value.dims();
         let Moments { m, v } = moments
             .remove(path)
             .unwrap_or_else(|| Moments { m: Tensor::zeros_like(&grad), v: Tensor::zeros_like(&grad) });
@@ -121,17 +120,10 @@ impl<B: TrainBackend> ParamMap<B> for Update<'_, B> {
             step: *step,
             grad_scale: self.grad_scale,
         };
-        let param: Tensor<B::InnerBackend, 1> = value.inner().flatten(0, D - 1);
-        let [param, m, v] = <B::InnerBackend as llama_model::LlamaBackend>::adamw(
-            primitive(param),
-            primitive(grad),
-            primitive(m),
-            primitive(v),
-            &step,
-        )
-        .map(tensor::<B::InnerBackend, 1>);
-        moments.insert(path.to_string(), Moments { m, v });
-        Tensor::from_inner(param.reshape(dims))
+        let (param, grad, [m, v]) = (primitive(value.inner()), primitive(grad), [m, v].map(primitive));
+        let [param, m, v] = B::InnerBackend::adamw(param, grad, m, v, &step);
+        moments.insert(path.to_string(), Moments { m: tensor(m), v: tensor(v) });
+        Tensor::from_inner(tensor::<B::InnerBackend, D>(param))
     }
 }
 

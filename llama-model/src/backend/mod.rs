@@ -345,7 +345,7 @@ pub trait LlamaBackend: Backend {
     /// One AdamW update of a parameter and its moments `m` and `v`, in one pass where the backend can.
     ///
     /// # Shapes
-    /// Four tensors of one shape; returns the new `[param, m, v]`.
+    /// Four tensors of as many elements, each in a shape of its own; returns the new `[param, m, v]` as they came.
     fn adamw(
         param: FloatTensor<Self>,
         grad: FloatTensor<Self>,

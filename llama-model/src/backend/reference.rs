@@ -392,7 +392,7 @@ pub fn adamw<B: Backend>(
     v: FloatTensor<B>,
     step: &AdamWStep,
 ) -> [FloatTensor<B>; 3] {
-    let shape = param.shape();
+    let shapes = [param.shape(), m.shape(), v.shape()];
     let flat = |x: FloatTensor<B>| {
         let len = x.shape().num_elements();
         tensor::<B, 1>(B::float_reshape(x, [len].into()))
@@ -405,7 +405,8 @@ pub fn adamw<B: Backend>(
     let root = v.clone().div_scalar(correction_2).sqrt().add_scalar(step.epsilon);
     let param =
         param.mul_scalar(1.0 - step.lr * step.weight_decay) - m.clone().div(root).mul_scalar(step.lr / correction_1);
-    [param, m, v].map(|x| B::float_reshape(primitive(x), shape.clone()))
+    let [param_shape, m_shape, v_shape] = shapes;
+    [(param, param_shape), (m, m_shape), (v, v_shape)].map(|(x, shape)| B::float_reshape(primitive(x), shape))
 }
 
 /// [`LlamaBackend::sums_of_squares`](super::LlamaBackend::sums_of_squares).

@@ -25,7 +25,6 @@ constexpr u32 FIXED = 2;
 constexpr u32 STAGES = 2;
 constexpr float LOG2_E = 1.44269504f;
 
-
 __device__ __forceinline__ float exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -66,12 +65,13 @@ __device__ __forceinline__ u32 first_key(const int* starts, u32 batch, u32 query
     return DOCUMENTS ? starts[batch * q_len + min(query, q_len - 1)] : 0;
 }
 
-/// Of two of a row's four units: the sum, or the greatest, of all of them.
+/// The sum of what a row's four units have.
 __device__ __forceinline__ float row_sum(float value) {
     value += __shfl_xor_sync(~0u, value, 1);
     return value + __shfl_xor_sync(~0u, value, 2);
 }
 
+/// The greatest of it.
 __device__ __forceinline__ float row_max(float value) {
     value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
     return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
