@@ -90,9 +90,8 @@ pub struct BlockSpec<B: Backend> {
 #[derive(Clone, Debug)]
 pub struct BlockSaved<B: Backend> {
     x: FloatTensor<B>,
-    inner: Option<Activations<B>>,
-    /// The matrices as products read them: where that is in fewer bytes, they are rounded once for both directions.
-    operands: Option<Weights<B>>,
+    /// With the weights as products read them, so that they are rounded once for both directions.
+    inner: Option<(Activations<B>, Weights<B>)>,
 }
 
 /// What is between a block's input and output. The optional ones are cheap to make again.
@@ -191,6 +190,7 @@ pub fn forward<B: LlamaBackend>(x: FloatTensor<B>, weights: &Weights<B>, spec: &
     inner.output(weights, spec)
 }
 
+/// The matrices as products read them.
 fn operands<B: LlamaBackend>(weights: Weights<B>, spec: &BlockSpec<B>) -> Weights<B> {
     weights.map_matrices(|weight| B::operand(weight, spec.compute.precision))
 }
@@ -204,14 +204,12 @@ pub fn forward_saving<B: LlamaBackend>(
     let weights = operands::<B>(weights.clone(), spec);
     let inner = Activations::new(x.clone(), &weights, spec);
     let out = inner.output(&weights, spec);
-    let (inner, operands) = match spec.compute.recompute {
-        Recompute::None => (Some(inner), Some(weights)),
-        Recompute::Selective => {
-            (Some(Activations { attention_norm: None, ffn_norm: None, product: None, ..inner }), Some(weights))
-        }
-        Recompute::Full => (None, None),
+    let inner = match spec.compute.recompute {
+        Recompute::None => Some(inner),
+        Recompute::Selective => Some(Activations { attention_norm: None, ffn_norm: None, product: None, ..inner }),
+        Recompute::Full => None,
     };
-    (out, BlockSaved { x, inner, operands })
+    (out, BlockSaved { x, inner: inner.map(|inner| (inner, weights)) })
 }
 
 /// Gradients of those weights that are wanted, by those of their results; all read the input `x`.
@@ -238,9 +236,11 @@ pub fn backward<B: LlamaBackend>(
         let pairs = pairs.iter().map(|(grad, weight)| ((*grad).clone(), (*weight).clone())).collect();
         B::project_backward_input(pairs, precision, dtype)
     };
-    let BlockSaved { x, inner, operands: kept } = saved;
-    let weights = &kept.unwrap_or_else(|| operands::<B>(weights.clone(), spec));
-    let inner = inner.unwrap_or_else(|| Activations::new(x.clone(), weights, spec));
+    let BlockSaved { x, inner } = saved;
+    let (inner, weights) = inner.unwrap_or_else(|| {
+        let weights = operands::<B>(weights.clone(), spec);
+        (Activations::new(x.clone(), &weights, spec), weights)
+    });
     // The feed-forward network, from its end.
     let d_out = B::operand(grad.clone(), precision);
     let [w2] = gradients::<B, 1>([(wanted.w2, &d_out)], inner.product(), precision);
