@@ -10,6 +10,7 @@
 
 mod behaviour;
 mod block;
+mod cached_block;
 mod data;
 mod formats;
 mod generation;

@@ -79,7 +79,8 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
                 let (weight, precision) = ops.state;
                 // A result has the dtype of its input, and so has its gradient.
                 let dtype = grad.dtype();
-                let d_x = B::project_backward_input(vec![(grad, weight.dense())], precision, dtype);
+                let weight = B::widen(weight, dtype);
+                let d_x = B::project_backward_input(vec![(grad, weight)], precision, dtype);
                 register::<B, 1>(grads, ops.parents.map(|p| p.map(|n| n.id)), [d_x]);
             }
         }

@@ -13,14 +13,14 @@ use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 
 use super::ops::cast;
-use super::{AttentionSaved, AttentionSpec, LlamaBackend};
+use super::{AttentionSaved, AttentionSpec, LlamaBackend, Matrix};
 use crate::{Compute, Precision, Recompute};
 
-/// The nine parameters of a block, or one thing for each of them.
+/// The nine parameters of a block, or one thing for each of them; the gains of its norms may be of another type.
 #[derive(Clone, Debug)]
-pub struct BlockWeights<T> {
+pub struct BlockWeights<T, G = T> {
     /// Gain of the norm before attention, `[d_model]`.
-    pub attention_norm: T,
+    pub attention_norm: G,
     /// `[n_heads · head_dim, d_model]`
     pub wq: T,
     /// `[n_kv_heads · head_dim, d_model]`
@@ -30,7 +30,7 @@ pub struct BlockWeights<T> {
     /// `[d_model, n_heads · head_dim]`
     pub wo: T,
     /// Gain of the norm before the feed-forward network, `[d_model]`.
-    pub ffn_norm: T,
+    pub ffn_norm: G,
     /// Gate, `[d_ff, d_model]`.
     pub w1: T,
     /// Back, `[d_model, d_ff]`.
@@ -39,14 +39,16 @@ pub struct BlockWeights<T> {
     pub w3: T,
 }
 
-impl<T> BlockWeights<T> {
+impl<T, G> BlockWeights<T, G> {
     /// The matrices changed, the gains of the norms as they are.
-    fn map_matrices(self, mut f: impl FnMut(T) -> T) -> Self {
+    pub fn map_matrices<U>(self, f: impl FnMut(T) -> U) -> BlockWeights<U, G> {
         let Self { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 } = self;
-        let [wq, wk, wv, wo, w1, w2, w3] = [wq, wk, wv, wo, w1, w2, w3].map(&mut f);
-        Self { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 }
+        let [wq, wk, wv, wo, w1, w2, w3] = [wq, wk, wv, wo, w1, w2, w3].map(f);
+        BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 }
     }
+}
 
+impl<T> BlockWeights<T> {
     /// In the order of the fields.
     pub fn into_array(self) -> [T; 9] {
         let Self { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 } = self;
@@ -84,6 +86,17 @@ pub struct BlockSpec<B: Backend> {
     pub eps: f64,
     /// Precision, and what is kept.
     pub compute: Compute,
+}
+
+/// The keys and values of a block, `[batch, capacity, n_kv_heads, head_dim]` each.
+#[derive(Clone, Debug)]
+pub struct BlockCache<B: Backend> {
+    /// Turned by their positions.
+    pub keys: FloatTensor<B>,
+    /// As many.
+    pub values: FloatTensor<B>,
+    /// Positions in use.
+    pub len: usize,
 }
 
 /// What the forward keeps for the backward.
@@ -188,6 +201,41 @@ fn rows<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
 pub fn forward<B: LlamaBackend>(x: FloatTensor<B>, weights: &Weights<B>, spec: &BlockSpec<B>) -> FloatTensor<B> {
     let inner = Activations::new(x, weights, spec);
     inner.output(weights, spec)
+}
+
+/// The block's result for positions that continue the sequences of a cache, and the cache with them.
+///
+/// # Shapes
+/// `x [batch · seq_len, d_model]`, result as `x`.
+pub fn cached<B: LlamaBackend>(
+    x: FloatTensor<B>,
+    weights: BlockWeights<Matrix<B>, FloatTensor<B>>,
+    cache: BlockCache<B>,
+    spec: &BlockSpec<B>,
+) -> (FloatTensor<B>, BlockCache<B>) {
+    let &BlockSpec { batch, seq_len, head_dim, eps, ref compute, .. } = spec;
+    let precision = compute.precision;
+    let BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 } = weights;
+    let heads = |x: FloatTensor<B>| {
+        let width = x.shape()[1];
+        B::float_reshape(x, [batch, seq_len, width / head_dim, head_dim].into())
+    };
+    let rotary = |x| B::rotary(x, spec.cos.clone(), spec.sin.clone(), false);
+
+    let (n, _) = B::rms_norm(x.clone(), attention_norm, eps);
+    let [q, k, v] = Matrix::project_all(n, [wq, wk, wv], precision).map(heads);
+    let keys = B::cache_write(cache.keys, rotary(k), cache.len);
+    let values = B::cache_write(cache.values, v, cache.len);
+    let cache = BlockCache::<B> { keys, values, len: cache.len + seq_len };
+    let spec = AttentionSpec::new(head_dim, precision);
+    let out = B::cached_attention(rotary(q), cache.keys.clone(), cache.values.clone(), cache.len, spec);
+    let [out] = Matrix::project_all(rows::<B>(out), [wo], precision);
+    let h = add::<B>(out, x);
+
+    let (m, _) = B::rms_norm(h.clone(), ffn_norm, eps);
+    let [gate, up] = Matrix::project_all(m, [w1, w3], precision);
+    let [back] = Matrix::project_all(B::swiglu(gate, up), [w2], precision);
+    (add::<B>(back, h), cache)
 }
 
 /// The matrices as products read them.

@@ -20,13 +20,13 @@ pub mod ops;
 pub mod quantized;
 pub mod reference;
 
-use burn::tensor::DType;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::{FloatTensor, IntTensor};
+use burn::tensor::{DType, TensorMetadata};
 
 use crate::Precision;
-pub use block::{BlockSpec, BlockWeights};
-pub use quantized::{Bits, QUANT_BLOCK, QuantizedWeight};
+pub use block::{BlockCache, BlockSpec, BlockWeights};
+pub use quantized::{Bits, Matrix, QUANT_BLOCK, QuantizedWeight};
 
 /// A backend that can train: its tensors track gradients, and both it and its inner backend have LLaMA's operations.
 pub trait TrainBackend: AutodiffBackend<InnerBackend: LlamaBackend> + LlamaBackend {}
@@ -156,7 +156,21 @@ pub trait LlamaBackend: Backend {
         weights: Vec<QuantizedWeight<Self>>,
         precision: Precision,
     ) -> Vec<FloatTensor<Self>> {
-        Self::project_all(x, weights.into_iter().map(QuantizedWeight::dense).collect(), precision)
+        // What products take as it is, they need not round.
+        let dtype = match Self::has_products(&Self::float_device(&x), precision) {
+            true => precision.dtype(),
+            false => x.dtype(),
+        };
+        let weights = weights.into_iter().map(|weight| Self::widen(weight, dtype)).collect();
+        Self::project_all(x, weights, precision)
+    }
+
+    /// A weight in 8 or 4 bits as floats.
+    ///
+    /// # Shapes
+    /// Result `[d_out, d_in]`.
+    fn widen(weight: QuantizedWeight<Self>, dtype: DType) -> FloatTensor<Self> {
+        ops::cast::<Self>(weight.dense(), dtype)
     }
 
     /// Gradient of [`project`](Self::project) for its input, summed over the weights that read it: `Σ grad · weight`.
@@ -268,6 +282,20 @@ pub trait LlamaBackend: Backend {
         reference::cache_write::<Self>(cache, new, start)
     }
 
+    /// [`causal_attention`](Self::causal_attention) to the first `len` positions of a cache, of which the last are the queries' own.
+    ///
+    /// # Shapes
+    /// `q [batch, q_len, n_heads, head_dim]`, the cache's `[batch, capacity, n_kv_heads, head_dim]`, result as `q`.
+    fn cached_attention(
+        q: FloatTensor<Self>,
+        keys: FloatTensor<Self>,
+        values: FloatTensor<Self>,
+        len: usize,
+        spec: AttentionSpec,
+    ) -> FloatTensor<Self> {
+        reference::cached_attention::<Self>(q, keys, values, len, spec)
+    }
+
     /// Gradients of [`causal_attention`](Self::causal_attention) for `q`, `k` and `v`.
     fn causal_attention_backward(saved: AttentionSaved<Self>, grad: FloatTensor<Self>) -> [FloatTensor<Self>; 3] {
         reference::causal_attention_backward::<Self>(saved, grad)
@@ -340,6 +368,21 @@ pub trait LlamaBackend: Backend {
         spec: BlockSpec<Self>,
     ) -> FloatTensor<Self> {
         block::forward::<Self>(x, &weights, &spec)
+    }
+
+    /// A whole transformer block whose input continues the sequences of a cache, for inference: it has no backward. Returns the cache
+    /// with the new positions, written in place where the caller's are the only handles.
+    ///
+    /// # Shapes
+    /// `x [batch · seq_len, d_model]`, result as `x`; the cache has room for `seq_len` positions more. `spec.starts` is not
+    /// looked at.
+    fn cached_block(
+        x: FloatTensor<Self>,
+        weights: BlockWeights<Matrix<Self>, FloatTensor<Self>>,
+        cache: BlockCache<Self>,
+        spec: BlockSpec<Self>,
+    ) -> (FloatTensor<Self>, BlockCache<Self>) {
+        block::cached::<Self>(x, weights, cache, &spec)
     }
 
     /// One AdamW update of a parameter and its moments `m` and `v`, in one pass where the backend can.

@@ -4,7 +4,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{DType, Int, Tensor, TensorMetadata, TensorPrimitive};
 
-use super::{AttentionSpec, BlockSpec, BlockWeights, LlamaBackend, LossSpec, QuantizedWeight};
+use super::{AttentionSpec, BlockCache, BlockSpec, BlockWeights, LlamaBackend, LossSpec, Matrix, QuantizedWeight};
 use crate::{Compute, Precision};
 
 /// A primitive as a tensor.
@@ -217,6 +217,35 @@ pub fn block<B: LlamaBackend>(
     });
     let spec = BlockSpec { cos, sin, starts, batch, seq_len, head_dim: 2 * half, eps, compute };
     tensor::<B, 2>(B::block(primitive(fold(x)), weights, spec)).reshape(dims)
+}
+
+/// A whole transformer block that continues the sequences of a cache; see [`LlamaBackend::cached_block`].
+///
+/// # Shapes
+/// `x [batch, seq_len, d_model]`, `cos` and `sin` `[seq_len, head_dim / 2]`, result as `x`.
+///
+/// # Panics
+/// If the tables do not fit the sequence, or the cache has no room for it.
+pub fn cached_block<B: LlamaBackend>(
+    x: Tensor<B, 3>,
+    weights: BlockWeights<Matrix<B>, FloatTensor<B>>,
+    cache: BlockCache<B>,
+    [cos, sin]: [Tensor<B, 2>; 2],
+    eps: f64,
+    precision: Precision,
+) -> (Tensor<B, 3>, BlockCache<B>) {
+    let dims = x.dims();
+    let [batch, seq_len, _] = dims;
+    let [positions, half] = cos.dims();
+    assert_eq!(positions, seq_len, "block: the rotary table has another length than the sequence");
+    let [of_cache, capacity, _, _] = cache.keys.shape().dims();
+    assert_eq!(batch, of_cache, "block: the cache has another number of sequences");
+    assert!(cache.len + seq_len <= capacity, "block: {} positions and {seq_len} more exceed {capacity}", cache.len);
+    let compute = Compute { precision, ..Default::default() };
+    let (cos, sin) = (primitive(cos), primitive(sin));
+    let spec = BlockSpec { cos, sin, starts: None, batch, seq_len, head_dim: 2 * half, eps, compute };
+    let (out, cache) = B::cached_block(primitive(fold(x)), weights, cache, spec);
+    (tensor::<B, 2>(out).reshape(dims), cache)
 }
 
 /// Summed cross entropy of the next-token distribution `softmax(hidden · headᵀ)`; see

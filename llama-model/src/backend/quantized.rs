@@ -14,13 +14,15 @@ use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn::tensor::{ElementConversion, Int, Tensor, TensorMetadata};
 use half::f16;
 
+use super::LlamaBackend;
 use super::ops::{primitive, tensor};
+use crate::Precision;
 
 /// Values that share a scale.
 pub const QUANT_BLOCK: usize = 32;
 
 /// Bits of a value.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Bits {
     /// A scale for each block; zero stays zero.
     Eight,
@@ -88,6 +90,41 @@ impl<B: Backend> QuantizedWeight<B> {
             }
         };
         primitive(values.reshape([d_out, d_in]))
+    }
+}
+
+/// A matrix `[d_out, d_in]` as inference stores it.
+#[derive(Clone, Debug)]
+pub enum Matrix<B: Backend> {
+    /// In the dtype of what it is multiplied with, or a shorter one.
+    Floats(FloatTensor<B>),
+    /// In 8 or 4 bits.
+    Blocks(QuantizedWeight<B>),
+}
+
+impl<B: LlamaBackend> Matrix<B> {
+    /// `x · weightᵀ` for each, in one go where all are stored alike.
+    pub(crate) fn project_all<const N: usize>(
+        x: FloatTensor<B>,
+        weights: [Self; N],
+        precision: Precision,
+    ) -> [FloatTensor<B>; N] {
+        let (mut floats, mut blocks) = (Vec::new(), Vec::new());
+        for weight in weights.clone() {
+            match weight {
+                Self::Floats(weight) => floats.push(weight),
+                Self::Blocks(weight) => blocks.push(weight),
+            }
+        }
+        let products = if blocks.is_empty() {
+            B::project_all(x, floats, precision)
+        } else if floats.is_empty() {
+            B::project_quantized(x, blocks, precision)
+        } else {
+            let one = |weight| Self::project_all(x.clone(), [weight], precision);
+            weights.into_iter().flat_map(one).collect()
+        };
+        products.try_into().unwrap_or_else(|_| unreachable!("each weight has a product"))
     }
 }
 

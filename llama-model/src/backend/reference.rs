@@ -6,7 +6,7 @@ use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Int, Tensor, TensorMetadata, activation};
 
 use super::ops::{cast, primitive, tensor};
-use super::{AdamWStep, AttentionSaved, AttentionSpec, IGNORE_TARGET, LossSpec};
+use super::{AdamWStep, AttentionSaved, AttentionSpec, IGNORE_TARGET, LlamaBackend, LossSpec};
 use crate::Precision;
 
 /// Rows of logits that exist at once in the chunked cross entropy.
@@ -213,6 +213,19 @@ pub fn cache_write<B: Backend>(cache: FloatTensor<B>, new: FloatTensor<B>, start
     let (cache, new) = (tensor::<B, 4>(cache), tensor::<B, 4>(new));
     let [batch, len, heads, head_dim] = new.dims();
     primitive(cache.slice_assign([0..batch, start..start + len, 0..heads, 0..head_dim], new))
+}
+
+/// [`LlamaBackend::cached_attention`](super::LlamaBackend::cached_attention).
+pub fn cached_attention<B: LlamaBackend>(
+    q: FloatTensor<B>,
+    keys: FloatTensor<B>,
+    values: FloatTensor<B>,
+    len: usize,
+    spec: AttentionSpec,
+) -> FloatTensor<B> {
+    let [keys, values] = [keys, values].map(|cache| primitive(tensor::<B, 4>(cache).narrow(1, 0, len)));
+    let (out, _) = B::causal_attention(q, keys, values, None, spec);
+    out
 }
 
 /// [`LlamaBackend::causal_attention_backward`](super::LlamaBackend::causal_attention_backward).

@@ -61,6 +61,35 @@ impl<B: LlamaBackend> Block<B> {
         ops::block(x, weights, tables, starts, self.attention_norm.eps, compute)
     }
 
+    /// The same for inference: `x` continues the sequences in a cache.
+    ///
+    /// # Shapes
+    /// As [`forward`](Self::forward).
+    pub fn forward_cached(
+        &self,
+        x: Tensor<B, 3>,
+        tables: [Tensor<B, 2>; 2],
+        cache: &mut LayerCache<B>,
+        precision: Precision,
+    ) -> Tensor<B, 3> {
+        let Self { attention_norm, attention, ffn_norm, feed_forward } = self;
+        if self.linears().iter().any(|(_, linear)| linear.adapter.is_some()) {
+            return self.forward_parts(x, tables, None, Some(cache), precision);
+        }
+        let weights = BlockWeights {
+            attention_norm: primitive(attention_norm.weight.val()),
+            wq: attention.wq.matrix(),
+            wk: attention.wk.matrix(),
+            wv: attention.wv.matrix(),
+            wo: attention.wo.matrix(),
+            ffn_norm: primitive(ffn_norm.weight.val()),
+            w1: feed_forward.w1.matrix(),
+            w2: feed_forward.w2.matrix(),
+            w3: feed_forward.w3.matrix(),
+        };
+        cache.update(|cache| ops::cached_block(x, weights, cache, tables, attention_norm.eps, precision))
+    }
+
     /// The same, composed of its parts. With a cache, `x` continues the sequences in it.
     ///
     /// # Shapes

@@ -2,8 +2,10 @@
 
 use burn::tensor::Tensor;
 
-use crate::backend::{LlamaBackend, ops};
+use crate::backend::{BlockCache, LlamaBackend, ops};
 use crate::{LlamaConfig, ModelError};
+
+const TAKEN: &str = "buffers are away only inside an operation";
 
 /// Room for the keys and values of every layer. Full is an error, never a silent slide.
 #[derive(Debug)]
@@ -90,6 +92,15 @@ impl<B: LlamaBackend> LayerCache<B> {
         self.len == 0
     }
 
+    /// Takes the buffers out for an operation that adds positions, so that they have one owner and are changed in place.
+    pub(crate) fn update<T>(&mut self, operation: impl FnOnce(BlockCache<B>) -> (T, BlockCache<B>)) -> T {
+        let take = |slot: &mut Option<Tensor<B, 4>>| ops::primitive(slot.take().expect(TAKEN));
+        let cache = BlockCache { keys: take(&mut self.keys), values: take(&mut self.values), len: self.len };
+        let (result, BlockCache { keys, values, len }) = operation(cache);
+        *self = Self { keys: Some(ops::tensor(keys)), values: Some(ops::tensor(values)), len };
+        result
+    }
+
     /// Appends keys and values and returns all there are, `[batch, len, n_kv_heads, head_dim]`.
     pub(crate) fn append(&mut self, k: Tensor<B, 4>, v: Tensor<B, 4>) -> (Tensor<B, 4>, Tensor<B, 4>) {
         let start = self.len;
@@ -97,7 +108,7 @@ impl<B: LlamaBackend> LayerCache<B> {
         let end = self.len;
         // Taken out for the write, so that the buffer has one owner and is changed in place.
         let write = |slot: &mut Option<Tensor<B, 4>>, new: Tensor<B, 4>| {
-            let buffer = slot.take().expect("the slot is only empty inside this function");
+            let buffer = slot.take().expect(TAKEN);
             slot.insert(ops::cache_write(buffer, new, start)).clone().narrow(1, 0, end)
         };
         (write(&mut self.keys, k), write(&mut self.values, v))

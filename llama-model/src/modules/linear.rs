@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 
 use super::{Adapter, Quantized};
 use crate::Precision;
-use crate::backend::{LlamaBackend, ops};
+use crate::backend::{LlamaBackend, Matrix, ops};
 use crate::init::Init;
 
 /// A linear layer without bias. The weight is `[d_out, d_in]`, as in the released checkpoints (Burn's own layer has it
@@ -28,6 +28,14 @@ impl<B: LlamaBackend> Linear<B> {
     /// The weight, `[d_out, d_in]`, whatever form it is stored in, without the adapter.
     pub fn dense(&self) -> Tensor<B, 2> {
         self.quantized.as_ref().map_or_else(|| self.weight.val(), Quantized::dense)
+    }
+
+    /// The weight as it is stored, without the adapter.
+    pub(crate) fn matrix(&self) -> Matrix<B> {
+        match &self.quantized {
+            Some(quantized) => Matrix::Blocks(quantized.weight()),
+            None => Matrix::Floats(ops::primitive(self.weight.val())),
+        }
     }
 
     /// Several layers with one input, in one go where the backend can.

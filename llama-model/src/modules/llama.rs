@@ -108,9 +108,7 @@ impl<B: LlamaBackend> Llama<B> {
         for (layer, block) in self.layers.iter().enumerate() {
             x = match &mut cache {
                 None => block.forward(x, tables.clone(), starts.clone(), self.compute),
-                Some(cache) => {
-                    block.forward_parts(x, tables.clone(), None, Some(cache.layer(layer)), self.compute.precision)
-                }
+                Some(cache) => block.forward_cached(x, tables.clone(), cache.layer(layer), self.compute.precision),
             };
         }
         Ok(self.norm.forward(x))

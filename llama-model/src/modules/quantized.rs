@@ -52,7 +52,7 @@ impl<B: LlamaBackend> Quantized<B> {
 
     /// The matrix in f32.
     pub fn dense(&self) -> Tensor<B, 2> {
-        ops::tensor(self.weight().dense())
+        ops::tensor(B::widen(self.weight(), DType::F32))
     }
 
     /// Some of its rows in f32.

@@ -1,6 +1,6 @@
-//! Kernels with a unit for each element, or four neighbours: rotary embeddings and AdamW.
+//! Kernels with a unit for each element, or four neighbours: casts, rotary embeddings and AdamW.
 
-use burn::tensor::TensorMetadata;
+use burn::tensor::{DType, TensorMetadata};
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cube;
@@ -14,21 +14,53 @@ use crate::backend::AdamWStep;
 const UNITS: usize = 256;
 
 #[cube(launch)]
+fn cast_kernel<F: Float, O: Float, N: Size>(
+    x: &Array<Vector<F, N>>,
+    out: &mut Array<Vector<O, N>>,
+    #[define(F, O)] _dtypes: [StorageType; 2],
+) {
+    if ABSOLUTE_POS < out.len() {
+        out[ABSOLUTE_POS] = Vector::cast_from(x[ABSOLUTE_POS]);
+    }
+}
+
+/// In another dtype, or as it is.
+pub(super) fn cast<R: CubeRuntime>(x: CubeTensor<R>, dtype: DType) -> CubeTensor<R> {
+    if x.dtype == dtype {
+        return x;
+    }
+    let [x] = contiguous([x]);
+    let out = empty_like(&x, x.shape(), dtype);
+    let size = vector_size(x.shape().num_elements());
+    let dtypes = [x.dtype.into(), dtype.into()];
+    cast_kernel::launch::<R>(
+        &x.client.clone(),
+        cubes((x.shape().num_elements() / size).div_ceil(UNITS)),
+        CubeDim::new_1d(UNITS as u32),
+        size,
+        x.into_array_arg(),
+        out.clone().into_array_arg(),
+        dtypes,
+    );
+    out
+}
+
+#[cube(launch)]
 fn rotary_kernel<F: Float, T: Float, N: Size>(
-    x: &Tensor<Vector<F, N>>,
-    cos: &Tensor<Vector<T, N>>,
-    sin: &Tensor<Vector<T, N>>,
-    out: &mut Tensor<Vector<F, N>>,
+    x: &Array<Vector<F, N>>,
+    cos: &Array<Vector<T, N>>,
+    sin: &Array<Vector<T, N>>,
+    out: &mut Array<Vector<F, N>>,
+    seq_len: usize,
+    heads: usize,
+    half: usize,
     sign: f32,
     #[define(F, T)] _dtypes: [StorageType; 2],
 ) {
-    let half = cos.shape(1) / N::value();
     let pair = CUBE_POS * UNITS + UNIT_POS as usize;
-    let row = pair / half;
-    let rows = x.shape(0) * x.shape(1) * x.shape(2);
-    if row < rows {
-        let index = pair % half;
-        let position = row / x.shape(2) % x.shape(1);
+    if 2 * pair < x.len() {
+        let (row, index) = (pair / half, pair % half);
+        let position = row / heads % seq_len;
         let first = row * 2 * half + index;
         let cos = Vector::<f32, N>::cast_from(cos[position * half + index]);
         let sin = Vector::<f32, N>::cast_from(sin[position * half + index]) * Vector::cast_from(sign);
@@ -48,7 +80,8 @@ pub(super) fn rotary<R: CubeRuntime>(
 ) -> CubeTensor<R> {
     let [x, cos, sin] = contiguous([x, cos, sin]);
     let out = empty_like(&x, x.shape(), x.dtype);
-    let size = vector_size(cos.shape()[1]);
+    let ([_, seq_len, heads, _], [_, half]) = (x.shape().dims(), cos.shape().dims());
+    let size = vector_size(half);
     let pairs = x.shape().num_elements() / 2 / size;
     let (client, dtypes) = (x.client.clone(), [x.dtype.into(), cos.dtype.into()]);
     rotary_kernel::launch::<R>(
@@ -56,10 +89,13 @@ pub(super) fn rotary<R: CubeRuntime>(
         cubes(pairs.div_ceil(UNITS)),
         CubeDim::new_1d(UNITS as u32),
         size,
-        x.into_tensor_arg(),
-        cos.into_tensor_arg(),
-        sin.into_tensor_arg(),
-        out.clone().into_tensor_arg(),
+        x.into_array_arg(),
+        cos.into_array_arg(),
+        sin.into_array_arg(),
+        out.clone().into_array_arg(),
+        seq_len,
+        heads,
+        half / size,
         if inverse { -1.0 } else { 1.0 },
         dtypes,
     );
@@ -68,11 +104,10 @@ pub(super) fn rotary<R: CubeRuntime>(
 
 #[cube(launch)]
 fn adamw_kernel<F: Float, G: Float, N: Size>(
-    param: &mut Tensor<Vector<F, N>>,
-    grad: &Tensor<Vector<G, N>>,
-    m: &mut Tensor<Vector<F, N>>,
-    v: &mut Tensor<Vector<F, N>>,
-    vectors: usize,
+    param: &mut Array<Vector<F, N>>,
+    grad: &Array<Vector<G, N>>,
+    m: &mut Array<Vector<F, N>>,
+    v: &mut Array<Vector<F, N>>,
     grad_scale: f32,
     beta_1: f32,
     beta_2: f32,
@@ -85,7 +120,7 @@ fn adamw_kernel<F: Float, G: Float, N: Size>(
     #[define(F, G)] _dtypes: [StorageType; 2],
 ) {
     let at = CUBE_POS * UNITS + UNIT_POS as usize;
-    if at < vectors {
+    if at < param.len() {
         let grad = Vector::<f32, N>::cast_from(grad[at]) * Vector::cast_from(grad_scale);
         let mean =
             Vector::<f32, N>::cast_from(m[at]) * Vector::cast_from(beta_1) + grad * Vector::cast_from(one_minus_beta_1);
@@ -118,11 +153,10 @@ pub(super) fn adamw<R: CubeRuntime>(
         cubes(vectors.div_ceil(UNITS)),
         CubeDim::new_1d(UNITS as u32),
         size,
-        param.clone().into_tensor_arg(),
-        grad.into_tensor_arg(),
-        m.clone().into_tensor_arg(),
-        v.clone().into_tensor_arg(),
-        vectors,
+        param.clone().into_array_arg(),
+        grad.into_array_arg(),
+        m.clone().into_array_arg(),
+        v.clone().into_array_arg(),
         step.grad_scale as f32,
         step.beta_1 as f32,
         step.beta_2 as f32,

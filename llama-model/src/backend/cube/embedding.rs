@@ -18,18 +18,18 @@ const ROWS: usize = 8;
 
 #[cube(launch)]
 fn backward_kernel<F: Float, I: Int>(
-    grad: &Tensor<F>,
-    tokens: &Tensor<I>,
-    sum: &mut Tensor<F>,
+    grad: &Array<F>,
+    tokens: &Array<I>,
+    sum: &mut Array<F>,
     #[define(F, I)] _dtypes: [StorageType; 2],
 ) {
     let first = CUBE_POS * ROWS;
-    let width = grad.shape(1);
-    let count = grad.shape(0);
+    let count = tokens.len();
+    let width = grad.len() / count;
     let unit = UNIT_POS as usize;
     let mut rows = SharedMemory::<u32>::new(UNITS);
     let mut any = SharedMemory::<u32>::new(comptime!(UNITS / GROUP));
-    if first < sum.shape(0) {
+    if first * width < sum.len() {
         for tile in 0..count.div_ceil(UNITS) {
             let start = tile * UNITS;
             // The row, counted from this cube's first; others are not below `ROWS`.
@@ -87,9 +87,9 @@ pub(super) fn backward<R: CubeRuntime>(
         &client,
         cubes(vocab_size.div_ceil(ROWS)),
         CubeDim::new_1d(UNITS as u32),
-        grad.into_tensor_arg(),
-        tokens.into_tensor_arg(),
-        sum.clone().into_tensor_arg(),
+        grad.into_array_arg(),
+        tokens.into_array_arg(),
+        sum.clone().into_array_arg(),
         dtypes,
     );
     sum

@@ -5,13 +5,13 @@
 //! stays a composition: Burn's fusion makes one kernel of it, and joins it with its neighbours.
 //!
 //! Everything is generic over the float type of its tensors and computes in f32. What needs tensor cores (`product`, `attention::mma`; the
-//! `wgmma` beside them needs those of Hopper) or plane operations (`few_rows`) has a fallback: where the device has them not, and for
+//! `wgmma` beside them needs those of Hopper) or plane operations (`decode`) has a fallback: where the device has them not, and for
 //! shapes or types that a kernel does not take, plainer kernels or the default bodies run.
 
 mod attention;
+mod decode;
 mod elementwise;
 mod embedding;
-mod few_rows;
 mod fusion;
 mod hopper;
 mod loss;
@@ -30,12 +30,19 @@ use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElemen
 use cubecl::prelude::CubeCount;
 
 use super::ops::{cast, primitive, tensor};
-use super::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, reference};
+use super::{
+    AdamWStep, AttentionSaved, AttentionSpec, BlockCache, BlockSpec, BlockWeights, LlamaBackend, LossSpec, Matrix,
+    QuantizedWeight, block, reference,
+};
 use crate::Precision;
 
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBackend for CubeBackend<R, F, I, BT> {
     fn has_products(device: &Self::Device, precision: Precision) -> bool {
         product::supported(&R::client(device), precision)
+    }
+
+    fn operand(x: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
+        if Self::has_products(&x.device, precision) { elementwise::cast(x, precision.dtype()) } else { x }
     }
 
     fn token_embedding_backward(
@@ -51,8 +58,8 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
     }
 
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
-        if few_rows::fits(&x, &weight) && computes(&[&x, &weight]) {
-            return few_rows::project(x, weight);
+        if let Some(product) = decode::project(&x, &weight) {
+            return product;
         }
         if !product::fits([&x, &weight], weight.shape()[0], precision) {
             return reference::project::<Self>(x, weight, precision);
@@ -66,13 +73,32 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         weights: Vec<FloatTensor<Self>>,
         precision: Precision,
     ) -> Vec<FloatTensor<Self>> {
-        let few = x.shape()[0] <= few_rows::MAX_ROWS;
+        let few = x.shape()[0] <= decode::MAX_ROWS;
         if few || !weights.iter().all(|weight| product::fits([&x, weight], weight.shape()[0], precision)) {
             return weights.into_iter().map(|weight| Self::project(x.clone(), weight, precision)).collect();
         }
         let dtype = x.dtype();
         let pairs = weights.into_iter().map(|weight| [(x.clone(), false), (weight, true)]).collect();
         product::products(pairs, precision, dtype)
+    }
+
+    fn project_quantized(
+        x: FloatTensor<Self>,
+        weights: Vec<QuantizedWeight<Self>>,
+        precision: Precision,
+    ) -> Vec<FloatTensor<Self>> {
+        let project = |weight: QuantizedWeight<Self>| {
+            decode::project_quantized(&x, weight.bits, &weight.words, &weight.scales).unwrap_or_else(|| {
+                let dtype = if product::supported(&x.client, precision) { precision.dtype() } else { x.dtype };
+                Self::project(x.clone(), Self::widen(weight, dtype), precision)
+            })
+        };
+        weights.into_iter().map(project).collect()
+    }
+
+    fn widen(weight: QuantizedWeight<Self>, dtype: DType) -> FloatTensor<Self> {
+        let dense = decode::widen(weight.bits, &weight.words, &weight.scales, dtype);
+        dense.unwrap_or_else(|| cast::<Self>(weight.dense(), dtype))
     }
 
     fn project_backward_input(
@@ -183,6 +209,19 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         }
     }
 
+    fn cached_attention(
+        q: FloatTensor<Self>,
+        keys: FloatTensor<Self>,
+        values: FloatTensor<Self>,
+        len: usize,
+        spec: AttentionSpec,
+    ) -> FloatTensor<Self> {
+        match decode::fits_attention(&q, &keys, &values) {
+            true => decode::attention(q, keys, values, len, spec.scale),
+            false => reference::cached_attention::<Self>(q, keys, values, len, spec),
+        }
+    }
+
     fn causal_attention_backward(saved: AttentionSaved<Self>, grad: FloatTensor<Self>) -> [FloatTensor<Self>; 3] {
         let AttentionSaved { q, k, v, starts, out, spec, .. } = &saved;
         if attention::wgmma::fits(&[q, k, v, out, &grad], starts.as_ref(), spec.precision) {
@@ -240,6 +279,18 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
                 rows::cross_entropy(primitive(logits), targets.into_primitive(), spec.z_loss, true);
             (tensor(losses), tensor(d_logits))
         })
+    }
+
+    fn cached_block(
+        x: FloatTensor<Self>,
+        weights: BlockWeights<Matrix<Self>, FloatTensor<Self>>,
+        cache: BlockCache<Self>,
+        spec: BlockSpec<Self>,
+    ) -> (FloatTensor<Self>, BlockCache<Self>) {
+        match decode::matrices::<Self, R>(&x, &weights, &cache, &spec) {
+            Some(matrices) => decode::block(x, matrices, [weights.attention_norm, weights.ffn_norm], cache, spec),
+            None => block::cached(x, weights, cache, &spec),
+        }
     }
 
     fn adamw(

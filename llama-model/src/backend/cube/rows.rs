@@ -21,19 +21,19 @@ pub(super) fn fits<R: CubeRuntime>(x: &CubeTensor<R>) -> bool {
 
 #[cube(launch)]
 fn rms_norm_kernel<F: Float, W: Float, O: Float, N: Size>(
-    x: &Tensor<Vector<F, N>>,
-    weight: &Tensor<Vector<W, N>>,
-    out: &mut Tensor<Vector<O, N>>,
-    inv_rms: &mut Tensor<f32>,
+    x: &Array<Vector<F, N>>,
+    weight: &Array<Vector<W, N>>,
+    out: &mut Array<Vector<O, N>>,
+    inv_rms: &mut Array<f32>,
     eps: f32,
     #[comptime] per_unit: usize,
     #[comptime] planes: bool,
     #[define(F, W, O)] _dtypes: [StorageType; 3],
 ) {
     let row = CUBE_POS;
-    let width = x.shape(1) / N::value();
+    let width = weight.len();
     let mut shared = SharedMemory::<f32>::new(comptime!(UNITS));
-    if row < x.shape(0) {
+    if row < inv_rms.len() {
         let mut values = Array::<Vector<f32, N>>::new(per_unit);
         let mut squares = Vector::<f32, N>::cast_from(0.0f32);
         #[unroll]
@@ -46,7 +46,7 @@ fn rms_norm_kernel<F: Float, W: Float, O: Float, N: Size>(
             squares += value * value;
             values[part] = value;
         }
-        let mean = cube_sum(lanes(squares), &mut shared, planes) / f32::cast_from(x.shape(1));
+        let mean = cube_sum(lanes(squares), &mut shared, planes) / f32::cast_from(width * N::value());
         let inv = f32::new(1.0) / (mean + eps).sqrt();
         #[unroll]
         for part in 0..per_unit {
@@ -82,10 +82,10 @@ pub(super) fn rms_norm<R: CubeRuntime>(
         cubes(rows),
         CubeDim::new_1d(UNITS as u32),
         size,
-        x.into_tensor_arg(),
-        weight.into_tensor_arg(),
-        out.clone().into_tensor_arg(),
-        inv_rms.clone().into_tensor_arg(),
+        x.into_array_arg(),
+        weight.into_array_arg(),
+        out.clone().into_array_arg(),
+        inv_rms.clone().into_array_arg(),
         eps as f32,
         (width / size).div_ceil(UNITS),
         planes(&client),
@@ -97,20 +97,20 @@ pub(super) fn rms_norm<R: CubeRuntime>(
 /// `ROWS` rows a cube: `dx` of each, and the sum of their `grad · x̂` as a row of `partial`.
 #[cube(launch)]
 fn rms_norm_backward_kernel<F: Float, W: Float, N: Size>(
-    x: &Tensor<Vector<F, N>>,
-    weight: &Tensor<Vector<W, N>>,
-    inv_rms: &Tensor<f32>,
-    grad: &Tensor<Vector<F, N>>,
-    residual: &Tensor<Vector<F, N>>,
-    d_x: &mut Tensor<Vector<F, N>>,
-    partial: &mut Tensor<Vector<f32, N>>,
+    x: &Array<Vector<F, N>>,
+    weight: &Array<Vector<W, N>>,
+    inv_rms: &Array<f32>,
+    grad: &Array<Vector<F, N>>,
+    residual: &Array<Vector<F, N>>,
+    d_x: &mut Array<Vector<F, N>>,
+    partial: &mut Array<Vector<f32, N>>,
     #[comptime] per_unit: usize,
     #[comptime] add: bool,
     #[comptime] planes: bool,
     #[define(F, W)] _dtypes: [StorageType; 2],
 ) {
     let first = CUBE_POS * ROWS;
-    let width = x.shape(1) / N::value();
+    let width = weight.len();
     let mut shared = SharedMemory::<f32>::new(comptime!(UNITS));
     let mut sums = Array::<Vector<f32, N>>::new(per_unit);
     let mut normed = Array::<Vector<f32, N>>::new(per_unit);
@@ -120,8 +120,8 @@ fn rms_norm_backward_kernel<F: Float, W: Float, N: Size>(
     for part in 0..per_unit {
         sums[part] = Vector::cast_from(0.0f32);
     }
-    if first < x.shape(0) {
-        let last = min(first + ROWS, x.shape(0));
+    if first < inv_rms.len() {
+        let last = min(first + ROWS, inv_rms.len());
         for row in first..last {
             let inv = inv_rms[row];
             let mut dot = Vector::<f32, N>::cast_from(0.0f32);
@@ -144,7 +144,7 @@ fn rms_norm_backward_kernel<F: Float, W: Float, N: Size>(
                 normed[part] = normed_at;
                 scaled[part] = scaled_at;
             }
-            let mean = cube_sum(lanes(dot), &mut shared, planes) / f32::cast_from(x.shape(1));
+            let mean = cube_sum(lanes(dot), &mut shared, planes) / f32::cast_from(width * N::value());
             #[unroll]
             for part in 0..per_unit {
                 let at = part * UNITS + UNIT_POS as usize;
@@ -190,13 +190,13 @@ pub(super) fn rms_norm_backward<R: CubeRuntime>(
         cubes(groups),
         CubeDim::new_1d(UNITS as u32),
         vector_size(width),
-        x.into_tensor_arg(),
-        weight.into_tensor_arg(),
-        inv_rms.into_tensor_arg(),
-        grad.into_tensor_arg(),
-        residual.into_tensor_arg(),
-        d_x.clone().into_tensor_arg(),
-        partial.clone().into_tensor_arg(),
+        x.into_array_arg(),
+        weight.into_array_arg(),
+        inv_rms.into_array_arg(),
+        grad.into_array_arg(),
+        residual.into_array_arg(),
+        d_x.clone().into_array_arg(),
+        partial.clone().into_array_arg(),
         (width / vector_size(width)).div_ceil(UNITS),
         add,
         planes(&client),
@@ -208,18 +208,18 @@ pub(super) fn rms_norm_backward<R: CubeRuntime>(
 /// The loss of each row of logits, and, if asked for, its gradient in the logits' place.
 #[cube(launch)]
 fn cross_entropy_kernel<F: Float, I: Int, N: Size>(
-    logits: &mut Tensor<Vector<F, N>>,
-    targets: &Tensor<I>,
-    losses: &mut Tensor<f32>,
+    logits: &mut Array<Vector<F, N>>,
+    targets: &Array<I>,
+    losses: &mut Array<f32>,
     z_loss: f32,
     #[comptime] gradient: bool,
     #[comptime] planes: bool,
     #[define(F, I)] _dtypes: [StorageType; 2],
 ) {
     let row = CUBE_POS;
-    let width = logits.shape(1) / N::value();
+    let width = logits.len() / losses.len();
     let mut shared = SharedMemory::<f32>::new(comptime!(UNITS));
-    if row < logits.shape(0) {
+    if row < losses.len() {
         let base = row * width;
         // The greatest logit and the sum of exponentials below it, in one pass.
         let mut best = f32::new(-1e30);
@@ -303,9 +303,9 @@ pub(super) fn cross_entropy<R: CubeRuntime>(
         cubes(rows),
         CubeDim::new_1d(UNITS as u32),
         vector_size(width),
-        logits.clone().into_tensor_arg(),
-        targets.into_tensor_arg(),
-        losses.clone().into_tensor_arg(),
+        logits.clone().into_array_arg(),
+        targets.into_array_arg(),
+        losses.clone().into_array_arg(),
         z_loss as f32,
         gradient,
         planes(&client),

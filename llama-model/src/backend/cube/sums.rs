@@ -11,16 +11,17 @@ use super::{contiguous, cubes, empty_like};
 
 /// Cubes that share a tensor whose squares are summed.
 const PARTS: usize = 256;
+/// Tensors of a launch, at most.
+const MAX_TENSORS: usize = 16;
 /// Columns of a cube that sums rows; its units are this many times [`LANES`]. Few, so that many cubes share the rows.
 const COLUMNS: usize = 8;
 const LANES: usize = UNITS / COLUMNS;
 
-/// `count` cubes sum a tensor, or the squares of its elements, to as many of `parts` from `first` on.
+/// `count` cubes sum each tensor, or the squares of its elements, to as many of `parts`, of which the first tensor's begin at `first`.
 #[cube(launch)]
 fn parts_kernel<F: Float, N: Size>(
-    x: &Tensor<Vector<F, N>>,
-    parts: &mut Tensor<f32>,
-    vectors: usize,
+    tensors: &Sequence<Array<Vector<F, N>>>,
+    parts: &mut Array<f32>,
     first: usize,
     count: usize,
     #[comptime] squares: bool,
@@ -28,36 +29,50 @@ fn parts_kernel<F: Float, N: Size>(
     #[define(F)] _dtype: StorageType,
 ) {
     let mut shared = SharedMemory::<f32>::new(comptime!(UNITS));
-    if CUBE_POS < count {
-        let mut sum = Vector::<f32, N>::cast_from(0.0f32);
-        let mut at = CUBE_POS * UNITS + UNIT_POS as usize;
-        while at < vectors {
-            let mut value = Vector::<f32, N>::cast_from(x[at]);
-            if comptime!(squares) {
-                value *= value;
+    let mut sum = Vector::<f32, N>::cast_from(0.0f32);
+    #[unroll]
+    for index in 0..tensors.len() {
+        let x = tensors.index(index);
+        if CUBE_POS / count == index {
+            let mut at = CUBE_POS % count * UNITS + UNIT_POS as usize;
+            while at < x.len() {
+                let mut value = Vector::<f32, N>::cast_from(x[at]);
+                if comptime!(squares) {
+                    value *= value;
+                }
+                sum += value;
+                at += count * UNITS;
             }
-            sum += value;
-            at += count * UNITS;
         }
-        let sum = cube_sum(lanes(sum), &mut shared, planes);
-        if UNIT_POS == 0 {
-            parts[first + CUBE_POS] = sum;
-        }
+    }
+    let sum = cube_sum(lanes(sum), &mut shared, planes);
+    if UNIT_POS == 0 && CUBE_POS < tensors.len() * count {
+        parts[first + CUBE_POS] = sum;
     }
 }
 
-fn sum_parts<R: CubeRuntime>(x: CubeTensor<R>, parts: &CubeTensor<R>, first: usize, count: usize, squares: bool) {
-    let [x] = contiguous([x]);
-    let (client, dtype) = (x.client.clone(), x.dtype.into());
-    let (length, size) = (x.shape().num_elements(), vector_size(x.shape().num_elements()));
+/// The parts of tensors of one type and of sizes that are multiples of `size`.
+fn sum_parts<R: CubeRuntime>(
+    tensors: Vec<CubeTensor<R>>,
+    size: usize,
+    parts: &CubeTensor<R>,
+    first: usize,
+    count: usize,
+    squares: bool,
+) {
+    let (client, dtype, cubes) = (parts.client.clone(), tensors[0].dtype.into(), cubes(count * tensors.len()));
+    let mut list = SequenceArg::new();
+    for x in tensors {
+        let [x] = contiguous([x]);
+        list.push(x.into_array_arg());
+    }
     parts_kernel::launch::<R>(
         &client,
-        cubes(count),
+        cubes,
         CubeDim::new_1d(UNITS as u32),
         size,
-        x.into_tensor_arg(),
-        parts.clone().into_tensor_arg(),
-        length / size,
+        list,
+        parts.clone().into_array_arg(),
         first,
         count,
         squares,
@@ -69,7 +84,8 @@ fn sum_parts<R: CubeRuntime>(x: CubeTensor<R>, parts: &CubeTensor<R>, first: usi
 /// The sum of a short tensor, `[1]` in f32.
 pub(super) fn total<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
     let sum = empty_like(&x, Shape::new([1]), DType::F32);
-    sum_parts(x, &sum, 0, 1, false);
+    let size = vector_size(x.shape().num_elements());
+    sum_parts(vec![x], size, &sum, 0, 1, false);
     sum
 }
 
@@ -77,8 +93,14 @@ pub(super) fn total<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
 pub(super) fn sums_of_squares<R: CubeRuntime>(tensors: Vec<CubeTensor<R>>) -> CubeTensor<R> {
     let count = tensors.len();
     let parts = empty_like(&tensors[0], Shape::new([count, PARTS]), DType::F32);
-    for (index, x) in tensors.into_iter().enumerate() {
-        sum_parts(x, &parts, index * PARTS, PARTS, true);
+    let room = parts.client.properties().hardware.max_bindings as usize;
+    let most = MAX_TENSORS.min(room.saturating_sub(2)).max(1);
+    let kind = |x: &CubeTensor<R>| (x.dtype, vector_size(x.shape().num_elements()));
+    let mut first = 0;
+    for alike in tensors.chunk_by(|a, b| kind(a) == kind(b)).flat_map(|alike| alike.chunks(most)) {
+        let (_, size) = kind(&alike[0]);
+        sum_parts(alike.to_vec(), size, &parts, first * PARTS, PARTS, true);
+        first += alike.len();
     }
     // The parts of a tensor are neighbours: its row.
     let out = empty_like(&parts, Shape::new([count]), DType::F32);
@@ -87,15 +109,15 @@ pub(super) fn sums_of_squares<R: CubeRuntime>(tensors: Vec<CubeTensor<R>>) -> Cu
         &client,
         cubes(count),
         CubeDim::new_1d(UNITS as u32),
-        parts.into_tensor_arg(),
-        out.clone().into_tensor_arg(),
+        parts.into_array_arg(),
+        out.clone().into_array_arg(),
         planes(&client),
     );
     out
 }
 
 #[cube(launch)]
-fn tensors_kernel(parts: &Tensor<f32>, out: &mut Tensor<f32>, #[comptime] planes: bool) {
+fn tensors_kernel(parts: &Array<f32>, out: &mut Array<f32>, #[comptime] planes: bool) {
     let mut shared = SharedMemory::<f32>::new(comptime!(UNITS));
     if CUBE_POS < out.len() {
         let mut sum = f32::new(0.0);
@@ -112,15 +134,15 @@ fn tensors_kernel(parts: &Tensor<f32>, out: &mut Tensor<f32>, #[comptime] planes
 }
 
 #[cube(launch)]
-fn rows_kernel(x: &Tensor<f32>, out: &mut Tensor<f32>) {
+fn rows_kernel(x: &Array<f32>, out: &mut Array<f32>) {
     let mut shared = SharedMemory::<f32>::new(comptime!(UNITS));
-    let width = x.shape(1);
+    let width = out.len();
     let unit = UNIT_POS as usize;
     let column = CUBE_POS * COLUMNS + unit % COLUMNS;
     let mut sum = f32::new(0.0);
     if column < width {
         let mut row = unit / COLUMNS;
-        while row < x.shape(0) {
+        while row * width < x.len() {
             sum += x[row * width + column];
             row += LANES;
         }
@@ -146,8 +168,8 @@ pub(super) fn sum_rows<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
         &x.client.clone(),
         cubes(width.div_ceil(COLUMNS)),
         CubeDim::new_1d(UNITS as u32),
-        x.into_tensor_arg(),
-        out.clone().into_tensor_arg(),
+        x.into_array_arg(),
+        out.clone().into_array_arg(),
     );
     out
 }

@@ -6,18 +6,21 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::cube;
 use cubecl::prelude::*;
 
-use super::{SIDE, UNITS, accumulate, contiguous, cubes, empty_like, first_key, load, scores, starts_or_none};
+use super::{
+    SIDE, Sizes, SizesLaunch, UNITS, accumulate, contiguous, cubes, empty_like, first_key, load, scores, starts_or_none,
+};
 
 #[cube(launch)]
 fn backward_q_kernel<F: Float, I: Int>(
-    q: &Tensor<F>,
-    k: &Tensor<F>,
-    v: &Tensor<F>,
-    starts: &Tensor<I>,
-    grad: &Tensor<F>,
-    lse: &Tensor<f32>,
-    delta: &Tensor<f32>,
-    d_q: &mut Tensor<F>,
+    q: &Array<F>,
+    k: &Array<F>,
+    v: &Array<F>,
+    starts: &Array<I>,
+    grad: &Array<F>,
+    lse: &Array<f32>,
+    delta: &Array<f32>,
+    d_q: &mut Array<F>,
+    sizes: &Sizes,
     scale: f32,
     #[comptime] tile: usize,
     #[comptime] head_dim: usize,
@@ -26,9 +29,9 @@ fn backward_q_kernel<F: Float, I: Int>(
 ) {
     let side = comptime!(tile / SIDE);
     let columns = comptime!(head_dim / SIDE);
-    let q_len = q.shape(1);
-    let heads = q.shape(2);
-    let kv_len = k.shape(1);
+    let q_len = sizes.q_len;
+    let heads = sizes.heads;
+    let kv_len = sizes.kv_len;
     let tiles = q_len.div_ceil(tile);
     let batch = CUBE_POS / tiles / heads;
     let head = CUBE_POS / tiles % heads;
@@ -49,18 +52,18 @@ fn backward_q_kernel<F: Float, I: Int>(
         result[at] = f32::new(0.0);
     }
 
-    if batch < q.shape(0) {
-        let kv_head = head / (heads / k.shape(2));
+    if batch < sizes.batch {
+        let kv_head = head / (heads / sizes.kv_heads);
         let shift = kv_len - q_len;
         let seen = min(q_start + tile, q_len) + shift;
-        load::<F>(q, &mut q_tile, batch, q_start, head, tile, head_dim);
-        load::<F>(grad, &mut grad_tile, batch, q_start, head, tile, head_dim);
+        load::<F>(q, &mut q_tile, batch, q_start, head, (q_len, heads), tile, head_dim);
+        load::<F>(grad, &mut grad_tile, batch, q_start, head, (q_len, heads), tile, head_dim);
         let unseen = first_key(starts, batch, q_start, q_len, documents);
         for kv_index in unseen / tile..seen.div_ceil(tile) {
             let kv_start = kv_index * tile;
             sync_cube();
-            load::<F>(k, &mut k_tile, batch, kv_start, kv_head, tile, head_dim);
-            load::<F>(v, &mut v_tile, batch, kv_start, kv_head, tile, head_dim);
+            load::<F>(k, &mut k_tile, batch, kv_start, kv_head, (kv_len, sizes.kv_heads), tile, head_dim);
+            load::<F>(v, &mut v_tile, batch, kv_start, kv_head, (kv_len, sizes.kv_heads), tile, head_dim);
             sync_cube();
             scores(&q_tile, &k_tile, &mut score, side, head_dim);
             scores(&grad_tile, &v_tile, &mut d_weight, side, head_dim);
@@ -99,15 +102,16 @@ fn backward_q_kernel<F: Float, I: Int>(
 
 #[cube(launch)]
 fn backward_kv_kernel<F: Float, I: Int>(
-    q: &Tensor<F>,
-    k: &Tensor<F>,
-    v: &Tensor<F>,
-    starts: &Tensor<I>,
-    grad: &Tensor<F>,
-    lse: &Tensor<f32>,
-    delta: &Tensor<f32>,
-    d_k: &mut Tensor<F>,
-    d_v: &mut Tensor<F>,
+    q: &Array<F>,
+    k: &Array<F>,
+    v: &Array<F>,
+    starts: &Array<I>,
+    grad: &Array<F>,
+    lse: &Array<f32>,
+    delta: &Array<f32>,
+    d_k: &mut Array<F>,
+    d_v: &mut Array<F>,
+    sizes: &Sizes,
     scale: f32,
     #[comptime] tile: usize,
     #[comptime] head_dim: usize,
@@ -116,10 +120,10 @@ fn backward_kv_kernel<F: Float, I: Int>(
 ) {
     let side = comptime!(tile / SIDE);
     let columns = comptime!(head_dim / SIDE);
-    let q_len = q.shape(1);
-    let heads = q.shape(2);
-    let kv_len = k.shape(1);
-    let kv_heads = k.shape(2);
+    let q_len = sizes.q_len;
+    let heads = sizes.heads;
+    let kv_len = sizes.kv_len;
+    let kv_heads = sizes.kv_heads;
     let tiles = kv_len.div_ceil(tile);
     let batch = CUBE_POS / tiles / kv_heads;
     let kv_head = CUBE_POS / tiles % kv_heads;
@@ -143,20 +147,20 @@ fn backward_kv_kernel<F: Float, I: Int>(
         value_result[at] = f32::new(0.0);
     }
 
-    if batch < k.shape(0) {
+    if batch < sizes.batch {
         let group = heads / kv_heads;
         let shift = kv_len - q_len;
         // The first query that sees any of these keys.
         let first = max(kv_start, shift) - shift;
-        load::<F>(k, &mut k_tile, batch, kv_start, kv_head, tile, head_dim);
-        load::<F>(v, &mut v_tile, batch, kv_start, kv_head, tile, head_dim);
+        load::<F>(k, &mut k_tile, batch, kv_start, kv_head, (kv_len, sizes.kv_heads), tile, head_dim);
+        load::<F>(v, &mut v_tile, batch, kv_start, kv_head, (kv_len, sizes.kv_heads), tile, head_dim);
         for member in 0..group {
             let head = kv_head * group + member;
             for q_index in first / tile..q_len.div_ceil(tile) {
                 let q_start = q_index * tile;
                 sync_cube();
-                load::<F>(q, &mut q_tile, batch, q_start, head, tile, head_dim);
-                load::<F>(grad, &mut grad_tile, batch, q_start, head, tile, head_dim);
+                load::<F>(q, &mut q_tile, batch, q_start, head, (q_len, heads), tile, head_dim);
+                load::<F>(grad, &mut grad_tile, batch, q_start, head, (q_len, heads), tile, head_dim);
                 sync_cube();
                 // Rows are keys, columns queries.
                 scores(&k_tile, &q_tile, &mut score, side, head_dim);
@@ -216,6 +220,7 @@ pub(in super::super) fn backward<R: CubeRuntime>(
     let [lse, delta] = contiguous([lse, delta]);
     let [batch, q_len, heads, head_dim] = q.shape().dims();
     let [_, kv_len, kv_heads, _] = k.shape().dims();
+    let sizes = || SizesLaunch::new(batch, q_len, kv_len, heads, kv_heads);
     let [d_q, d_k, d_v] = [&q, &k, &v].map(|x| empty_like(x, x.shape(), x.dtype));
     let client = q.client.clone();
     let dtypes = [q.dtype.into(), starts.dtype.into()];
@@ -223,14 +228,15 @@ pub(in super::super) fn backward<R: CubeRuntime>(
         &client,
         cubes(batch * heads * q_len.div_ceil(tile)),
         CubeDim::new_1d(UNITS as u32),
-        q.clone().into_tensor_arg(),
-        k.clone().into_tensor_arg(),
-        v.clone().into_tensor_arg(),
-        starts.clone().into_tensor_arg(),
-        grad.clone().into_tensor_arg(),
-        lse.clone().into_tensor_arg(),
-        delta.clone().into_tensor_arg(),
-        d_q.clone().into_tensor_arg(),
+        q.clone().into_array_arg(),
+        k.clone().into_array_arg(),
+        v.clone().into_array_arg(),
+        starts.clone().into_array_arg(),
+        grad.clone().into_array_arg(),
+        lse.clone().into_array_arg(),
+        delta.clone().into_array_arg(),
+        d_q.clone().into_array_arg(),
+        sizes(),
         scale as f32,
         tile,
         head_dim,
@@ -241,15 +247,16 @@ pub(in super::super) fn backward<R: CubeRuntime>(
         &client,
         cubes(batch * kv_heads * kv_len.div_ceil(tile)),
         CubeDim::new_1d(UNITS as u32),
-        q.into_tensor_arg(),
-        k.into_tensor_arg(),
-        v.into_tensor_arg(),
-        starts.into_tensor_arg(),
-        grad.into_tensor_arg(),
-        lse.into_tensor_arg(),
-        delta.into_tensor_arg(),
-        d_k.clone().into_tensor_arg(),
-        d_v.clone().into_tensor_arg(),
+        q.into_array_arg(),
+        k.into_array_arg(),
+        v.into_array_arg(),
+        starts.into_array_arg(),
+        grad.into_array_arg(),
+        lse.into_array_arg(),
+        delta.into_array_arg(),
+        d_k.clone().into_array_arg(),
+        d_v.clone().into_array_arg(),
+        sizes(),
         scale as f32,
         tile,
         head_dim,

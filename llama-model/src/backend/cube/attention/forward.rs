@@ -6,16 +6,20 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::cube;
 use cubecl::prelude::*;
 
-use super::{MASKED, SIDE, UNITS, accumulate, contiguous, cubes, empty_like, first_key, load, scores, starts_or_none};
+use super::{
+    MASKED, SIDE, Sizes, SizesLaunch, UNITS, accumulate, contiguous, cubes, empty_like, first_key, load, scores,
+    starts_or_none,
+};
 
 #[cube(launch)]
 fn forward_kernel<F: Float, I: Int>(
-    q: &Tensor<F>,
-    k: &Tensor<F>,
-    v: &Tensor<F>,
-    starts: &Tensor<I>,
-    out: &mut Tensor<F>,
-    lse: &mut Tensor<f32>,
+    q: &Array<F>,
+    k: &Array<F>,
+    v: &Array<F>,
+    starts: &Array<I>,
+    out: &mut Array<F>,
+    lse: &mut Array<f32>,
+    sizes: &Sizes,
     scale: f32,
     #[comptime] tile: usize,
     #[comptime] head_dim: usize,
@@ -24,9 +28,9 @@ fn forward_kernel<F: Float, I: Int>(
 ) {
     let side = comptime!(tile / SIDE);
     let columns = comptime!(head_dim / SIDE);
-    let q_len = q.shape(1);
-    let heads = q.shape(2);
-    let kv_len = k.shape(1);
+    let q_len = sizes.q_len;
+    let heads = sizes.heads;
+    let kv_len = sizes.kv_len;
     let tiles = q_len.div_ceil(tile);
     let batch = CUBE_POS / tiles / heads;
     let head = CUBE_POS / tiles % heads;
@@ -54,18 +58,18 @@ fn forward_kernel<F: Float, I: Int>(
         result[at] = f32::new(0.0);
     }
 
-    if batch < q.shape(0) {
-        let kv_head = head / (heads / k.shape(2));
+    if batch < sizes.batch {
+        let kv_head = head / (heads / sizes.kv_heads);
         // Query `i` sees the keys up to `shift + i`.
         let shift = kv_len - q_len;
         let seen = min(q_start + tile, q_len) + shift;
-        load::<F>(q, &mut q_tile, batch, q_start, head, tile, head_dim);
+        load::<F>(q, &mut q_tile, batch, q_start, head, (q_len, heads), tile, head_dim);
         let unseen = first_key(starts, batch, q_start, q_len, documents);
         for kv_index in unseen / tile..seen.div_ceil(tile) {
             let kv_start = kv_index * tile;
             // The values of the tile before are read.
             sync_cube();
-            load::<F>(k, &mut kv_tile, batch, kv_start, kv_head, tile, head_dim);
+            load::<F>(k, &mut kv_tile, batch, kv_start, kv_head, (kv_len, sizes.kv_heads), tile, head_dim);
             sync_cube();
             scores(&q_tile, &kv_tile, &mut score, side, head_dim);
             #[unroll]
@@ -114,7 +118,7 @@ fn forward_kernel<F: Float, I: Int>(
             }
             // The keys are read and the weights written.
             sync_cube();
-            load::<F>(v, &mut kv_tile, batch, kv_start, kv_head, tile, head_dim);
+            load::<F>(v, &mut kv_tile, batch, kv_start, kv_head, (kv_len, sizes.kv_heads), tile, head_dim);
             sync_cube();
             accumulate(&weights, &kv_tile, &mut result, side, head_dim);
         }
@@ -159,6 +163,8 @@ pub(in super::super) fn forward<R: CubeRuntime>(
     let documents = starts.is_some();
     let starts = starts_or_none(starts, &q);
     let [batch, q_len, heads, head_dim] = q.shape().dims();
+    let [_, kv_len, kv_heads, _] = k.shape().dims();
+    let sizes = SizesLaunch::new(batch, q_len, kv_len, heads, kv_heads);
     let out = empty_like(&q, q.shape(), q.dtype);
     let lse = empty_like(&q, Shape::new([batch, heads, q_len]), DType::F32);
     let (client, dtypes) = (q.client.clone(), [q.dtype.into(), starts.dtype.into()]);
@@ -166,12 +172,13 @@ pub(in super::super) fn forward<R: CubeRuntime>(
         &client,
         cubes(batch * heads * q_len.div_ceil(tile)),
         CubeDim::new_1d(UNITS as u32),
-        q.into_tensor_arg(),
-        k.into_tensor_arg(),
-        v.into_tensor_arg(),
-        starts.into_tensor_arg(),
-        out.clone().into_tensor_arg(),
-        lse.clone().into_tensor_arg(),
+        q.into_array_arg(),
+        k.into_array_arg(),
+        v.into_array_arg(),
+        starts.into_array_arg(),
+        out.clone().into_array_arg(),
+        lse.clone().into_array_arg(),
+        sizes,
         scale as f32,
         tile,
         head_dim,

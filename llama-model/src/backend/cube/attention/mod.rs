@@ -26,7 +26,17 @@ const UNITS: usize = SIDE * SIDE;
 /// Values of a result that a unit holds in registers, at most.
 const MAX_REGISTERS: usize = 32;
 /// Score of a masked pair: finite, because not every shader language has infinities.
-const MASKED: f32 = -1e30;
+pub(super) const MASKED: f32 = -1e30;
+
+/// Shapes of a call.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    q_len: usize,
+    kv_len: usize,
+    heads: usize,
+    kv_heads: usize,
+}
 
 /// Shared memory of the forward.
 pub(super) fn forward_bytes(tile: usize, head_dim: usize) -> usize {
@@ -49,16 +59,16 @@ pub(super) fn tile<R: CubeRuntime>(q: &CubeTensor<R>, bytes: impl Fn(usize, usiz
 /// Copies `tile` positions of a head from `start` on, zeros behind the end.
 #[cube]
 fn load<F: Float>(
-    from: &Tensor<F>,
+    from: &Array<F>,
     to: &mut SharedMemory<f32>,
     batch: usize,
     start: usize,
     head: usize,
+    shape: (usize, usize),
     #[comptime] tile: usize,
     #[comptime] head_dim: usize,
 ) {
-    let len = from.shape(1);
-    let heads = from.shape(2);
+    let (len, heads) = shape;
     let mut index = UNIT_POS as usize;
     while index < comptime!(tile * head_dim) {
         let row = index / head_dim;
@@ -128,7 +138,7 @@ fn accumulate(
 /// The first key that a query sees: the first of its document.
 #[cube]
 fn first_key<I: Int>(
-    starts: &Tensor<I>,
+    starts: &Array<I>,
     batch: usize,
     query: usize,
     q_len: usize,

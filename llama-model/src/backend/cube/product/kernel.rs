@@ -60,10 +60,16 @@ fn piece_block(piece: usize, pieces: usize) -> usize {
     piece * (BLOCKS - 3) / pieces
 }
 
+/// Lines of an operand as it is stored, and the vectors of each.
+#[cube]
+fn lines(side: usize, summed: usize, #[comptime] layout: Layout) -> (usize, usize) {
+    if comptime!(layout.summed_inner) { (side, summed / 8) } else { (summed, side / 8) }
+}
+
 /// Begins to copy a piece of a tile, a vector for each unit; zeros behind the operand's end.
 #[cube]
 fn copy<E: Float>(
-    from: &Tensor<Vector<E, Eight>>,
+    from: &Array<Vector<E, Eight>>,
     to: &mut SharedMemory<Vector<E, Eight>>,
     shape: (usize, usize),
     side: usize,
@@ -172,10 +178,13 @@ fn room<E: Float>(#[comptime] count: usize) -> Sequence<Fragment<E>> {
 
 #[cube(launch_unchecked)]
 pub(super) fn product_kernel<E: Float, O: Float>(
-    a: &Tensor<Vector<E, Eight>>,
-    b: &Tensor<Vector<E, Eight>>,
-    out: &mut Tensor<Vector<O, Pair>>,
+    a: &Array<Vector<E, Eight>>,
+    b: &Array<Vector<E, Eight>>,
+    out: &mut Array<Vector<O, Pair>>,
+    n_rows: usize,
+    n_columns: usize,
     summed: usize,
+    splits: usize,
     part: usize,
     #[comptime] rows: Layout,
     #[comptime] columns: Layout,
@@ -183,12 +192,10 @@ pub(super) fn product_kernel<E: Float, O: Float>(
     #[define(E, O)] _dtypes: [StorageType; 2],
 ) {
     let units = comptime!(rows.side / SIDE * (columns.side / SIDE) * 32);
-    let n_rows = out.shape(1);
-    let n_columns = out.shape(2);
     let row_tiles = n_rows.div_ceil(rows.side);
     let column_tiles = n_columns.div_ceil(columns.side);
     let split = CUBE_POS / (row_tiles * column_tiles);
-    if split >= out.shape(0) {
+    if split >= splits {
         terminate!();
     }
     let tile = CUBE_POS % (row_tiles * column_tiles);
@@ -207,9 +214,8 @@ pub(super) fn product_kernel<E: Float, O: Float>(
     let definition = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
     let mut a_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(STAGES * rows.step()), 16usize);
     let mut b_tile = SharedMemory::<Vector<E, Eight>>::new_aligned(comptime!(STAGES * columns.step()), 16usize);
-    // Read here, once: metadata lies in the device's memory.
-    let a_shape = (a.shape(0), a.shape(1) / 8);
-    let b_shape = (b.shape(0), b.shape(1) / 8);
+    let a_shape = lines(n_rows, summed, rows);
+    let b_shape = lines(n_columns, summed, columns);
     let a_pieces = comptime!(rows.pieces(units));
     let b_pieces = comptime!(columns.pieces(units));
     let mut arrived = Sequence::<Shared<Barrier>>::new();
@@ -353,13 +359,13 @@ pub(super) fn product_kernel<E: Float, O: Float>(
 
 #[cube(launch_unchecked)]
 pub(super) fn add_parts_kernel<O: Float, N: Size>(
-    parts: &Tensor<Vector<f32, N>>,
-    out: &mut Tensor<Vector<O, N>>,
+    parts: &Array<Vector<f32, N>>,
+    out: &mut Array<Vector<O, N>>,
     #[comptime] count: usize,
     #[comptime] add: bool,
     #[define(O)] _dtype: StorageType,
 ) {
-    let length = parts.shape(1) * parts.shape(2) / N::value();
+    let length = out.len();
     if ABSOLUTE_POS < length {
         let mut sum = parts[ABSOLUTE_POS];
         #[unroll]

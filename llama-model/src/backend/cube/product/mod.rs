@@ -12,6 +12,7 @@ use cubecl::client::ComputeClient;
 use cubecl::prelude::CubeDim;
 
 use self::kernel::{DEPTH, Layout, SIDE, TILE_ROWS, add_parts_kernel, product_kernel};
+use super::elementwise::cast;
 use super::hopper;
 use super::mma::operand_type;
 use super::reduce::vector_size;
@@ -81,7 +82,7 @@ pub(super) fn sum_of_products<R: CubeRuntime>(
         multiply(products, vec![sum.clone()], add);
         Some(sum)
     });
-    burn_cubecl::kernel::cast(sum.expect("a sum has products"), dtype)
+    cast(sum.expect("a sum has products"), dtype)
 }
 
 /// Products that are made in one go.
@@ -110,7 +111,7 @@ struct Product<R: CubeRuntime> {
 
 impl<R: CubeRuntime> Product<R> {
     fn new([(a, a_transposed), (b, b_transposed)]: [Factor<R>; 2], precision: Precision) -> Self {
-        let operands = contiguous([a, b].map(|x| burn_cubecl::kernel::cast(x, precision.dtype())));
+        let operands = contiguous([a, b].map(|x| cast(x, precision.dtype())));
         let ([a_0, a_1], [b_0, b_1]) = (operands[0].shape().dims(), operands[1].shape().dims());
         let (rows, summed) = if a_transposed { (a_1, a_0) } else { (a_0, a_1) };
         let columns = if b_transposed { b_0 } else { b_1 };
@@ -173,8 +174,8 @@ fn add_parts<R: CubeRuntime>(parts: CubeTensor<R>, out: CubeTensor<R>, add: bool
             cubes((rows * columns / size).div_ceil(256)),
             CubeDim::new_1d(256),
             size,
-            parts.into_tensor_arg(),
-            out.into_tensor_arg(),
+            parts.into_array_arg(),
+            out.into_array_arg(),
             splits,
             add,
             dtype,
@@ -196,10 +197,13 @@ fn launch<R: CubeRuntime>(product: Product<R>, parts: &CubeTensor<R>, plan: &Pla
             &client,
             cubes(tiles * splits),
             CubeDim::new_1d(units as u32),
-            a.into_tensor_arg(),
-            b.into_tensor_arg(),
-            parts.clone().into_tensor_arg(),
+            a.into_array_arg(),
+            b.into_array_arg(),
+            parts.clone().into_array_arg(),
+            rows,
+            columns,
             summed,
+            splits,
             part,
             row_layout,
             column_layout,

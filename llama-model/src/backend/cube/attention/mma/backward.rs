@@ -9,15 +9,15 @@ const STEP: usize = BLOCKS * ROWS;
 /// `rowsum(dO · O)` of a plane's 16 rows, which the softmax's backward subtracts: in each unit, of its two rows.
 #[cube]
 fn deltas<F: Float>(
-    out: &Tensor<Vector<F, Eight>>,
-    grad: &Tensor<Vector<F, Eight>>,
+    out: &Array<Vector<F, Eight>>,
+    grad: &Array<Vector<F, Eight>>,
     batch: usize,
     query: usize,
     head: usize,
+    shape: (usize, usize),
     #[comptime] head_dim: usize,
 ) -> Array<f32> {
-    let q_len = out.shape(1);
-    let heads = out.shape(2);
+    let (q_len, heads) = shape;
     let lane = UNIT_POS_PLANE as usize % 4;
     let vectors = comptime!(head_dim / 8);
     let mut deltas = Array::<f32>::new(2usize);
@@ -45,31 +45,32 @@ fn deltas<F: Float>(
 
 #[cube(launch_unchecked, fast_math = FastMath::all())]
 fn backward_q_kernel<F: Float, E: Float, I: Int>(
-    q: &Tensor<Vector<F, Eight>>,
-    k: &Tensor<Vector<F, Eight>>,
-    v: &Tensor<Vector<F, Eight>>,
-    starts: &Tensor<I>,
-    out: &Tensor<Vector<F, Eight>>,
-    grad: &Tensor<Vector<F, Eight>>,
-    lse: &Tensor<f32>,
-    delta: &mut Tensor<f32>,
-    d_q: &mut Tensor<Vector<F, Pair>>,
+    q: &Array<Vector<F, Eight>>,
+    k: &Array<Vector<F, Eight>>,
+    v: &Array<Vector<F, Eight>>,
+    starts: &Array<I>,
+    out: &Array<Vector<F, Eight>>,
+    grad: &Array<Vector<F, Eight>>,
+    lse: &Array<f32>,
+    delta: &mut Array<f32>,
+    d_q: &mut Array<Vector<F, Pair>>,
+    sizes: &Sizes,
     scale: f32,
     #[comptime] head_dim: usize,
     #[comptime] documents: bool,
     #[comptime] stored: bool,
     #[define(F, E, I)] _dtypes: [StorageType; 3],
 ) {
-    let q_len = q.shape(1);
-    let heads = q.shape(2);
-    let kv_len = k.shape(1);
+    let q_len = sizes.q_len;
+    let heads = sizes.heads;
+    let kv_len = sizes.kv_len;
     let tiles = q_len.div_ceil(TILE);
     let batch = CUBE_POS / tiles / heads;
-    if batch >= q.shape(0) {
+    if batch >= sizes.batch {
         terminate!();
     }
     let head = CUBE_POS / tiles % heads;
-    let kv_heads = k.shape(2);
+    let kv_heads = sizes.kv_heads;
     let kv_head = head / (heads / kv_heads);
     // Those with most keys begin first.
     let q_start = (tiles - 1 - CUBE_POS % tiles) * TILE;
@@ -96,7 +97,7 @@ fn backward_q_kernel<F: Float, E: Float, I: Int>(
     let q_rows = rows_of(&definition, &k_tile, TILE + row, head_dim);
     let grad_rows = rows_of(&definition, &v_tile, TILE + row, head_dim);
 
-    let deltas = deltas(out, grad, batch, query, head, head_dim);
+    let deltas = deltas(out, grad, batch, query, head, (q_len, heads), head_dim);
     let mut first = Array::<usize>::new(2usize);
     let mut row_lse = Array::<f32>::new(2usize);
     #[unroll]
@@ -166,28 +167,29 @@ fn backward_q_kernel<F: Float, E: Float, I: Int>(
 
 #[cube(launch_unchecked, fast_math = FastMath::all())]
 fn backward_kv_kernel<F: Float, E: Float, I: Int>(
-    q: &Tensor<Vector<F, Eight>>,
-    k: &Tensor<Vector<F, Eight>>,
-    v: &Tensor<Vector<F, Eight>>,
-    starts: &Tensor<I>,
-    grad: &Tensor<Vector<F, Eight>>,
-    lse: &Tensor<f32>,
-    delta: &Tensor<f32>,
-    d_k: &mut Tensor<Vector<F, Pair>>,
-    d_v: &mut Tensor<Vector<F, Pair>>,
+    q: &Array<Vector<F, Eight>>,
+    k: &Array<Vector<F, Eight>>,
+    v: &Array<Vector<F, Eight>>,
+    starts: &Array<I>,
+    grad: &Array<Vector<F, Eight>>,
+    lse: &Array<f32>,
+    delta: &Array<f32>,
+    d_k: &mut Array<Vector<F, Pair>>,
+    d_v: &mut Array<Vector<F, Pair>>,
+    sizes: &Sizes,
     scale: f32,
     #[comptime] head_dim: usize,
     #[comptime] documents: bool,
     #[comptime] stored: bool,
     #[define(F, E, I)] _dtypes: [StorageType; 3],
 ) {
-    let q_len = q.shape(1);
-    let heads = q.shape(2);
-    let kv_len = k.shape(1);
-    let kv_heads = k.shape(2);
+    let q_len = sizes.q_len;
+    let heads = sizes.heads;
+    let kv_len = sizes.kv_len;
+    let kv_heads = sizes.kv_heads;
     let tiles = kv_len.div_ceil(TILE);
     let batch = CUBE_POS / tiles / kv_heads;
-    if batch >= k.shape(0) {
+    if batch >= sizes.batch {
         terminate!();
     }
     let kv_head = CUBE_POS / tiles % kv_heads;
@@ -351,6 +353,7 @@ pub(in crate::backend::cube) fn backward<R: CubeRuntime>(
     let [lse] = contiguous([lse]);
     let [batch, q_len, heads, head_dim] = q.shape().dims();
     let [_, kv_len, kv_heads, _] = k.shape().dims();
+    let sizes = || SizesLaunch::new(batch, q_len, kv_len, heads, kv_heads);
     let [d_q, d_k, d_v] = [&q, &k, &v].map(|x| empty_like(x, x.shape(), x.dtype));
     let delta = empty_like(&lse, lse.shape(), DType::F32);
     let client = q.client.clone();
@@ -362,15 +365,16 @@ pub(in crate::backend::cube) fn backward<R: CubeRuntime>(
             &client,
             cubes(batch * heads * q_len.div_ceil(TILE)),
             CubeDim::new_1d(UNITS as u32),
-            q.clone().into_tensor_arg(),
-            k.clone().into_tensor_arg(),
-            v.clone().into_tensor_arg(),
-            starts.clone().into_tensor_arg(),
-            out.into_tensor_arg(),
-            grad.clone().into_tensor_arg(),
-            lse.clone().into_tensor_arg(),
-            delta.clone().into_tensor_arg(),
-            d_q.clone().into_tensor_arg(),
+            q.clone().into_array_arg(),
+            k.clone().into_array_arg(),
+            v.clone().into_array_arg(),
+            starts.clone().into_array_arg(),
+            out.into_array_arg(),
+            grad.clone().into_array_arg(),
+            lse.clone().into_array_arg(),
+            delta.clone().into_array_arg(),
+            d_q.clone().into_array_arg(),
+            sizes(),
             scale as f32,
             head_dim,
             documents,
@@ -381,15 +385,16 @@ pub(in crate::backend::cube) fn backward<R: CubeRuntime>(
             &client,
             cubes(batch * kv_heads * kv_len.div_ceil(TILE)),
             CubeDim::new_1d(UNITS as u32),
-            q.into_tensor_arg(),
-            k.into_tensor_arg(),
-            v.into_tensor_arg(),
-            starts.into_tensor_arg(),
-            grad.into_tensor_arg(),
-            lse.into_tensor_arg(),
-            delta.into_tensor_arg(),
-            d_k.clone().into_tensor_arg(),
-            d_v.clone().into_tensor_arg(),
+            q.into_array_arg(),
+            k.into_array_arg(),
+            v.into_array_arg(),
+            starts.into_array_arg(),
+            grad.into_array_arg(),
+            lse.into_array_arg(),
+            delta.into_array_arg(),
+            d_k.clone().into_array_arg(),
+            d_v.clone().into_array_arg(),
+            sizes(),
             scale as f32,
             head_dim,
             documents,

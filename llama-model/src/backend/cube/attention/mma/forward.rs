@@ -9,28 +9,29 @@ const BLOCKS: usize = TILE / ROWS;
 
 #[cube(launch_unchecked, fast_math = FastMath::all())]
 fn forward_kernel<F: Float, E: Float, I: Int>(
-    q: &Tensor<Vector<F, Eight>>,
-    k: &Tensor<Vector<F, Eight>>,
-    v: &Tensor<Vector<F, Eight>>,
-    starts: &Tensor<I>,
-    out: &mut Tensor<Vector<F, Pair>>,
-    lse: &mut Tensor<f32>,
+    q: &Array<Vector<F, Eight>>,
+    k: &Array<Vector<F, Eight>>,
+    v: &Array<Vector<F, Eight>>,
+    starts: &Array<I>,
+    out: &mut Array<Vector<F, Pair>>,
+    lse: &mut Array<f32>,
+    sizes: &Sizes,
     scale: f32,
     #[comptime] head_dim: usize,
     #[comptime] documents: bool,
     #[comptime] stored: bool,
     #[define(F, E, I)] _dtypes: [StorageType; 3],
 ) {
-    let q_len = q.shape(1);
-    let heads = q.shape(2);
-    let kv_len = k.shape(1);
+    let q_len = sizes.q_len;
+    let heads = sizes.heads;
+    let kv_len = sizes.kv_len;
     let tiles = q_len.div_ceil(TILE);
     let batch = CUBE_POS / tiles / heads;
-    if batch >= q.shape(0) {
+    if batch >= sizes.batch {
         terminate!();
     }
     let head = CUBE_POS / tiles % heads;
-    let kv_heads = k.shape(2);
+    let kv_heads = sizes.kv_heads;
     let kv_head = head / (heads / kv_heads);
     // Those with most keys begin first.
     let q_start = (tiles - 1 - CUBE_POS % tiles) * TILE;
@@ -180,6 +181,8 @@ pub(in crate::backend::cube) fn forward<R: CubeRuntime>(
     let documents = starts.is_some();
     let starts = starts_or_none(starts, &q);
     let [batch, q_len, heads, head_dim] = q.shape().dims();
+    let [_, kv_len, kv_heads, _] = k.shape().dims();
+    let sizes = SizesLaunch::new(batch, q_len, kv_len, heads, kv_heads);
     let out = empty_like(&q, q.shape(), q.dtype);
     let lse = empty_like(&q, Shape::new([batch, heads, q_len]), DType::F32);
     let (client, dtypes) = (q.client.clone(), [q.dtype.into(), operand, starts.dtype.into()]);
@@ -190,12 +193,13 @@ pub(in crate::backend::cube) fn forward<R: CubeRuntime>(
             &client,
             cubes(batch * heads * q_len.div_ceil(TILE)),
             CubeDim::new_1d(UNITS as u32),
-            q.into_tensor_arg(),
-            k.into_tensor_arg(),
-            v.into_tensor_arg(),
-            starts.into_tensor_arg(),
-            out.clone().into_tensor_arg(),
-            lse.clone().into_tensor_arg(),
+            q.into_array_arg(),
+            k.into_array_arg(),
+            v.into_array_arg(),
+            starts.into_array_arg(),
+            out.clone().into_array_arg(),
+            lse.clone().into_array_arg(),
+            sizes,
             scale as f32,
             head_dim,
             documents,

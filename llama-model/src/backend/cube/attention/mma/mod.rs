@@ -14,7 +14,7 @@ use cubecl::prelude::barrier::{Barrier, copy_async_checked};
 use cubecl::prelude::*;
 
 use super::super::mma::{Eight, Fragment, Pair, Sums, WIDTH, fragment, half, operand_type, zeros};
-use super::{MASKED, contiguous, cubes, empty_like, first_key, starts_or_none};
+use super::{MASKED, Sizes, SizesLaunch, contiguous, cubes, empty_like, first_key, starts_or_none};
 use crate::Precision;
 
 mod backward;
@@ -55,7 +55,7 @@ fn pitch(head_dim: usize) -> usize {
 /// units if it is `stored` as operands are, else rounded by them. It is there when all units have [`arrive`]d.
 #[cube]
 fn load<F: Float, E: Float>(
-    from: &Tensor<Vector<F, Eight>>,
+    from: &Array<Vector<F, Eight>>,
     to: &mut SharedMemory<Vector<E, Eight>>,
     first_row: usize,
     batch: usize,
@@ -210,7 +210,7 @@ fn accumulate<E: Float>(
 #[cube]
 fn store<F: Float>(
     results: &Sequence<Sums>,
-    to: &mut Tensor<Vector<F, Pair>>,
+    to: &mut Array<Vector<F, Pair>>,
     base: usize,
     factor: f32,
     #[comptime] which: usize,

@@ -1,21 +1,32 @@
 //! With fusion: each kernel as a custom operation, so that Burn joins what lies between.
 
-use std::fmt;
-use std::sync::Arc;
-
 use burn::tensor::ops::{FloatTensor, FloatTensorOps, IntTensor};
 use burn::tensor::{DType, Shape, TensorMetadata};
-use burn_fusion::stream::{Operation, OperationStreams};
-use burn_fusion::{Fusion, FusionBackend, FusionRuntime};
-use burn_ir::{CustomOpIr, HandleContainer, OperationIr, TensorIr};
+use burn_fusion::{Fusion, FusionBackend};
 
-use super::super::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, reference};
-use super::few_rows;
+use self::custom::{custom, custom_all, custom_list};
+use super::super::{
+    AdamWStep, AttentionSaved, AttentionSpec, Bits, BlockCache, BlockSpec, BlockWeights, LlamaBackend, LossSpec,
+    Matrix, QuantizedWeight, block, reference,
+};
+use super::decode;
 use crate::Precision;
+
+mod custom;
 
 impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
     fn has_products(device: &Self::Device, precision: Precision) -> bool {
         B::has_products(device, precision)
+    }
+
+    fn operand(x: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
+        if x.dtype() == precision.dtype() || !Self::has_products(&Self::float_device(&x), precision) {
+            return x;
+        }
+        // What is rounded for a product comes from a kernel of ours or from the parameters: there is nothing to join it with.
+        let outputs = [(x.shape(), precision.dtype())];
+        let [x] = custom::<B, 1, 1>("operand", [x], None, outputs, move |[x], _| [B::operand(x, precision)]);
+        x
     }
 
     fn token_embedding_backward(
@@ -36,7 +47,7 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
     }
 
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
-        let few = x.shape()[0] <= few_rows::MAX_ROWS;
+        let few = x.shape()[0] <= decode::MAX_ROWS;
         if !few && !Self::has_products(&Self::float_device(&x), precision) {
             return reference::project::<Self>(x, weight, precision);
         }
@@ -52,16 +63,43 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
         weights: Vec<FloatTensor<Self>>,
         precision: Precision,
     ) -> Vec<FloatTensor<Self>> {
-        let few = x.shape()[0] <= few_rows::MAX_ROWS;
+        let few = x.shape()[0] <= decode::MAX_ROWS;
         if !few && !Self::has_products(&Self::float_device(&x), precision) {
             return weights.into_iter().map(|weight| Self::project(x.clone(), weight, precision)).collect();
         }
         let outputs = weights.iter().map(|weight| (Shape::new([x.shape()[0], weight.shape()[0]]), x.dtype())).collect();
         let inputs = [x].into_iter().chain(weights).collect();
-        custom_list::<B>("project_all", inputs, None, outputs, move |mut weights, _| {
+        custom_list::<B>("project_all", inputs, vec![], outputs, move |mut weights, _| {
             let x = weights.remove(0);
             B::project_all(x, weights, precision)
         })
+    }
+
+    fn project_quantized(
+        x: FloatTensor<Self>,
+        weights: Vec<QuantizedWeight<Self>>,
+        precision: Precision,
+    ) -> Vec<FloatTensor<Self>> {
+        let row = |weight: &QuantizedWeight<Self>| (Shape::new([x.shape()[0], weight.dims()[0]]), x.dtype());
+        let outputs = weights.iter().map(row).collect();
+        let bits: Vec<Bits> = weights.iter().map(|weight| weight.bits).collect();
+        let (words, scales): (Vec<_>, Vec<_>) = weights.into_iter().map(|weight| (weight.words, weight.scales)).unzip();
+        let inputs = [x].into_iter().chain(scales).collect();
+        custom_list::<B>("project_quantized", inputs, words, outputs, move |mut scales, words| {
+            let x = scales.remove(0);
+            let parts = bits.iter().zip(words).zip(scales);
+            let weights = parts.map(|((&bits, words), scales)| QuantizedWeight { bits, words, scales }).collect();
+            B::project_quantized(x, weights, precision)
+        })
+    }
+
+    fn widen(weight: QuantizedWeight<Self>, dtype: DType) -> FloatTensor<Self> {
+        let outputs = [(Shape::new(weight.dims()), dtype)];
+        let QuantizedWeight { bits, words, scales } = weight;
+        let run =
+            move |[scales]: [_; 1], words| [B::widen(QuantizedWeight { bits, words: expect(words), scales }, dtype)];
+        let [dense] = custom::<B, 1, 1>("widen", [scales], Some(words), outputs, run);
+        dense
     }
 
     fn project_backward_input(
@@ -110,7 +148,7 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
         }
         let outputs = grads.iter().map(|grad| (Shape::new([grad.shape()[1], x.shape()[1]]), DType::F32)).collect();
         let inputs = [x].into_iter().chain(grads).collect();
-        custom_list::<B>("project_backward_weights", inputs, None, outputs, move |mut grads, _| {
+        custom_list::<B>("project_backward_weights", inputs, vec![], outputs, move |mut grads, _| {
             let x = grads.remove(0);
             B::project_backward_weights(grads, x, precision)
         })
@@ -186,6 +224,21 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
         (out, lse)
     }
 
+    fn cached_attention(
+        q: FloatTensor<Self>,
+        keys: FloatTensor<Self>,
+        values: FloatTensor<Self>,
+        len: usize,
+        spec: AttentionSpec,
+    ) -> FloatTensor<Self> {
+        let outputs = [like(&q)];
+        let [out] =
+            custom::<B, 3, 1>("cached_attention", [q, keys, values], None, outputs, move |[q, keys, values], _| {
+                [B::cached_attention(q, keys, values, len, spec)]
+            });
+        out
+    }
+
     fn causal_attention_backward(saved: AttentionSaved<Self>, grad: FloatTensor<Self>) -> [FloatTensor<Self>; 3] {
         let AttentionSaved { q, k, v, starts, out, lse, spec } = saved;
         let outputs = [like(&q), like(&k), like(&v)];
@@ -231,6 +284,51 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
         )
     }
 
+    fn cached_block(
+        x: FloatTensor<Self>,
+        weights: BlockWeights<Matrix<Self>, FloatTensor<Self>>,
+        cache: BlockCache<Self>,
+        spec: BlockSpec<Self>,
+    ) -> (FloatTensor<Self>, BlockCache<Self>) {
+        // Of many rows the parts are worth more than what is between them.
+        if x.shape()[0] > decode::MAX_ROWS {
+            return block::cached(x, weights, cache, &spec);
+        }
+        let outputs = vec![like(&x), like(&cache.keys), like(&cache.values)];
+        let BlockCache { keys, values, len } = cache;
+        let BlockSpec { cos, sin, batch, seq_len, head_dim, eps, compute, .. } = spec;
+        let BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 } = weights;
+        let mut inputs = vec![x, keys, values, cos, sin, attention_norm, ffn_norm];
+        let mut words = Vec::new();
+        let stored = [wq, wk, wv, wo, w1, w2, w3].map(|matrix| match matrix {
+            Matrix::Floats(weight) => {
+                inputs.push(weight);
+                None
+            }
+            Matrix::Blocks(weight) => {
+                inputs.push(weight.scales);
+                words.push(weight.words);
+                Some(weight.bits)
+            }
+        });
+        let results = custom_list::<B>("cached_block", inputs, words, outputs, move |inputs, words| {
+            let (mut inputs, mut words) = (inputs.into_iter(), words.into_iter());
+            let mut next = || inputs.next().expect("the operation was registered with these");
+            let [x, keys, values, cos, sin, attention_norm, ffn_norm] = std::array::from_fn(|_| next());
+            let [wq, wk, wv, wo, w1, w2, w3] = stored.map(|bits| match bits {
+                None => Matrix::Floats(next()),
+                Some(bits) => Matrix::Blocks(QuantizedWeight { bits, words: expect(words.next()), scales: next() }),
+            });
+            let weights = BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 };
+            let spec = BlockSpec { cos, sin, starts: None, batch, seq_len, head_dim, eps, compute };
+            let (out, BlockCache { keys, values, .. }) =
+                B::cached_block(x, weights, BlockCache { keys, values, len }, spec);
+            vec![out, keys, values]
+        });
+        let [out, keys, values] = results.try_into().unwrap_or_else(|_| unreachable!("three outputs are registered"));
+        (out, BlockCache { keys, values, len: len + seq_len })
+    }
+
     fn adamw(
         param: FloatTensor<Self>,
         grad: FloatTensor<Self>,
@@ -258,80 +356,6 @@ fn like<T: TensorMetadata>(x: &T) -> (Shape, DType) {
     (x.shape(), x.dtype())
 }
 
-fn expect<T>(targets: Option<T>) -> T {
-    targets.expect("the operation was registered with targets")
-}
-
-/// What a custom operation does on the inner backend.
-type Run<B> = Arc<dyn Fn(Vec<FloatTensor<B>>, Option<IntTensor<B>>) -> Vec<FloatTensor<B>> + Send + Sync>;
-
-/// A custom operation in the stream.
-struct Custom<B: LlamaBackend> {
-    desc: CustomOpIr,
-    /// Its inputs that are floats; perhaps one of integers follows.
-    floats: usize,
-    run: Run<B>,
-}
-
-impl<B: LlamaBackend> fmt::Debug for Custom<B> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.desc.fmt(f)
-    }
-}
-
-impl<B: FusionBackend + LlamaBackend> Operation<B::FusionRuntime> for Custom<B> {
-    fn execute(&self, handles: &mut HandleContainer<<B::FusionRuntime as FusionRuntime>::FusionHandle>) {
-        let (floats, ints) = self.desc.inputs.split_at(self.floats);
-        let floats = floats.iter().map(|float| handles.get_float_tensor::<B>(float)).collect();
-        let ints = ints.first().map(|ints| handles.get_int_tensor::<B>(ints));
-        for (output, tensor) in self.desc.outputs.iter().zip((self.run)(floats, ints)) {
-            handles.register_float_tensor::<B>(&output.id, tensor);
-        }
-    }
-}
-
-/// Registers an operation on float tensors, and perhaps one of integers, whose results have these shapes and types.
-fn custom_list<B: FusionBackend + LlamaBackend>(
-    name: &'static str,
-    inputs: Vec<FloatTensor<Fusion<B>>>,
-    ints: Option<IntTensor<Fusion<B>>>,
-    outputs: Vec<(Shape, DType)>,
-    run: impl Fn(Vec<FloatTensor<B>>, Option<IntTensor<B>>) -> Vec<FloatTensor<B>> + Send + Sync + 'static,
-) -> Vec<FloatTensor<Fusion<B>>> {
-    let client = inputs[0].client.clone();
-    let floats = inputs.len();
-    let streams = OperationStreams::with_inputs(inputs.iter().chain(&ints));
-    let output = |(shape, dtype)| TensorIr::uninit(client.create_empty_handle(), shape, dtype);
-    let outputs: Vec<TensorIr> = outputs.into_iter().map(output).collect();
-    let inputs: Vec<TensorIr> = inputs.into_iter().chain(ints).map(|input| input.into_ir()).collect();
-    let desc = CustomOpIr::new(name, &inputs, &outputs);
-    let operation = Custom::<B> { desc: desc.clone(), floats, run: Arc::new(run) };
-    client.register(streams, OperationIr::Custom(desc), operation)
-}
-
-/// [`custom_list`] for a number of results that the operation knows.
-fn custom_all<B: FusionBackend + LlamaBackend, const M: usize>(
-    name: &'static str,
-    inputs: Vec<FloatTensor<Fusion<B>>>,
-    ints: Option<IntTensor<Fusion<B>>>,
-    outputs: [(Shape, DType); M],
-    run: impl Fn(Vec<FloatTensor<B>>, Option<IntTensor<B>>) -> [FloatTensor<B>; M] + Send + Sync + 'static,
-) -> [FloatTensor<Fusion<B>>; M] {
-    let results = custom_list::<B>(name, inputs, ints, outputs.into(), move |inputs, ints| run(inputs, ints).into());
-    results.try_into().unwrap_or_else(|_| unreachable!("an operation returns the outputs it was registered with"))
-}
-
-/// [`custom_all`] for a number of inputs that the operation knows.
-fn custom<B: FusionBackend + LlamaBackend, const N: usize, const M: usize>(
-    name: &'static str,
-    inputs: [FloatTensor<Fusion<B>>; N],
-    ints: Option<IntTensor<Fusion<B>>>,
-    outputs: [(Shape, DType); M],
-    run: impl Fn([FloatTensor<B>; N], Option<IntTensor<B>>) -> [FloatTensor<B>; M] + Send + Sync + 'static,
-) -> [FloatTensor<Fusion<B>>; M] {
-    custom_all::<B, M>(name, inputs.into(), ints, outputs, move |inputs, ints| {
-        let inputs =
-            inputs.try_into().unwrap_or_else(|_| unreachable!("an operation has the inputs it was registered with"));
-        run(inputs, ints)
-    })
+fn expect<T>(ints: Option<T>) -> T {
+    ints.expect("the operation was registered with integers")
 }

@@ -1,0 +1,189 @@
+//! The block with a cache, as decoding runs it: every form of weights, few new positions and many, short texts and long, against
+//! the plain composition in f32 on the same weights.
+
+use burn::backend::Flex;
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, Tensor, TensorData};
+use llama::model::backend::block::cached;
+use llama::model::backend::ops::{primitive, tensor};
+use llama::model::backend::{Bits, BlockCache, BlockSpec, BlockWeights, Matrix, ops};
+use llama::model::modules::Quantized;
+use llama::model::{Compute, LlamaBackend, Precision, WeightFormat};
+
+use crate::support::{close, device_test, floats, noise, scale, tolerance};
+
+const EPS: f64 = 1e-5;
+
+/// Shapes of a call.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    d_model: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    d_ff: usize,
+    batch: usize,
+    seq_len: usize,
+    /// Positions that are in the cache before.
+    past: usize,
+}
+
+const CASES: [Case; 7] = [
+    // Two sequences, three positions each; the first positions of all.
+    Case { d_model: 64, heads: 4, kv_heads: 2, head_dim: 16, d_ff: 96, batch: 2, seq_len: 3, past: 5 },
+    Case { d_model: 64, heads: 4, kv_heads: 2, head_dim: 16, d_ff: 96, batch: 1, seq_len: 1, past: 0 },
+    // Rows that memory pads, three heads to one of keys.
+    Case { d_model: 576, heads: 9, kv_heads: 3, head_dim: 64, d_ff: 160, batch: 1, seq_len: 1, past: 16 },
+    // So many positions that their keys are shared out among cubes.
+    Case { d_model: 96, heads: 3, kv_heads: 3, head_dim: 32, d_ff: 64, batch: 1, seq_len: 2, past: 1100 },
+    Case { d_model: 64, heads: 8, kv_heads: 1, head_dim: 128, d_ff: 64, batch: 4, seq_len: 2, past: 700 },
+    // More rows than decoding's kernels take.
+    Case { d_model: 64, heads: 4, kv_heads: 2, head_dim: 16, d_ff: 96, batch: 1, seq_len: 40, past: 3 },
+    // Heads of a width that they do not take.
+    Case { d_model: 64, heads: 16, kv_heads: 1, head_dim: 6, d_ff: 32, batch: 1, seq_len: 1, past: 9 },
+];
+
+impl Case {
+    fn capacity(&self) -> usize {
+        self.past + self.seq_len + 2
+    }
+
+    /// Gains and matrices in the order of [`BlockWeights`].
+    fn weights(&self) -> [(Vec<usize>, Vec<f64>); 9] {
+        let (d, q, kv, ff) = (self.d_model, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.d_ff);
+        let shapes =
+            [vec![d], vec![q, d], vec![kv, d], vec![kv, d], vec![d, q], vec![d], vec![ff, d], vec![d, ff], vec![ff, d]];
+        let mut seed = 10;
+        shapes.map(|shape| {
+            seed += 1;
+            let mut values = noise(shape.iter().product(), seed);
+            let factor = if shape.len() == 1 { 1.0 } else { (3.0 / shape[1] as f64).sqrt() };
+            values.iter_mut().for_each(|x| *x *= factor);
+            (shape, values)
+        })
+    }
+
+    fn input<B: Backend>(&self, device: &B::Device) -> Tensor<B, 3> {
+        random([self.batch, self.seq_len, self.d_model], 1, device)
+    }
+
+    fn cache<B: Backend>(&self, device: &B::Device) -> BlockCache<B> {
+        let dims = [self.batch, self.capacity(), self.kv_heads, self.head_dim];
+        let [keys, values] = [2, 3].map(|seed| primitive(random::<B, 4>(dims, seed, device)));
+        BlockCache { keys, values, len: self.past }
+    }
+
+    fn tables<B: Backend>(&self, device: &B::Device) -> [Tensor<B, 2>; 2] {
+        let half = self.head_dim / 2;
+        let table = |f: fn(f64) -> f64| {
+            let angle = |i: usize| (self.past + i / half) as f64 * 1e4f64.powf(-((i % half) as f64) / half as f64);
+            let values: Vec<f64> = (0..self.seq_len * half).map(|i| f(angle(i))).collect();
+            Tensor::from_data(TensorData::new(values, [self.seq_len, half]), (device, DType::F32))
+        };
+        [table(f64::cos), table(f64::sin)]
+    }
+}
+
+fn random<B: Backend, const D: usize>(dims: [usize; D], seed: u64, device: &B::Device) -> Tensor<B, D> {
+    Tensor::from_data(TensorData::new(noise(dims.iter().product(), seed), dims), (device, DType::F32))
+}
+
+/// A matrix in a format, and the values it then has.
+fn stored<B: LlamaBackend>(
+    shape: &[usize],
+    values: &[f64],
+    format: WeightFormat,
+    device: &B::Device,
+) -> (Matrix<B>, TensorData) {
+    let data = TensorData::new(values.to_vec(), [shape[0], shape[1]]);
+    let in_blocks = |bits| {
+        let matrix = Quantized::<B>::new(data.clone(), bits, device);
+        (Matrix::Blocks(matrix.weight()), matrix.dense().into_data())
+    };
+    let in_floats = |dtype| {
+        let matrix = Tensor::<B, 2>::from_data(data.clone(), (device, dtype));
+        (Matrix::Floats(primitive(matrix.clone())), matrix.into_data().convert::<f32>())
+    };
+    match format {
+        WeightFormat::Q8 => in_blocks(Bits::Eight),
+        WeightFormat::Q4 => in_blocks(Bits::Four),
+        WeightFormat::Bf16 => in_floats(DType::BF16),
+        WeightFormat::F16 => in_floats(DType::F16),
+        WeightFormat::F32 => in_floats(DType::F32),
+    }
+}
+
+/// The block on the device, and the plain composition.
+fn check<B: LlamaBackend>(case: Case, format: WeightFormat, device: &B::Device) {
+    let what = format!("{format} {case:?}");
+    let on_host = Default::default();
+    let mut plain = Vec::new();
+    let mut gains = Vec::new();
+    let mut matrices = Vec::new();
+    for (shape, values) in case.weights() {
+        if shape.len() == 1 {
+            let gain = TensorData::new(values, shape);
+            gains.push(primitive(Tensor::<B, 1>::from_data(gain.clone(), (device, DType::F32))));
+            plain.push(primitive(Tensor::<Flex, 1>::from_data(gain, (&on_host, DType::F32))));
+        } else {
+            let (matrix, values) = stored::<B>(&shape, &values, format, device);
+            matrices.push(matrix);
+            plain.push(primitive(Tensor::<Flex, 2>::from_data(values, (&on_host, DType::F32))));
+        }
+    }
+    let (Ok([wq, wk, wv, wo, w1, w2, w3]), Ok([attention_norm, ffn_norm])) =
+        (<[_; 7]>::try_from(matrices), <[_; 2]>::try_from(gains))
+    else {
+        unreachable!("nine weights")
+    };
+    let weights = BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 };
+    let (found, cache) = ops::cached_block(
+        case.input::<B>(device),
+        weights,
+        case.cache::<B>(device),
+        case.tables::<B>(device),
+        EPS,
+        Precision::F32,
+    );
+
+    let Ok(plain) = <[_; 9]>::try_from(plain) else { unreachable!("nine weights") };
+    let BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 } = BlockWeights::from(plain);
+    let [wq, wk, wv, wo, w1, w2, w3] = [wq, wk, wv, wo, w1, w2, w3].map(Matrix::Floats);
+    let weights = BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 };
+    let [cos, sin] = case.tables::<Flex>(&on_host).map(primitive);
+    let Case { batch, seq_len, head_dim, .. } = case;
+    let compute = Compute::default();
+    let spec = BlockSpec { cos, sin, starts: None, batch, seq_len, head_dim, eps: EPS, compute };
+    let input = primitive(case.input::<Flex>(&on_host).flatten::<2>(0, 1));
+    let (expected, expected_cache) = cached::<Flex>(input, weights, case.cache::<Flex>(&on_host), &spec);
+
+    assert_eq!(cache.len, case.past + seq_len, "{what}");
+    let pairs = [
+        ("result", floats(found), floats(tensor::<Flex, 2>(expected))),
+        ("keys", floats(tensor::<B, 4>(cache.keys)), floats(tensor::<Flex, 4>(expected_cache.keys))),
+        ("values", floats(tensor::<B, 4>(cache.values)), floats(tensor::<Flex, 4>(expected_cache.values))),
+    ];
+    for (name, found, expected) in pairs {
+        // Where weights are in fewer bytes, the CPU's kernels round the inputs as well.
+        let cpu = if format == WeightFormat::F32 { 2e-5 } else { 5e-3 };
+        let scale = scale(&expected);
+        close(&format!("{what}: {name}"), &found, &expected, tolerance(cpu, 0.2) * scale);
+    }
+}
+
+device_test! {
+    fn is_the_plain_composition<B>(device) {
+        for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::F16, WeightFormat::Q8, WeightFormat::Q4] {
+            if let Err(error) = format.check::<B::InnerBackend>(&device) {
+                eprintln!("skipped: {error}");
+                continue;
+            }
+            for case in CASES {
+                let whole = [case.d_model, case.heads * case.head_dim, case.d_ff].iter().all(|width| width % 32 == 0);
+                if whole || !matches!(format, WeightFormat::Q8 | WeightFormat::Q4) {
+                    check::<B::InnerBackend>(case, format, &device);
+                }
+            }
+        }
+    }
+}
