@@ -85,7 +85,7 @@ def main():
     end = time.time() + args.seconds
     left = lambda: max(10, end - time.time())
 
-    parity = run([os.path.join(os.path.abspath(binaries), "parity"), "ops::", "block::", "parity::"],
+    parity = run([os.path.join(os.path.abspath(binaries), "parity"), "ops::", "block::", "cached_block::", "parity::"],
                  env={"LLAMA_TEST_DEVICE": args.device, "CUBECL_AUTOTUNE_LEVEL": "minimal",
                       "LLAMA_TEST_FIXTURES": os.path.join(os.path.abspath(binaries), "fixtures")}, limit=left() * 0.6)
     result = [line for line in (parity or "").splitlines() if line.startswith("test result")]
@@ -96,8 +96,10 @@ def main():
         with_torch = feature == "cuda" and torch.cuda.is_available()
     except ImportError:
         with_torch = False
-    print("\n| size | tokens/s | of peak | memory, GB | PyTorch eager | compiled | memory, GB | ratio | decoding, tokens/s |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    formats = ["bf16" if args.precision == "bf16" else "f32", "q8", "q4"]
+    columns = ["size", "tokens/s", "of peak", "memory, GB", "PyTorch eager", "compiled", "memory, GB", "ratio"]
+    columns += [f"decoding {name}, tokens/s" for name in formats]
+    print("\n| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
     sys.path.insert(0, HERE)
     from compare_torch import GpuMemory
 
@@ -108,7 +110,7 @@ def main():
         ours = lines("training", binaries, args.device, ["--size", size, "--precision", args.precision], left())
         if memory:
             memory.done = True
-        decoding = lines("decoding", binaries, args.device, ["--size", size, "--weights", "bf16" if args.precision == "bf16" else "f32"], left())
+        decoding = [lines("decoding", binaries, args.device, ["--size", size, "--weights", name], left()) for name in formats]
         eager, compiled = (torch_row(size, args.precision, c, left()) for c in (False, True)) if with_torch and size != "7b" else (None, None)
         rate = ours[0]["tokens_per_second"] if ours else None
         best = max((row["tokens_per_second"] for row in (eager, compiled) if row), default=None)
@@ -119,7 +121,7 @@ def main():
             show(eager and eager["tokens_per_second"], "{:.0f}"), show(compiled and compiled["tokens_per_second"], "{:.0f}"),
             show(compiled and compiled["memory_bytes"] / 1e9, "{:.1f}"),
             show(rate / best if rate and best else None, "{:.2f}"),
-            show(decoding[0]["tokens_per_second"] if decoding else None, "{:.0f}"),
+            *(show(found[0]["tokens_per_second"] if found else None, "{:.0f}") for found in decoding),
         ]) + " |", flush=True)
 
 

@@ -240,7 +240,9 @@ pub fn cached<B: LlamaBackend>(
 
 /// The matrices as products read them.
 fn operands<B: LlamaBackend>(weights: Weights<B>, spec: &BlockSpec<B>) -> Weights<B> {
-    weights.map_matrices(|weight| B::operand(weight, spec.compute.precision))
+    let BlockWeights { wq, wk, wv, wo, w1, w2, w3, .. } = weights.clone();
+    let mut operands = B::operands(vec![wq, wk, wv, wo, w1, w2, w3], spec.compute.precision).into_iter();
+    weights.map_matrices(|_| operands.next().expect("each matrix has its operand"))
 }
 
 /// The block's result, and what `spec` keeps for [`backward`].

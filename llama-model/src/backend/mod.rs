@@ -132,6 +132,11 @@ pub trait LlamaBackend: Backend {
         }
     }
 
+    /// [`operand`](Self::operand) of several tensors: the weights of a block.
+    fn operands(tensors: Vec<FloatTensor<Self>>, precision: Precision) -> Vec<FloatTensor<Self>> {
+        tensors.into_iter().map(|x| Self::operand(x, precision)).collect()
+    }
+
     /// `x · weightᵀ`, with the weight stored as in the released checkpoints, in the dtype of `x` or a shorter one; the result in that of
     /// `x`.
     ///

@@ -12,37 +12,63 @@ use crate::backend::AdamWStep;
 
 /// Units of a cube.
 const UNITS: usize = 256;
+/// Tensors of a launch that casts, and cubes of each, at most.
+const MAX_TENSORS: usize = 16;
+const MAX_CUBES: usize = 1024;
 
+/// `count` cubes cast each tensor.
 #[cube(launch)]
 fn cast_kernel<F: Float, O: Float, N: Size>(
-    x: &Array<Vector<F, N>>,
-    out: &mut Array<Vector<O, N>>,
+    tensors: &Sequence<Array<Vector<F, N>>>,
+    results: &mut Sequence<Array<Vector<O, N>>>,
+    count: usize,
     #[define(F, O)] _dtypes: [StorageType; 2],
 ) {
-    if ABSOLUTE_POS < out.len() {
-        out[ABSOLUTE_POS] = Vector::cast_from(x[ABSOLUTE_POS]);
+    #[unroll]
+    for index in 0..tensors.len() {
+        if CUBE_POS / count == index {
+            let x = tensors.index(index);
+            let out = results.index_mut(index);
+            let mut at = CUBE_POS % count * UNITS + UNIT_POS as usize;
+            while at < x.len() {
+                out[at] = Vector::cast_from(x[at]);
+                at += count * UNITS;
+            }
+        }
     }
 }
 
 /// In another dtype, or as it is.
 pub(super) fn cast<R: CubeRuntime>(x: CubeTensor<R>, dtype: DType) -> CubeTensor<R> {
-    if x.dtype == dtype {
-        return x;
+    let mut cast = cast_all(vec![x], dtype);
+    cast.remove(0)
+}
+
+/// [`cast`] of several tensors, in few launches.
+pub(super) fn cast_all<R: CubeRuntime>(mut tensors: Vec<CubeTensor<R>>, dtype: DType) -> Vec<CubeTensor<R>> {
+    let Some(first) = tensors.first() else { return tensors };
+    let most = (first.client.properties().hardware.max_bindings as usize / 2).clamp(2, MAX_TENSORS + 1) - 1;
+    let kind = |x: &CubeTensor<R>| (x.dtype, vector_size(x.shape().num_elements()));
+    for alike in tensors.chunk_by_mut(|a, b| kind(a) == kind(b)).flat_map(|alike| alike.chunks_mut(most)) {
+        let (from, size) = kind(&alike[0]);
+        if from == dtype {
+            continue;
+        }
+        let longest = alike.iter().map(|x| x.shape().num_elements() / size).max().unwrap_or(0);
+        let count = longest.div_ceil(UNITS).clamp(1, MAX_CUBES);
+        let (mut inputs, mut results) = (SequenceArg::new(), SequenceArg::new());
+        let client = alike[0].client.clone();
+        let cubes = cubes(count * alike.len());
+        for tensor in alike {
+            let [x] = contiguous([tensor.clone()]);
+            *tensor = empty_like(&x, x.shape(), dtype);
+            inputs.push(x.into_array_arg());
+            results.push(tensor.clone().into_array_arg());
+        }
+        let dtypes = [from.into(), dtype.into()];
+        cast_kernel::launch::<R>(&client, cubes, CubeDim::new_1d(UNITS as u32), size, inputs, results, count, dtypes);
     }
-    let [x] = contiguous([x]);
-    let out = empty_like(&x, x.shape(), dtype);
-    let size = vector_size(x.shape().num_elements());
-    let dtypes = [x.dtype.into(), dtype.into()];
-    cast_kernel::launch::<R>(
-        &x.client.clone(),
-        cubes((x.shape().num_elements() / size).div_ceil(UNITS)),
-        CubeDim::new_1d(UNITS as u32),
-        size,
-        x.into_array_arg(),
-        out.clone().into_array_arg(),
-        dtypes,
-    );
-    out
+    tensors
 }
 
 #[cube(launch)]

@@ -41,8 +41,11 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         product::supported(&R::client(device), precision)
     }
 
-    fn operand(x: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
-        if Self::has_products(&x.device, precision) { elementwise::cast(x, precision.dtype()) } else { x }
+    fn operands(tensors: Vec<FloatTensor<Self>>, precision: Precision) -> Vec<FloatTensor<Self>> {
+        match tensors.first() {
+            Some(x) if product::supported(&x.client, precision) => elementwise::cast_all(tensors, precision.dtype()),
+            _ => tensors,
+        }
     }
 
     fn token_embedding_backward(

@@ -191,15 +191,16 @@ fn attend_kernel(
                 result += result_of[plane * comptime!(group * pairs) + at] * Vector::cast_from(weight);
             }
             let to = (row * kv_heads + kv_head) * group + head;
+            let pair = at % pairs;
             #[comptime]
             match statistics {
                 ComptimeOption::None => {
-                    out[to * pairs + at % pairs] = result / Vector::cast_from(total);
+                    out[to * pairs + pair] = result / Vector::cast_from(total);
                 }
                 ComptimeOption::Some(statistics) => {
                     let to = to * parts + part;
-                    out[to * pairs + at % pairs] = result;
-                    if at % pairs == 0 {
+                    out[to * pairs + pair] = result;
+                    if pair == 0 {
                         statistics[2 * to] = best;
                         statistics[2 * to + 1] = total;
                     }

@@ -8,16 +8,7 @@ use cubecl::ir::StorageType;
 use cubecl::prelude::*;
 
 use super::super::{cubes, empty_like};
-use super::weight::{Four, Product, Weight, products};
-
-/// Units of a cube: few, so that there are cubes for all multiprocessors.
-const UNITS: usize = 128;
-
-/// The number of this plane, which has two rows of weights.
-#[cube]
-fn plane() -> usize {
-    CUBE_POS * CUBE_DIM as usize / PLANE_DIM as usize + UNIT_POS as usize / PLANE_DIM as usize
-}
+use super::weight::{CUBE, Four, Product, Weight, products};
 
 #[cube(launch_unchecked)]
 fn project_kernel<X: Float, W: Numeric, S: Float, N: Size>(
@@ -34,14 +25,14 @@ fn project_kernel<X: Float, W: Numeric, S: Float, N: Size>(
     #[comptime] product: Product,
     #[define(X, W, S)] _dtypes: [StorageType; 3],
 ) {
-    let first = 2 * plane();
+    let first = 2 * CUBE_POS;
     if first < d_out {
         // Of an odd number of rows the last is alone.
         let second = min(first + 1, d_out - 1);
         let pitches = (pitch, scale_pitch);
         let sums =
             products::<X, W, S, N>(x, gain, eps, values, scales, first, values, scales, second, pitches, product);
-        if UNIT_POS_PLANE == 0 {
+        if UNIT_POS == 0 {
             #[unroll]
             for row in 0..comptime!(product.rows) {
                 #[unroll]
@@ -74,12 +65,12 @@ pub(super) fn project<R: CubeRuntime>(
     let out = empty_like(&x, Shape::new([rows, weight.d_out]), x.dtype);
     let (client, dtypes) = (x.client.clone(), dtypes(&x, &weight));
     let ([pitch, scale_pitch], product) = (weight.pitches(), weight.product(rows));
-    // SAFETY: planes behind the last row of the weight do nothing, and units read what is within a row.
+    // SAFETY: cubes behind the last row of the weight do nothing, and units read what is within a row.
     unsafe {
         project_kernel::launch_unchecked::<R>(
             &client,
-            cubes_of(&client, weight.d_out.div_ceil(2)),
-            CubeDim::new_1d(UNITS as u32),
+            cubes(weight.d_out.div_ceil(2)),
+            CubeDim::new_1d(CUBE as u32),
             weight.format.vector_size(),
             x.into_array_arg(),
             gain.map(CubeTensor::into_array_arg).into(),
@@ -114,11 +105,11 @@ fn gated_kernel<X: Float, W: Numeric, S: Float, N: Size>(
     #[comptime] product: Product,
     #[define(X, W, S)] _dtypes: [StorageType; 3],
 ) {
-    let row = plane();
+    let row = CUBE_POS;
     if row < d_ff {
         let pitches = (pitch, scale_pitch);
         let sums = products::<X, W, S, N>(x, gain, eps, gate, gate_scales, row, up, up_scales, row, pitches, product);
-        if UNIT_POS_PLANE == 0 {
+        if UNIT_POS == 0 {
             #[unroll]
             for i in 0..comptime!(product.rows) {
                 let gate = sums[comptime!(2 * i)];
@@ -145,8 +136,8 @@ pub(super) fn gated<R: CubeRuntime>(
     unsafe {
         gated_kernel::launch_unchecked::<R>(
             &client,
-            cubes_of(&client, d_ff),
-            CubeDim::new_1d(UNITS as u32),
+            cubes(d_ff),
+            CubeDim::new_1d(CUBE as u32),
             size,
             x.into_array_arg(),
             Some(gain.into_array_arg()).into(),
@@ -220,17 +211,16 @@ fn qkv_kernel<X: Float, W: Numeric, S: Float, N: Size>(
     #[comptime] product: Product,
     #[define(X, W, S)] _dtypes: [StorageType; 3],
 ) {
-    let plane = plane();
     let pitches = (pitch, scale_pitch);
     let of_q = d_q / 2;
     let of_kv = d_kv / 2;
-    // The two rows of a plane are a pair that the rotary embedding turns.
-    if plane < of_q {
-        let pair = plane % half;
-        let first = plane / half * comptime!(2 * half) + pair;
+    // The two rows of a cube are a pair that the rotary embedding turns.
+    if CUBE_POS < of_q {
+        let pair = CUBE_POS % half;
+        let first = CUBE_POS / half * comptime!(2 * half) + pair;
         let second = first + half;
         let sums = products::<X, W, S, N>(x, gain, eps, wq, wq_scales, first, wq, wq_scales, second, pitches, product);
-        if UNIT_POS_PLANE == 0 {
+        if UNIT_POS == 0 {
             #[unroll]
             for row in 0..comptime!(product.rows) {
                 let (a, b) = turned::<X>(&sums, row, cos, sin, row % seq_len * half + pair);
@@ -238,12 +228,12 @@ fn qkv_kernel<X: Float, W: Numeric, S: Float, N: Size>(
                 q[row * d_q + second] = X::cast_from(b);
             }
         }
-    } else if plane < of_q + of_kv {
-        let pair = (plane - of_q) % half;
-        let first = (plane - of_q) / half * comptime!(2 * half) + pair;
+    } else if CUBE_POS < of_q + of_kv {
+        let pair = (CUBE_POS - of_q) % half;
+        let first = (CUBE_POS - of_q) / half * comptime!(2 * half) + pair;
         let second = first + half;
         let sums = products::<X, W, S, N>(x, gain, eps, wk, wk_scales, first, wk, wk_scales, second, pitches, product);
-        if UNIT_POS_PLANE == 0 {
+        if UNIT_POS == 0 {
             #[unroll]
             for row in 0..comptime!(product.rows) {
                 let (a, b) = turned::<X>(&sums, row, cos, sin, row % seq_len * half + pair);
@@ -252,11 +242,11 @@ fn qkv_kernel<X: Float, W: Numeric, S: Float, N: Size>(
                 keys[position + second] = X::cast_from(b);
             }
         }
-    } else if plane < of_q + 2 * of_kv {
-        let first = 2 * (plane - of_q - of_kv);
+    } else if CUBE_POS < of_q + 2 * of_kv {
+        let first = 2 * (CUBE_POS - of_q - of_kv);
         let second = first + 1;
         let sums = products::<X, W, S, N>(x, gain, eps, wv, wv_scales, first, wv, wv_scales, second, pitches, product);
-        if UNIT_POS_PLANE == 0 {
+        if UNIT_POS == 0 {
             #[unroll]
             for row in 0..comptime!(product.rows) {
                 let position = (row / seq_len * capacity + start + row % seq_len) * d_kv;
@@ -286,8 +276,8 @@ pub(super) fn qkv<R: CubeRuntime>(
     unsafe {
         qkv_kernel::launch_unchecked::<R>(
             &client,
-            cubes_of(&client, wq.d_out / 2 + wk.d_out),
-            CubeDim::new_1d(UNITS as u32),
+            cubes(wq.d_out / 2 + wk.d_out),
+            CubeDim::new_1d(CUBE as u32),
             wq.format.vector_size(),
             x.into_array_arg(),
             Some(gain.into_array_arg()).into(),
@@ -321,9 +311,4 @@ pub(super) fn qkv<R: CubeRuntime>(
 fn dtypes<R: CubeRuntime>(x: &CubeTensor<R>, weight: &Weight<R>) -> [StorageType; 3] {
     let [values, scales] = weight.dtypes();
     [x.dtype.into(), values, scales]
-}
-
-/// Cubes with so many planes, or more where planes are smaller than the device's largest.
-fn cubes_of<R: CubeRuntime>(client: &ComputeClient<R>, planes: usize) -> CubeCount {
-    cubes(planes.div_ceil((UNITS / client.properties().hardware.plane_size_max as usize).max(1)))
 }

@@ -1,4 +1,4 @@
-//! Weights as decoding reads them: a plane reads two rows, once and in order, for all rows of the input.
+//! Weights as decoding reads them: a cube reads two rows, once and in order, for all rows of the input.
 //!
 //! A unit reads 16 bytes of floats at a time, or a word of blocks; the inputs that these are multiplied with come in fours.
 
@@ -15,6 +15,9 @@ use crate::backend::{Bits, QUANT_BLOCK};
 
 /// Inputs that are read at once.
 pub(super) type Four = Const<4>;
+
+/// Units of a cube that multiplies: the rows of small models are not longer than what they read at once.
+pub(super) const CUBE: usize = 128;
 
 /// How a weight is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,17 +68,15 @@ pub(super) struct Product {
     pub(super) d_in: usize,
     /// Of the weights.
     pub(super) format: Format,
+    /// Units of a cube, and most planes that they may be.
+    units: usize,
+    planes: usize,
 }
 
 impl Product {
     /// Parts that units read of a row of the weight.
     fn parts(self) -> usize {
         self.d_in / 4 / self.format.fours()
-    }
-
-    /// Parts that a unit has on their way at once: fewer where the sums take the registers.
-    fn ahead(self) -> usize {
-        if self.rows <= 2 { 4 } else { 2 }
     }
 }
 
@@ -128,7 +129,8 @@ impl<R: CubeRuntime> Weight<R> {
     }
 
     pub(super) fn product(&self, rows: usize) -> Product {
-        Product { rows, d_in: self.d_in, format: self.format }
+        let smallest = self.values.client.properties().hardware.plane_size_min as usize;
+        Product { rows, d_in: self.d_in, format: self.format, units: CUBE, planes: CUBE.div_ceil(smallest.max(1)) }
     }
 }
 
@@ -202,7 +204,7 @@ fn place(part: usize, #[comptime] four: usize, #[comptime] format: Format) -> us
     }
 }
 
-/// Products of a plane's two rows of weights with all rows of the input, or of the input's norm where a gain is given:
+/// Products of a cube's two rows of weights with all rows of the input, or of the input's norm where a gain is given:
 /// `[rows, 2]`, the same in every unit.
 #[cube]
 pub(super) fn products<X: Float, W: Numeric, S: Float, N: Size>(
@@ -220,64 +222,74 @@ pub(super) fn products<X: Float, W: Numeric, S: Float, N: Size>(
 ) -> Array<f32> {
     let rows = comptime!(product.rows);
     let format = comptime!(product.format);
-    let mut sums = Array::<Vector<f32, Four>>::new(comptime!(2 * rows));
-    let mut squares = Array::<Vector<f32, Four>>::new(rows);
+    // Two sums for each row, and with a norm one of squares.
+    let places = comptime!(if gain.is_some() { 3usize } else { 2usize });
+    let mut sums = Array::<Vector<f32, Four>>::new(comptime!(places * rows));
     #[unroll]
-    for row in 0..rows {
-        sums[comptime!(2 * row)] = Vector::cast_from(0.0f32);
-        sums[comptime!(2 * row + 1)] = Vector::cast_from(0.0f32);
-        squares[row] = Vector::cast_from(0.0f32);
+    for i in 0..comptime!(places * rows) {
+        sums[i] = Vector::cast_from(0.0f32);
     }
-    let parts = comptime!(product.parts());
-    let mut part = UNIT_POS_PLANE as usize;
-    while part < parts {
-        let mut a = Sequence::<Array<Vector<f32, Four>>>::new();
-        let mut b = Sequence::<Array<Vector<f32, Four>>>::new();
+    let mut part = UNIT_POS as usize;
+    while part < comptime!(product.parts()) {
+        let a = read::<W, S, N>(first, first_scales, pitches, first_row, part, format);
+        let b = read::<W, S, N>(second, second_scales, pitches, second_row, part, format);
         #[unroll]
-        for ahead in 0..comptime!(product.ahead()) {
-            let part = min(part + ahead * PLANE_DIM as usize, parts - 1);
-            a.push(read::<W, S, N>(first, first_scales, pitches, first_row, part, format));
-            b.push(read::<W, S, N>(second, second_scales, pitches, second_row, part, format));
-        }
-        #[unroll]
-        for ahead in 0..comptime!(product.ahead()) {
-            let part = part + ahead * PLANE_DIM as usize;
-            // What lies behind the row's end is its last part once more, and counts for nothing.
-            let counts = Vector::<f32, Four>::cast_from(select(part < parts, f32::new(1.0), f32::new(0.0)));
+        for four in 0..comptime!(format.fours()) {
+            let at = place(part, four, format);
             #[unroll]
-            for four in 0..comptime!(format.fours()) {
-                let at = place(min(part, parts - 1), four, format);
-                #[unroll]
-                for row in 0..rows {
-                    let mut value = Vector::<f32, Four>::cast_from(x[comptime!(row * product.d_in / 4) + at]) * counts;
-                    #[comptime]
-                    match gain {
-                        ComptimeOption::Some(gain) => {
-                            squares[row] += value * value;
-                            value *= Vector::cast_from(gain[at]);
-                        }
-                        ComptimeOption::None => {}
+            for row in 0..rows {
+                let mut value = Vector::<f32, Four>::cast_from(x[comptime!(row * product.d_in / 4) + at]);
+                #[comptime]
+                match gain {
+                    ComptimeOption::Some(gain) => {
+                        sums[comptime!(places * row + 2)] += value * value;
+                        value *= Vector::cast_from(gain[at]);
                     }
-                    sums[comptime!(2 * row)] += value * a.index(ahead)[four];
-                    sums[comptime!(2 * row + 1)] += value * b.index(ahead)[four];
+                    ComptimeOption::None => {}
                 }
+                sums[comptime!(places * row)] += value * a[four];
+                sums[comptime!(places * row + 1)] += value * b[four];
             }
         }
-        part += comptime!(product.ahead()) * PLANE_DIM as usize;
+        part += comptime!(product.units);
     }
+
+    let mut of_planes = SharedMemory::<f32>::new(comptime!(product.planes * places * rows));
+    #[unroll]
+    for i in 0..comptime!(places * rows) {
+        let sum = plane_sum(lanes(sums[i]));
+        if UNIT_POS_PLANE == 0 {
+            of_planes[UNIT_POS as usize / PLANE_DIM as usize * comptime!(places * rows) + i] = sum;
+        }
+    }
+    sync_cube();
+    let planes = comptime!(product.units) / PLANE_DIM as usize;
     let mut results = Array::<f32>::new(comptime!(2 * rows));
     #[unroll]
     for row in 0..rows {
         // The reciprocal of the root of the mean square is a factor of the whole row.
         let mut factor = f32::new(1.0);
         if comptime!(gain.is_some()) {
-            let mean = plane_sum(lanes(squares[row])) / comptime!(product.d_in as f32);
-            factor = f32::new(1.0) / (mean + eps).sqrt();
+            let squares = across(&of_planes, planes, comptime!(places * row + 2), comptime!(places * rows));
+            factor = f32::new(1.0) / (squares / comptime!(product.d_in as f32) + eps).sqrt();
         }
-        results[comptime!(2 * row)] = plane_sum(lanes(sums[comptime!(2 * row)])) * factor;
-        results[comptime!(2 * row + 1)] = plane_sum(lanes(sums[comptime!(2 * row + 1)])) * factor;
+        #[unroll]
+        for i in 0..2usize {
+            let sum = across(&of_planes, planes, comptime!(places * row + i), comptime!(places * rows));
+            results[comptime!(2 * row + i)] = sum * factor;
+        }
     }
     results
+}
+
+/// The sum of what each plane has in a place.
+#[cube]
+fn across(of_planes: &SharedMemory<f32>, planes: usize, #[comptime] place: usize, #[comptime] places: usize) -> f32 {
+    let mut sum = of_planes[place];
+    for plane in 1..planes {
+        sum += of_planes[plane * places + place];
+    }
+    sum
 }
 
 #[cube(launch_unchecked)]

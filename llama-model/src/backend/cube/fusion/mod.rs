@@ -19,14 +19,14 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
         B::has_products(device, precision)
     }
 
-    fn operand(x: FloatTensor<Self>, precision: Precision) -> FloatTensor<Self> {
-        if x.dtype() == precision.dtype() || !Self::has_products(&Self::float_device(&x), precision) {
-            return x;
+    fn operands(tensors: Vec<FloatTensor<Self>>, precision: Precision) -> Vec<FloatTensor<Self>> {
+        let stored = |x: &FloatTensor<Self>| x.dtype() == precision.dtype();
+        match tensors.first() {
+            Some(x) if Self::has_products(&Self::float_device(x), precision) && !tensors.iter().all(stored) => {}
+            _ => return tensors,
         }
-        // What is rounded for a product comes from a kernel of ours or from the parameters: there is nothing to join it with.
-        let outputs = [(x.shape(), precision.dtype())];
-        let [x] = custom::<B, 1, 1>("operand", [x], None, outputs, move |[x], _| [B::operand(x, precision)]);
-        x
+        let outputs = tensors.iter().map(|x| (x.shape(), precision.dtype())).collect();
+        custom_list::<B>("operands", tensors, vec![], outputs, move |tensors, _| B::operands(tensors, precision))
     }
 
     fn token_embedding_backward(
