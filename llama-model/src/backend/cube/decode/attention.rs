@@ -15,13 +15,13 @@ use super::projection::Positions;
 
 /// Keys that a plane has on their way at once.
 const KEYS: usize = 4;
-/// Keys of a cube before they are shared with another, and cubes that suffice for any device.
-const CHUNK: usize = 512;
+/// Keys of a plane before a cube shares them with another, and cubes that suffice for any device.
+const KEYS_OF_PLANE: usize = 32;
 const MAX_CUBES: usize = 512;
 /// Most heads that share keys: their results stay in registers.
 const MAX_GROUP: usize = 8;
-/// Shared memory that every device has.
-const MAX_SHARED: usize = 16 << 10;
+/// Shared memory of a cube, at most: several have room on a multiprocessor.
+const MAX_SHARED: usize = 48 << 10;
 /// Units of a cube that puts parts together.
 const UNITS: usize = 256;
 
@@ -248,9 +248,12 @@ fn heads<R: CubeRuntime>(
 ) -> Option<Heads> {
     let group = n_heads / n_kv_heads;
     let pairs = head_dim / 2;
-    let per_unit = pairs.div_ceil(client.properties().hardware.plane_size_min as usize);
+    let hardware = &client.properties().hardware;
+    let plane = hardware.plane_size_min as usize;
+    let per_unit = pairs.div_ceil(plane);
+    let (room, units) = (hardware.max_shared_memory_size.min(MAX_SHARED), hardware.max_units_per_cube as usize);
     let bytes = |planes: usize| planes * group * (8 * pairs + 8);
-    let planes = [16, 8, 4, 2, 1].into_iter().find(|planes| bytes(*planes) <= MAX_SHARED)?;
+    let planes = [16, 8, 4, 2, 1].into_iter().find(|planes| bytes(*planes) <= room && planes * plane <= units)?;
     (group <= MAX_GROUP && group * per_unit <= MAX_GROUP * 4).then_some(Heads { group, pairs, per_unit, planes })
 }
 
@@ -278,7 +281,7 @@ pub(super) fn attend<R: CubeRuntime>(
     let n_heads = d_q / head_dim;
     let heads = heads(&client, n_heads, kv_heads, head_dim).expect("the caller asked whether it fits");
     let seen = start + seq_len;
-    let parts = seen.div_ceil(CHUNK).min((MAX_CUBES / (rows * kv_heads)).max(1));
+    let parts = seen.div_ceil(KEYS_OF_PLANE * heads.planes).min((MAX_CUBES / (rows * kv_heads)).max(1));
     let out = empty_like(&q, q.shape(), q.dtype);
     let partial = (parts > 1).then(|| {
         let results = empty_like(&q, Shape::new([rows, n_heads, parts, head_dim]), DType::F32);
