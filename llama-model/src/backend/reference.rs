@@ -1,4 +1,4 @@
-//! The specification: every operation of [`LlamaBackend`](super::LlamaBackend) in plain Burn operations, forward and
+//! The specification: every operation of [`LlamaBackend`] in plain Burn operations, forward and
 //! backward. Faster bodies are tested against these; their backwards against finite differences in f64.
 
 use burn::tensor::backend::Backend;
@@ -15,7 +15,7 @@ pub const CROSS_ENTROPY_CHUNK: usize = 512;
 /// Score of a masked pair: small enough to vanish, finite because not every shader language has infinities.
 const MASKED: f64 = -1e30;
 
-/// [`LlamaBackend::project`](super::LlamaBackend::project).
+/// [`LlamaBackend::project`].
 pub fn project<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>, precision: Precision) -> FloatTensor<B> {
     let weight = if weight.dtype() == x.dtype() { weight } else { B::float_cast(weight, x.dtype().into()) };
     product::<B>(x, B::float_transpose(weight), precision)
@@ -33,7 +33,7 @@ fn product<B: Backend>(a: FloatTensor<B>, b: FloatTensor<B>, precision: Precisio
     }
 }
 
-/// [`LlamaBackend::project_backward_input`](super::LlamaBackend::project_backward_input).
+/// [`LlamaBackend::project_backward_input`].
 ///
 /// # Panics
 /// Without pairs.
@@ -50,7 +50,7 @@ pub fn project_backward_input<B: Backend>(
     cast::<B>(products.reduce(B::float_add).expect("an input is read by a weight"), dtype)
 }
 
-/// [`LlamaBackend::project_backward_weight`](super::LlamaBackend::project_backward_weight).
+/// [`LlamaBackend::project_backward_weight`].
 pub fn project_backward_weight<B: Backend>(
     grad: FloatTensor<B>,
     x: FloatTensor<B>,
@@ -63,7 +63,7 @@ fn matmul<B: Backend>(a: Tensor<B, 4>, b: Tensor<B, 4>, precision: Precision) ->
     tensor(product::<B>(primitive(a), primitive(b), precision))
 }
 
-/// [`LlamaBackend::token_embedding_backward`](super::LlamaBackend::token_embedding_backward).
+/// [`LlamaBackend::token_embedding_backward`].
 pub fn token_embedding_backward<B: Backend>(
     grad: FloatTensor<B>,
     tokens: IntTensor<B>,
@@ -76,7 +76,7 @@ pub fn token_embedding_backward<B: Backend>(
     B::float_select_add(sum, 0, tokens, primitive(grad))
 }
 
-/// [`LlamaBackend::scale`](super::LlamaBackend::scale).
+/// [`LlamaBackend::scale`].
 pub fn scale<B: Backend>(x: FloatTensor<B>, factor: FloatTensor<B>) -> FloatTensor<B> {
     let ones = vec![1; x.shape().num_dims()];
     let factor = B::float_cast(B::float_reshape(factor, ones.into()), x.dtype().into());
@@ -93,7 +93,7 @@ fn widened<B: Backend>(x: FloatTensor<B>) -> Tensor<B, 2> {
     tensor(cast::<B>(x, dtype))
 }
 
-/// [`LlamaBackend::rms_norm`](super::LlamaBackend::rms_norm).
+/// [`LlamaBackend::rms_norm`].
 pub fn rms_norm<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>, eps: f64) -> (FloatTensor<B>, FloatTensor<B>) {
     let (x, weight) = (tensor::<B, 2>(x), tensor::<B, 1>(weight));
     let dtype = x.dtype();
@@ -103,7 +103,7 @@ pub fn rms_norm<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>, eps: f64)
     (primitive(normed * weight.unsqueeze()), primitive(inv_rms))
 }
 
-/// [`LlamaBackend::rms_norm_backward`](super::LlamaBackend::rms_norm_backward).
+/// [`LlamaBackend::rms_norm_backward`].
 ///
 /// With `x̂ = x / rms` and `g = grad · weight`: `dx = (g - x̂ · mean(g · x̂)) / rms`, `dweight = Σ grad · x̂`.
 pub fn rms_norm_backward<B: Backend>(
@@ -126,7 +126,7 @@ pub fn rms_norm_backward<B: Backend>(
     (primitive(d_x), primitive(d_weight.cast(dtype)))
 }
 
-/// [`LlamaBackend::rotary`](super::LlamaBackend::rotary).
+/// [`LlamaBackend::rotary`].
 pub fn rotary<B: Backend>(
     x: FloatTensor<B>,
     cos: FloatTensor<B>,
@@ -186,7 +186,7 @@ fn masked_scores<B: Backend>(
     scores.mask_fill(before, MASKED)
 }
 
-/// [`LlamaBackend::causal_attention`](super::LlamaBackend::causal_attention).
+/// [`LlamaBackend::causal_attention`].
 pub fn causal_attention<B: Backend>(
     q: FloatTensor<B>,
     k: FloatTensor<B>,
@@ -215,7 +215,7 @@ pub fn cache_write<B: Backend>(cache: FloatTensor<B>, new: FloatTensor<B>, start
     primitive(cache.slice_assign([0..batch, start..start + len, 0..heads, 0..head_dim], new))
 }
 
-/// [`LlamaBackend::cached_attention`](super::LlamaBackend::cached_attention).
+/// [`LlamaBackend::cached_attention`].
 pub fn cached_attention<B: LlamaBackend>(
     q: FloatTensor<B>,
     keys: FloatTensor<B>,
@@ -228,7 +228,7 @@ pub fn cached_attention<B: LlamaBackend>(
     out
 }
 
-/// [`LlamaBackend::causal_attention_backward`](super::LlamaBackend::causal_attention_backward).
+/// [`LlamaBackend::causal_attention_backward`].
 ///
 /// With `P = exp(S - lse)`: `dV = Pᵀ dO`, `dP = dO Vᵀ`, `dS = P · (dP - rowsum(dO · O))`, `dQ = scale dS K`,
 /// `dK = scale dSᵀ Q` (Dao et al., FlashAttention, appendix B).
@@ -261,14 +261,14 @@ pub fn causal_attention_backward<B: Backend>(saved: AttentionSaved<B>, grad: Flo
     [primitive(d_q.swap_dims(1, 2)), primitive(group_sum(d_k)), primitive(group_sum(d_v))]
 }
 
-/// [`LlamaBackend::swiglu`](super::LlamaBackend::swiglu).
+/// [`LlamaBackend::swiglu`].
 pub fn swiglu<B: Backend>(gate: FloatTensor<B>, up: FloatTensor<B>) -> FloatTensor<B> {
     let dtype = gate.dtype();
     let [gate, up] = [gate, up].map(widened::<B>);
     cast::<B>(primitive(activation::silu(gate) * up), dtype)
 }
 
-/// [`LlamaBackend::swiglu_backward`](super::LlamaBackend::swiglu_backward).
+/// [`LlamaBackend::swiglu_backward`].
 ///
 /// With `σ = sigmoid(gate)`: `dgate = grad · up · σ · (1 + gate · (1 - σ))`, `dup = grad · gate · σ`.
 pub fn swiglu_backward<B: Backend>(
@@ -342,7 +342,7 @@ pub(super) fn chunks<B: Backend>(
     })
 }
 
-/// [`LlamaBackend::token_losses`](super::LlamaBackend::token_losses).
+/// [`LlamaBackend::token_losses`].
 pub fn token_losses<B: Backend>(
     hidden: FloatTensor<B>,
     head: FloatTensor<B>,
@@ -358,7 +358,7 @@ pub fn token_losses<B: Backend>(
     primitive(Tensor::cat(losses, 0))
 }
 
-/// [`LlamaBackend::linear_cross_entropy_with_grads`](super::LlamaBackend::linear_cross_entropy_with_grads).
+/// [`LlamaBackend::linear_cross_entropy_with_grads`].
 pub fn linear_cross_entropy_with_grads<B: Backend>(
     hidden: FloatTensor<B>,
     head: FloatTensor<B>,
@@ -397,7 +397,7 @@ pub(super) fn chunked_cross_entropy<B: Backend>(
     [primitive(loss), primitive(Tensor::cat(d_hidden, 0)), primitive(d_head)]
 }
 
-/// [`LlamaBackend::adamw`](super::LlamaBackend::adamw).
+/// [`LlamaBackend::adamw`].
 pub fn adamw<B: Backend>(
     param: FloatTensor<B>,
     grad: FloatTensor<B>,
@@ -422,7 +422,7 @@ pub fn adamw<B: Backend>(
     [(param, param_shape), (m, m_shape), (v, v_shape)].map(|(x, shape)| B::float_reshape(primitive(x), shape))
 }
 
-/// [`LlamaBackend::sums_of_squares`](super::LlamaBackend::sums_of_squares).
+/// [`LlamaBackend::sums_of_squares`].
 pub fn sums_of_squares<B: Backend>(tensors: Vec<FloatTensor<B>>) -> FloatTensor<B> {
     B::float_cat(tensors.into_iter().map(|x| B::float_sum(B::float_mul(x.clone(), x))).collect(), 0)
 }
