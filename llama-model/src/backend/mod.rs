@@ -20,9 +20,9 @@ pub mod ops;
 pub mod quantized;
 pub mod reference;
 
+use burn::tensor::DType;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::{FloatTensor, IntTensor};
-use burn::tensor::{DType, TensorMetadata};
 
 use crate::Precision;
 pub use block::{BlockCache, BlockSpec, BlockWeights};
@@ -161,13 +161,7 @@ pub trait LlamaBackend: Backend {
         weights: Vec<QuantizedWeight<Self>>,
         precision: Precision,
     ) -> Vec<FloatTensor<Self>> {
-        // What products take as it is, they need not round.
-        let dtype = match Self::has_products(&Self::float_device(&x), precision) {
-            true => precision.dtype(),
-            false => x.dtype(),
-        };
-        let weights = weights.into_iter().map(|weight| Self::widen(weight, dtype)).collect();
-        Self::project_all(x, weights, precision)
+        reference::project_quantized::<Self>(x, weights, precision)
     }
 
     /// A weight in 8 or 4 bits as floats.

@@ -6,7 +6,7 @@ use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Int, Tensor, TensorMetadata, activation};
 
 use super::ops::{cast, primitive, tensor};
-use super::{AdamWStep, AttentionSaved, AttentionSpec, IGNORE_TARGET, LlamaBackend, LossSpec};
+use super::{AdamWStep, AttentionSaved, AttentionSpec, IGNORE_TARGET, LlamaBackend, LossSpec, QuantizedWeight};
 use crate::Precision;
 
 /// Rows of logits that exist at once in the chunked cross entropy.
@@ -31,6 +31,18 @@ fn product<B: Backend>(a: FloatTensor<B>, b: FloatTensor<B>, precision: Precisio
             B::float_cast(B::float_matmul(a, b), dtype.into())
         }
     }
+}
+
+/// [`LlamaBackend::project_quantized`].
+pub fn project_quantized<B: LlamaBackend>(
+    x: FloatTensor<B>,
+    weights: Vec<QuantizedWeight<B>>,
+    precision: Precision,
+) -> Vec<FloatTensor<B>> {
+    // What products take as it is, they need not round.
+    let dtype = if B::has_products(&B::float_device(&x), precision) { precision.dtype() } else { x.dtype() };
+    let weights = weights.into_iter().map(|weight| B::widen(weight, dtype)).collect();
+    B::project_all(x, weights, precision)
 }
 
 /// [`LlamaBackend::project_backward_input`].

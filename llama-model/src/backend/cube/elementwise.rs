@@ -7,13 +7,12 @@ use cubecl::cube;
 use cubecl::prelude::*;
 
 use super::reduce::vector_size;
-use super::{contiguous, cubes, empty_like};
+use super::{batches, contiguous, cubes, empty_like, owned};
 use crate::backend::AdamWStep;
 
 /// Units of a cube.
 const UNITS: usize = 256;
-/// Tensors of a launch that casts, and cubes of each, at most.
-const MAX_TENSORS: usize = 16;
+/// Cubes that cast a tensor, at most.
 const MAX_CUBES: usize = 1024;
 
 /// `count` cubes cast each tensor.
@@ -45,30 +44,29 @@ pub(super) fn cast<R: CubeRuntime>(x: CubeTensor<R>, dtype: DType) -> CubeTensor
 }
 
 /// [`cast`] of several tensors, in few launches.
-pub(super) fn cast_all<R: CubeRuntime>(mut tensors: Vec<CubeTensor<R>>, dtype: DType) -> Vec<CubeTensor<R>> {
-    let Some(first) = tensors.first() else { return tensors };
-    let most = (first.client.properties().hardware.max_bindings as usize / 2).clamp(2, MAX_TENSORS + 1) - 1;
-    let kind = |x: &CubeTensor<R>| (x.dtype, vector_size(x.shape().num_elements()));
-    for alike in tensors.chunk_by_mut(|a, b| kind(a) == kind(b)).flat_map(|alike| alike.chunks_mut(most)) {
-        let (from, size) = kind(&alike[0]);
+pub(super) fn cast_all<R: CubeRuntime>(tensors: Vec<CubeTensor<R>>, dtype: DType) -> Vec<CubeTensor<R>> {
+    let mut casts = Vec::with_capacity(tensors.len());
+    for (alike, size) in batches(&tensors, 2) {
+        let (client, from) = (alike[0].client.clone(), alike[0].dtype);
         if from == dtype {
+            casts.extend_from_slice(alike);
             continue;
         }
         let longest = alike.iter().map(|x| x.shape().num_elements() / size).max().unwrap_or(0);
         let count = longest.div_ceil(UNITS).clamp(1, MAX_CUBES);
         let (mut inputs, mut results) = (SequenceArg::new(), SequenceArg::new());
-        let client = alike[0].client.clone();
-        let cubes = cubes(count * alike.len());
-        for tensor in alike {
-            let [x] = contiguous([tensor.clone()]);
-            *tensor = empty_like(&x, x.shape(), dtype);
+        for x in alike {
+            let [x] = contiguous([x.clone()]);
+            let cast = empty_like(&x, x.shape(), dtype);
             inputs.push(x.into_array_arg());
-            results.push(tensor.clone().into_array_arg());
+            results.push(cast.clone().into_array_arg());
+            casts.push(cast);
         }
+        let (cubes, units) = (cubes(count * alike.len()), CubeDim::new_1d(UNITS as u32));
         let dtypes = [from.into(), dtype.into()];
-        cast_kernel::launch::<R>(&client, cubes, CubeDim::new_1d(UNITS as u32), size, inputs, results, count, dtypes);
+        cast_kernel::launch::<R>(&client, cubes, units, size, inputs, results, count, dtypes);
     }
-    tensors
+    casts
 }
 
 #[cube(launch)]
@@ -168,7 +166,7 @@ pub(super) fn adamw<R: CubeRuntime>(
     v: CubeTensor<R>,
     step: &AdamWStep,
 ) -> [CubeTensor<R>; 3] {
-    let [param, m, v] = contiguous([param, m, v]).map(|x| if x.can_mut() { x } else { x.copy() });
+    let [param, m, v] = owned([param, m, v]);
     let [grad] = contiguous([grad]);
     let (correction_1, correction_2) = step.bias_corrections();
     let dtypes = [param.dtype.into(), grad.dtype.into()];

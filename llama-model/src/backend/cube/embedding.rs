@@ -7,7 +7,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::cube;
 use cubecl::prelude::*;
 
-use super::{contiguous, cubes};
+use super::{contiguous, cubes, owned};
 
 /// Units of a cube, and tokens that are looked at together.
 const UNITS: usize = 256;
@@ -81,7 +81,7 @@ pub(super) fn backward<R: CubeRuntime>(
     let [grad, tokens] = contiguous([grad, tokens]);
     let (client, device) = (grad.client.clone(), grad.device.clone());
     let sum = sum.unwrap_or_else(|| zeros(device, Shape::new([vocab_size, grad.shape()[1]]), grad.dtype));
-    let [sum] = contiguous([sum]).map(|sum| if sum.can_mut() { sum } else { sum.copy() });
+    let [sum] = owned([sum]);
     let dtypes = [grad.dtype.into(), tokens.dtype.into()];
     backward_kernel::launch::<R>(
         &client,

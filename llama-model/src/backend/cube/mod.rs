@@ -36,6 +36,9 @@ use super::{
 };
 use crate::Precision;
 
+/// Tensors of a launch that takes several.
+const MAX_TENSORS: usize = 16;
+
 impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBackend for CubeBackend<R, F, I, BT> {
     fn has_products(device: &Self::Device, precision: Precision) -> bool {
         product::supported(&R::client(device), precision)
@@ -90,13 +93,9 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         weights: Vec<QuantizedWeight<Self>>,
         precision: Precision,
     ) -> Vec<FloatTensor<Self>> {
-        let project = |weight: QuantizedWeight<Self>| {
-            decode::project_quantized(&x, weight.bits, &weight.words, &weight.scales).unwrap_or_else(|| {
-                let dtype = if product::supported(&x.client, precision) { precision.dtype() } else { x.dtype };
-                Self::project(x.clone(), Self::widen(weight, dtype), precision)
-            })
-        };
-        weights.into_iter().map(project).collect()
+        let project = |QuantizedWeight { bits, words, scales }: &_| decode::project_quantized(&x, *bits, words, scales);
+        let products: Option<Vec<_>> = weights.iter().map(project).collect();
+        products.unwrap_or_else(|| reference::project_quantized::<Self>(x, weights, precision))
     }
 
     fn widen(weight: QuantizedWeight<Self>, dtype: DType) -> FloatTensor<Self> {
@@ -330,6 +329,24 @@ fn empty_like<R: CubeRuntime>(x: &CubeTensor<R>, shape: Shape, dtype: DType) -> 
 /// Without padding between rows.
 fn contiguous<R: CubeRuntime, const N: usize>(tensors: [CubeTensor<R>; N]) -> [CubeTensor<R>; N] {
     tensors.map(into_contiguous)
+}
+
+/// Without padding, and nobody else's: a kernel may write into them.
+fn owned<R: CubeRuntime, const N: usize>(tensors: [CubeTensor<R>; N]) -> [CubeTensor<R>; N] {
+    contiguous(tensors).map(|x| if x.can_mut() { x } else { x.copy() })
+}
+
+/// Tensors for one launch each time: neighbours of one type, and of one size of the vectors that they are read by. Each takes so many
+/// bindings of those that the device has.
+fn batches<R: CubeRuntime>(
+    tensors: &[CubeTensor<R>],
+    bindings: usize,
+) -> impl Iterator<Item = (&[CubeTensor<R>], usize)> {
+    let room = tensors.first().map_or(0, |x| x.client.properties().hardware.max_bindings as usize);
+    let most = (room.saturating_sub(2) / bindings).clamp(1, MAX_TENSORS);
+    let size = |x: &CubeTensor<R>| reduce::vector_size(x.shape().num_elements());
+    let alike = move |a: &CubeTensor<R>, b: &CubeTensor<R>| (a.dtype, size(a)) == (b.dtype, size(b));
+    tensors.chunk_by(alike).flat_map(move |alike| alike.chunks(most)).map(move |alike| (alike, size(&alike[0])))
 }
 
 /// At least `count` cubes, in no dimension more than every device has.

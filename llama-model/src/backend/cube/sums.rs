@@ -7,12 +7,10 @@ use cubecl::cube;
 use cubecl::prelude::*;
 
 use super::reduce::{UNITS, cube_sum, lanes, planes, vector_size};
-use super::{contiguous, cubes, empty_like};
+use super::{batches, contiguous, cubes, empty_like};
 
 /// Cubes that share a tensor whose squares are summed.
 const PARTS: usize = 256;
-/// Tensors of a launch, at most.
-const MAX_TENSORS: usize = 16;
 /// Columns of a cube that sums rows; its units are this many times [`LANES`]. Few, so that many cubes share the rows.
 const COLUMNS: usize = 8;
 const LANES: usize = UNITS / COLUMNS;
@@ -93,12 +91,8 @@ pub(super) fn total<R: CubeRuntime>(x: CubeTensor<R>) -> CubeTensor<R> {
 pub(super) fn sums_of_squares<R: CubeRuntime>(tensors: Vec<CubeTensor<R>>) -> CubeTensor<R> {
     let count = tensors.len();
     let parts = empty_like(&tensors[0], Shape::new([count, PARTS]), DType::F32);
-    let room = parts.client.properties().hardware.max_bindings as usize;
-    let most = MAX_TENSORS.min(room.saturating_sub(2)).max(1);
-    let kind = |x: &CubeTensor<R>| (x.dtype, vector_size(x.shape().num_elements()));
     let mut first = 0;
-    for alike in tensors.chunk_by(|a, b| kind(a) == kind(b)).flat_map(|alike| alike.chunks(most)) {
-        let (_, size) = kind(&alike[0]);
+    for (alike, size) in batches(&tensors, 1) {
         sum_parts(alike.to_vec(), size, &parts, first * PARTS, PARTS, true);
         first += alike.len();
     }

@@ -9,7 +9,7 @@ use cubecl::prelude::*;
 
 use super::super::attention::MASKED;
 use super::super::mma::Pair;
-use super::super::reduce::lanes;
+use super::super::reduce::{UNITS, lanes};
 use super::super::{cubes, empty_like};
 use super::projection::Positions;
 
@@ -22,8 +22,6 @@ const MAX_CUBES: usize = 512;
 const MAX_GROUP: usize = 8;
 /// Shared memory of a cube, at most: several have room on a multiprocessor.
 const MAX_SHARED: usize = 48 << 10;
-/// Units of a cube that puts parts together.
-const UNITS: usize = 256;
 
 /// What the kernel is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -16,8 +16,8 @@ use burn_cubecl::CubeRuntime;
 use burn_cubecl::ops::reshape;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::contiguous;
 use super::reduce::planes;
+use super::{contiguous, owned};
 use crate::backend::{AttentionSpec, Bits, BlockCache, BlockSpec, BlockWeights, Matrix, QuantizedWeight};
 
 mod attention;
@@ -30,16 +30,16 @@ use weight::Weight;
 /// Most rows: their sums stay in registers.
 pub(super) const MAX_ROWS: usize = 8;
 
-/// Whether the kernels take an input: of few rows, of whole vectors.
+/// Whether the kernels take an input: of few rows. That they are whole vectors, a [`Weight`] has looked at.
 fn fits<R: CubeRuntime>(x: &CubeTensor<R>) -> bool {
-    planes(&x.client) && x.shape()[0] <= MAX_ROWS && x.shape()[1].is_multiple_of(4) && x.dtype != DType::F64
+    planes(&x.client) && x.shape()[0] <= MAX_ROWS && x.dtype != DType::F64
 }
 
 /// [`LlamaBackend::project`] of at most [`MAX_ROWS`] rows, summed in f32; none if the kernel does not take it.
 pub(super) fn project<R: CubeRuntime>(x: &CubeTensor<R>, weight: &CubeTensor<R>) -> Option<CubeTensor<R>> {
     let weight = Weight::floats(weight).filter(|_| fits(x))?;
     let [x] = contiguous([x.clone()]);
-    Some(projection::project(x, None, weight, None, 0.0))
+    Some(projection::project(x, weight, None))
 }
 
 /// [`project`] for a weight in blocks.
@@ -51,7 +51,7 @@ pub(super) fn project_quantized<R: CubeRuntime>(
 ) -> Option<CubeTensor<R>> {
     let weight = Weight::blocks(bits, words, scales).filter(|_| fits(x))?;
     let [x] = contiguous([x.clone()]);
-    Some(projection::project(x, None, weight, None, 0.0))
+    Some(projection::project(x, weight, None))
 }
 
 /// [`LlamaBackend::widen`]; none for a weight that kernels do not read.
@@ -110,10 +110,9 @@ where
     let alike = wk.is_like(&wq) && wv.is_like(&wq) && w3.is_like(&w1);
     let floats = [x, attention_norm, ffn_norm, &cache.keys, &cache.values, &spec.cos, &spec.sin];
     let in_f32 = floats.into_iter().all(|tensor| tensor.dtype == DType::F32);
-    let whole = [x.shape()[1], wo.d_in, w2.d_in].into_iter().all(|width| width.is_multiple_of(4));
     let head_dim = spec.head_dim;
     let heads = attention::fits(&x.client, wq.d_out / head_dim, wk.d_out / head_dim, head_dim);
-    (fits(x) && alike && in_f32 && whole && heads).then(|| Matrices([wq, wk, wv, wo, w1, w2, w3]))
+    (fits(x) && alike && in_f32 && heads).then(|| Matrices([wq, wk, wv, wo, w1, w2, w3]))
 }
 
 /// [`LlamaBackend::cached_block`](crate::LlamaBackend::cached_block) of at most [`MAX_ROWS`] rows.
@@ -131,7 +130,7 @@ where
     let BlockSpec { seq_len, head_dim, eps, compute, .. } = spec;
     let ([x], [attention_norm, ffn_norm]) = (contiguous([x]), contiguous(norms));
     let BlockCache { keys, values, len } = cache;
-    let [keys, values] = contiguous([keys, values]).map(|x| if x.can_mut() { x } else { x.copy() });
+    let [keys, values] = owned([keys, values]);
     let positions = Positions { start: len, seq_len, capacity: keys.shape()[1] };
     let scale = AttentionSpec::new(head_dim, compute.precision).scale;
 
@@ -139,8 +138,8 @@ where
     let tables = contiguous([spec.cos, spec.sin]);
     let q = projection::qkv(x.clone(), attention_norm, [wq, wk, wv], tables, of_cache, positions, eps);
     let out = attention::attend(q, of_cache, positions, scale);
-    let h = projection::project(out, None, wo, Some(x), 0.0);
+    let h = projection::project(out, wo, Some(x));
     let product = projection::gated(h.clone(), ffn_norm, [w1, w3], eps);
-    let out = projection::project(product, None, w2, Some(h), 0.0);
+    let out = projection::project(product, w2, Some(h));
     (out, BlockCache { keys, values, len: len + seq_len })
 }

@@ -53,13 +53,11 @@ fn project_kernel<X: Float, W: Numeric, S: Float, N: Size>(
     }
 }
 
-/// `x · weightᵀ`, or `rms_norm(x) · weightᵀ` with a gain; a residual is added.
+/// `x · weightᵀ`, to which a residual is added.
 pub(super) fn project<R: CubeRuntime>(
     x: CubeTensor<R>,
-    gain: Option<CubeTensor<R>>,
     weight: Weight<R>,
     residual: Option<CubeTensor<R>>,
-    eps: f64,
 ) -> CubeTensor<R> {
     let [rows, _] = x.shape().dims();
     let out = empty_like(&x, Shape::new([rows, weight.d_out]), x.dtype);
@@ -73,7 +71,7 @@ pub(super) fn project<R: CubeRuntime>(
             CubeDim::new_1d(CUBE as u32),
             weight.format.vector_size(),
             x.into_array_arg(),
-            gain.map(CubeTensor::into_array_arg).into(),
+            None.into(),
             weight.values.into_array_arg(),
             weight.scales.map(CubeTensor::into_array_arg).into(),
             residual.map(CubeTensor::into_array_arg).into(),
@@ -81,7 +79,7 @@ pub(super) fn project<R: CubeRuntime>(
             weight.d_out,
             pitch,
             scale_pitch,
-            eps as f32,
+            0.0,
             product,
             dtypes,
         );
