@@ -1,7 +1,7 @@
 //! Tests across crates, one binary. The device is chosen by `LLAMA_TEST_DEVICE` (default `flex`):
 //!
 //! ```sh
-//! LLAMA_TEST_DEVICE=vulkan cargo test --release --features vulkan --test main parity ops
+//! LLAMA_TEST_DEVICE=vulkan cargo test --profile quick --features vulkan --test main parity ops
 //! ```
 //!
 //! Tests with files that are not this project's to ship look for them in the folder of `LLAMA_TEST_DATA` and are skipped,
