@@ -1,6 +1,7 @@
 //! Products and attention in bf16 and f16, on operands in f32 and stored in that precision, against f32 on the CPU.
 
 use burn::backend::Flex;
+use burn::tensor::backend::AutodiffBackend;
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{DType, Tensor};
 use llama::model::backend::ops::{primitive, tensor};
@@ -9,6 +10,18 @@ use llama::model::{Precision, TrainBackend};
 
 use super::{Attention, Case, random};
 use crate::support::{close, device_test, floats, scale};
+
+type Inner<B> = <B as AutodiffBackend>::InnerBackend;
+
+/// Whether operands are stored in the precision: as f32 where the device has the type, and stored too where it multiplies
+/// them so.
+fn forms<B: LlamaBackend>(precision: Precision, device: &B::Device) -> Vec<bool> {
+    if let Err(error) = precision.check::<B>(device) {
+        eprintln!("skipped: {error}");
+        return Vec::new();
+    }
+    if B::has_products(device, precision) { vec![false, true] } else { vec![false] }
+}
 
 /// Largest allowed error of what products in this precision make, to the scale of the result.
 fn rounding(precision: Precision) -> f64 {
@@ -29,15 +42,9 @@ device_test! {
 
 /// Products in a lower precision, whose operands may be stored so, against f32 on the CPU: whole and broken tiles, long and short sums.
 fn products_in<B: TrainBackend>(precision: Precision, device: &B::Device) {
-    type Inner<B> = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
-    if let Err(error) = precision.check::<B>(device) {
-        return eprintln!("skipped: {error}");
-    }
+    let forms = forms::<Inner<B>>(precision, device);
     for [tokens, d_in, d_out] in [[24, 16, 24], [40, 72, 136], [130, 264, 520], [1000, 96, 48], [2056, 136, 264]] {
-        for stored in [false, true] {
-            if stored && !Inner::<B>::has_products(device, precision) {
-                continue;
-            }
+        for &stored in &forms {
             let store = |x: Tensor<Inner<B>, 2>| primitive(if stored { x.cast(precision.dtype()) } else { x });
             let check = |name: &str,
                          dims: [[usize; 2]; 2],
@@ -117,14 +124,7 @@ device_test! {
 }
 
 fn attention_in<B: TrainBackend>(precision: Precision, device: &B::Device) {
-    type Inner<B> = <B as burn::tensor::backend::AutodiffBackend>::InnerBackend;
-    if let Err(error) = precision.check::<B>(device) {
-        return eprintln!("skipped: {error}");
-    }
-    for stored in [false, true] {
-        if stored && !Inner::<B>::has_products(device, precision) {
-            continue;
-        }
+    for stored in forms::<Inner<B>>(precision, device) {
         for (q_len, kv_len, head_dim, documents) in
             [(1, 1, 64, 0), (1, 70, 64, 0), (130, 200, 64, 0), (200, 200, 128, 0), (150, 150, 64, 40), (17, 17, 16, 0)]
         {
