@@ -15,9 +15,9 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Parser;
-use common::{Loaded, ModelArgs, SamplingArgs, show};
-use llama::model::generate::{GenerateOptions, Generated, Generation, Session};
-use llama::model::{BackendTask, Device, ModelError, TrainBackend};
+use common::{ModelArgs, SamplingArgs, show};
+use llama::model::ModelError;
+use llama::model::generate::{GenerateOptions, Generated};
 use llama::text::{self, Message};
 
 /// A conversation with a model.
@@ -48,67 +48,53 @@ static MEMORY: llama::model::HugePages = llama::model::HugePages;
 fn main() -> Result<()> {
     llama::model::tune_process();
     let args = Args::parse();
-    let device: Device = args.loading.device.parse()?;
-    device.run(Chat(args))?
-}
-
-struct Chat(Args);
-
-impl BackendTask for Chat {
-    type Output = Result<()>;
-
-    fn run<B: TrainBackend>(self, device: B::Device) -> Result<()> {
-        let Self(args) = self;
-        let Loaded { model, config, codec } = common::load::<B::InnerBackend>(&args.model, &args.loading, &device)?;
-        let system: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
-        let mut messages = system.clone();
-        // Different vocabularies end a turn in different ways.
-        let ends = ["<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>"];
-        let stop_tokens: Vec<u32> =
-            codec.eos.into_iter().chain(ends.iter().filter_map(|end| codec.special(end))).collect();
-        // What was read of the conversation is not read again.
-        let mut session = Session::new(&config, args.context.min(config.max_seq_len), &device)?;
-        show("> ")?;
-        for line in std::io::stdin().lock().lines() {
-            let line = line?;
-            if line.trim() == "/new" {
-                messages = system.clone();
-            } else if !line.trim().is_empty() {
-                messages.push(Message::new("user", line));
-                let prompt = text::chat_prompt(&codec, &messages)?;
-                let options = GenerateOptions {
-                    max_new_tokens: args.max_new_tokens,
-                    sampling: args.sampling.sampling(),
-                    seed: args.sampling.seed + messages.len() as u64,
-                    stop_tokens: stop_tokens.clone(),
-                    ..Default::default()
-                };
-                let mut stream = codec.stream(true);
-                let mut answer = String::new();
-                let mut generation = Generation::in_session(&model, session, prompt, options, &device)?;
-                for step in &mut generation {
-                    let tokens = match step {
-                        Err(ModelError::CacheFull { .. }) => {
-                            show("\n(the context is full; /new begins a new conversation)")?;
-                            break;
-                        }
-                        step => step?,
-                    };
-                    for Generated { token, .. } in tokens.into_iter().flatten() {
-                        let new = stream.push(token);
-                        show(&new)?;
-                        answer.push_str(&new);
+    let engine = common::open(&args.model, &args.loading)?;
+    let codec = engine.codec();
+    let system: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
+    let mut messages = system.clone();
+    // Different vocabularies end a turn in different ways.
+    let ends = ["<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>"];
+    let stop_tokens: Vec<u32> = codec.eos.into_iter().chain(ends.iter().filter_map(|end| codec.special(end))).collect();
+    // What was read of the conversation is not read again.
+    let mut session = engine.session(args.context.min(engine.config().max_seq_len))?;
+    show("> ")?;
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        if line.trim() == "/new" {
+            messages = system.clone();
+        } else if !line.trim().is_empty() {
+            messages.push(Message::new("user", line));
+            let prompt = text::chat_prompt(codec, &messages)?;
+            let options = GenerateOptions {
+                max_new_tokens: args.max_new_tokens,
+                sampling: args.sampling.sampling(),
+                seed: args.sampling.seed + messages.len() as u64,
+                stop_tokens: stop_tokens.clone(),
+                ..Default::default()
+            };
+            let mut stream = codec.stream(true);
+            let mut answer = String::new();
+            for step in session.generate(prompt, options)? {
+                let tokens = match step {
+                    Err(ModelError::CacheFull { .. }) => {
+                        show("\n(the context is full; /new begins a new conversation)")?;
+                        break;
                     }
+                    step => step?,
+                };
+                for Generated { token, .. } in tokens.into_iter().flatten() {
+                    let new = stream.push(token);
+                    show(&new)?;
+                    answer.push_str(&new);
                 }
-                session = generation.into_session();
-                let rest = stream.finish();
-                show(&rest)?;
-                messages.push(Message::new("assistant", answer + &rest));
-                println!();
             }
-            show("> ")?;
+            let rest = stream.finish();
+            show(&rest)?;
+            messages.push(Message::new("assistant", answer + &rest));
+            println!();
         }
-        println!();
-        Ok(())
+        show("> ")?;
     }
+    println!();
+    Ok(())
 }

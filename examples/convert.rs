@@ -19,7 +19,7 @@ use llama::data::Progress;
 use llama::model::ModelError;
 use llama::model::formats::{self, Checkpoint, Extras, FileType, Format, Weights};
 use llama::model::lora::Adapters;
-use llama::text;
+use llama::{engine, text};
 
 /// Converts a checkpoint between formats.
 #[derive(Parser)]
@@ -76,9 +76,7 @@ fn main() -> Result<()> {
         extras.gguf =
             text::gguf_metadata(codec.as_ref().map_err(|error| anyhow!("{error}"))?).map_err(anyhow::Error::msg)?;
     }
-    let adapters =
-        args.adapter.as_deref().map(|path| Ok::<_, anyhow::Error>(Adapters::open(&common::adapter_path(path)?)?));
-    let adapters = adapters.transpose()?;
+    let adapters = args.adapter.as_deref().map(|path| Adapters::open(&engine::adapter_path(path))).transpose()?;
     let merged = adapters.as_ref().map(|adapters| adapters.merged(&checkpoint));
     let weights: &dyn Weights = merged.as_ref().map_or(&checkpoint, |merged| merged);
     let bar = Bar::default();

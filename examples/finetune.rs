@@ -16,14 +16,12 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use common::Bar;
-use llama::data::Progress;
 use llama::data::examples::ExampleSet;
 use llama::data::loader::Sequences;
-use llama::instruct;
 use llama::model::formats::Checkpoint;
-use llama::model::{BackendTask, Device, Precision, TrainBackend, WeightFormat};
-use llama::text;
-use llama::train::{Display, FinetuneConfig, Stop, checkpoint, finetune};
+use llama::model::{Device, Precision, WeightFormat};
+use llama::train::{Display, FinetuneConfig, checkpoint};
+use llama::{RunOptions, engine, finetune, instruct, text};
 
 /// Fine-tunes a checkpoint by low-rank adapters.
 #[derive(Parser)]
@@ -98,72 +96,48 @@ fn main() -> Result<()> {
     llama::model::tune_process();
     let args = Args::parse();
     let device: Device = args.device.parse()?;
-    device.run(Finetune(args))?
-}
-
-struct Finetune(Args);
-
-impl BackendTask for Finetune {
-    type Output = Result<()>;
-
-    fn run<B: TrainBackend>(self, device: B::Device) -> Result<()> {
-        let Self(args) = self;
-        let newest = checkpoint::latest(&args.run);
-        let (config, resume_from) = match (args.resume, newest) {
-            (true, newest) => {
-                let newest = newest?;
-                let mut config = FinetuneConfig::of_checkpoint(&newest)?;
-                config.run.folder = args.run.clone();
-                println!("resuming from {}", newest.display());
-                (config, Some(newest))
-            }
-            (false, Ok(newest)) => bail!(
-                "{} is a run with a checkpoint ({}): go on with --resume, or name another folder with --run",
-                args.run.display(),
-                newest.display()
-            ),
-            (false, Err(_)) => (configuration::<B>(&args, &device)?, None),
-        };
-        let codec = text::codec(args.tokenizer.as_ref().unwrap_or(&config.base))?;
-        let (train, valid) = examples(&args, &config, &codec)?;
-        let config = match resume_from {
-            Some(_) => config,
-            None => with_steps(&args, config, train.sequences()),
-        };
-        config.validate()?;
-        let checkpoint = Checkpoint::open(&config.base)?;
-        let bar = Bar::default();
-        bar.start(&format!("loading {}", config.base.display()), Some(config.model.num_params()));
-        let base = checkpoint.load::<B>(config.weights.parse()?, &device, |read| bar.advance(read))?;
-        bar.finish();
-
-        let interrupter = common::interrupter()?;
-        println!(
-            "model: {} parameters in {}, frozen; adapters of rank {} on {}; {} steps",
-            config.model.num_params(),
-            config.weights,
-            config.lora.rank,
-            config.lora.targets.join(", "),
-            config.schedule.steps
-        );
-        let display = Display::Lines { out: Box::new(std::io::stdout()), every: args.log_every };
-        let start = Instant::now();
-        let report = finetune::<B>(&config, base, train, valid, resume_from.as_deref(), &device, display, interrupter)?;
-        println!("trained for {:.0} s", start.elapsed().as_secs_f64());
-        if report.skipped > 0 {
-            println!("{} steps were skipped: their loss or gradient was not finite", report.skipped);
+    let newest = checkpoint::latest(&args.run);
+    let (config, resume_from) = match (args.resume, newest) {
+        (true, newest) => {
+            let newest = newest?;
+            let mut config = FinetuneConfig::of_checkpoint(&newest)?;
+            config.run.folder = args.run.clone();
+            println!("resuming from {}", newest.display());
+            (config, Some(newest))
         }
-        println!("adapters: {}", report.checkpoint.display());
-        println!("loss curve: {}", report.curve.display());
-        if report.stop == Stop::Interrupted {
-            println!("interrupted after step {}; go on with --resume", report.step);
-        }
-        Ok(())
-    }
+        (false, Ok(newest)) => bail!(
+            "{} is a run with a checkpoint ({}): go on with --resume, or name another folder with --run",
+            args.run.display(),
+            newest.display()
+        ),
+        (false, Err(_)) => (configuration(&args, device)?, None),
+    };
+    let codec = text::codec(args.tokenizer.as_ref().unwrap_or(&config.base))?;
+    let (train, valid) = examples(&args, &config, &codec)?;
+    let config = match resume_from {
+        Some(_) => config,
+        None => with_steps(&args, config, train.sequences()),
+    };
+    config.validate()?;
+    println!(
+        "model: {} parameters in {}, frozen; adapters of rank {} on {}; {} steps on {device}",
+        config.model.num_params(),
+        config.weights,
+        config.lora.rank,
+        config.lora.targets.join(", "),
+        config.schedule.steps
+    );
+    let display = Display::Lines { out: Box::new(std::io::stdout()), every: args.log_every };
+    let options = RunOptions { resume_from: resume_from.as_deref(), display, interrupter: common::interrupter()? };
+    let start = Instant::now();
+    let report = finetune(&config, train, valid, device, options, &Bar::default())?;
+    println!("trained for {:.0} s", start.elapsed().as_secs_f64());
+    common::print_report(&report, "adapters");
+    Ok(())
 }
 
 /// The defaults for the model, with what the command line says. Steps follow from the examples.
-fn configuration<B: TrainBackend>(args: &Args, device: &B::Device) -> Result<FinetuneConfig> {
+fn configuration(args: &Args, device: Device) -> Result<FinetuneConfig> {
     let base = common::checkpoint_path(args.model.as_ref().context("--model names the checkpoint")?)?;
     let checkpoint = Checkpoint::open(&base)?;
     let mut config = FinetuneConfig::new(&base, checkpoint.config(), args.data.clone(), &args.run);
@@ -178,7 +152,10 @@ fn configuration<B: TrainBackend>(args: &Args, device: &B::Device) -> Result<Fin
         config.lora.targets = args.targets.clone();
     }
     config.weights = args.weights.to_string();
-    config.compute.precision = args.precision.unwrap_or_else(|| args.weights.precision::<B>(device));
+    config.compute.precision = match args.precision {
+        Some(precision) => precision,
+        None => engine::suitable_precision(args.weights, device)?,
+    };
     Ok(config)
 }
 

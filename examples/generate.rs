@@ -14,10 +14,9 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use clap::Parser;
-use common::{Loaded, ModelArgs, SamplingArgs, show};
+use common::{ModelArgs, SamplingArgs, show};
 use llama::data::tokenizer::Codec;
-use llama::model::generate::{GenerateOptions, Generated, Generation, Speculation};
-use llama::model::{BackendTask, Device, TrainBackend};
+use llama::model::generate::{GenerateOptions, Generated};
 use llama::text::TextStream;
 
 /// Generates text with a trained model.
@@ -57,65 +56,49 @@ static MEMORY: llama::model::HugePages = llama::model::HugePages;
 fn main() -> Result<()> {
     llama::model::tune_process();
     let args = Args::parse();
-    let device: Device = args.loading.device.parse()?;
-    device.run(Generate(args))?
-}
-
-struct Generate(Args);
-
-impl BackendTask for Generate {
-    type Output = Result<()>;
-
-    fn run<B: TrainBackend>(self, device: B::Device) -> Result<()> {
-        let Self(args) = self;
-        let Loaded { model, config, codec } = common::load::<B::InnerBackend>(&args.model, &args.loading, &device)?;
-        let prompts: Vec<Vec<u32>> = args.prompt.iter().map(|prompt| codec.encode_prompt(prompt)).collect();
-        let options = GenerateOptions {
-            max_new_tokens: args.max_new_tokens,
-            sampling: args.sampling.sampling(),
-            seed: args.sampling.seed,
-            stop_tokens: codec.eos.into_iter().collect(),
-            log_probs: args.log_probs,
-            ..Default::default()
-        };
-        let draft = match &args.draft {
-            Some(path) => Some(common::load::<B::InnerBackend>(path, &args.loading, &device)?),
-            None => None,
-        };
-        let start = Instant::now();
-        let mut shown = Shown::new(&codec, &prompts, &args);
-        shown.begin()?;
-        match (draft, &prompts[..]) {
-            (Some(draft), [prompt]) => {
-                let (target, draft) = ((&model, &config), (&draft.model, &draft.config));
-                let rounds = Speculation::new(target, draft, args.guesses, prompt.clone(), options, &device)?;
-                for new in rounds.map(|round| round.map_err(anyhow::Error::from)) {
-                    for new in new? {
-                        shown.push(0, new)?;
-                    }
-                    if shown.stopped() {
-                        break;
-                    }
+    let engine = common::open(&args.model, &args.loading)?;
+    let codec = engine.codec();
+    let prompts: Vec<Vec<u32>> = args.prompt.iter().map(|prompt| codec.encode_prompt(prompt)).collect();
+    let options = GenerateOptions {
+        max_new_tokens: args.max_new_tokens,
+        sampling: args.sampling.sampling(),
+        seed: args.sampling.seed,
+        stop_tokens: codec.eos.into_iter().collect(),
+        log_probs: args.log_probs,
+        ..Default::default()
+    };
+    let draft = args.draft.as_ref().map(|path| common::open(path, &args.loading)).transpose()?;
+    let start = Instant::now();
+    let mut shown = Shown::new(codec, &prompts, &args);
+    shown.begin()?;
+    match (&draft, &prompts[..]) {
+        (Some(draft), [prompt]) => {
+            for new in engine.speculate(draft, args.guesses, prompt.clone(), options)? {
+                for new in new? {
+                    shown.push(0, new)?;
                 }
-            }
-            (Some(_), _) => bail!("a draft guesses for one prompt at a time"),
-            (None, _) => {
-                for step in Generation::new(&model, &config, &prompts, options, &device)? {
-                    for (row, new) in step?.into_iter().enumerate() {
-                        if let Some(new) = new {
-                            shown.push(row, new)?;
-                        }
-                    }
-                    if shown.stopped() {
-                        break;
-                    }
+                if shown.stopped() {
+                    break;
                 }
             }
         }
-        let tokens = shown.finish()?;
-        eprintln!("{tokens} tokens, {:.0} tokens/s", tokens as f64 / start.elapsed().as_secs_f64());
-        Ok(())
+        (Some(_), _) => bail!("a draft guesses for one prompt at a time"),
+        (None, _) => {
+            for step in engine.generate(&prompts, options)? {
+                for (row, new) in step?.into_iter().enumerate() {
+                    if let Some(new) = new {
+                        shown.push(row, new)?;
+                    }
+                }
+                if shown.stopped() {
+                    break;
+                }
+            }
+        }
     }
+    let tokens = shown.finish()?;
+    eprintln!("{tokens} tokens, {:.0} tokens/s", tokens as f64 / start.elapsed().as_secs_f64());
+    Ok(())
 }
 
 /// What is on the terminal. A single text appears as it is made; several are shown when they are done.

@@ -10,18 +10,19 @@
 
 mod common;
 
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
+use llama::data::NoProgress;
 use llama::data::prepare::{PrepareOptions, PrepareReport, prepare, train_tokenizer};
 use llama::data::tokenizer::{Tokenizer, TrainOptions};
-use llama::model::generate::{GenerateOptions, Generation};
-use llama::model::{BackendTask, Device, Llama, LlamaBackend, LlamaConfig, Precision, Recompute, TrainBackend};
+use llama::model::generate::GenerateOptions;
+use llama::model::{Device, Precision, Recompute};
 use llama::train::checkpoint::{self, TOKENIZER_FILE};
-use llama::train::{Display, PretrainConfig, Stop, pretrain};
+use llama::train::{Display, PretrainConfig, Stop};
+use llama::{Engine, EngineOptions, RunOptions, pretrain};
 use serde::{Deserialize, Serialize};
 
 /// Pretrains a LLaMA on text.
@@ -153,7 +154,7 @@ fn main() -> Result<()> {
         }
         config.run.folder = folder;
         println!("resuming from {}", newest.display());
-        return device.run(Train { args, config, resume_from: Some(newest) })?;
+        return train(args, &config, device, Some(&newest));
     }
     let config = configuration(&args)?;
     if args.print_config {
@@ -172,7 +173,7 @@ fn main() -> Result<()> {
         );
     }
     let config = prepare_data(&args, config)?;
-    device.run(Train { args, config, resume_from: None })?
+    train(args, &config, device, None)
 }
 
 /// The configuration of the preset or file, with what the command line says.
@@ -285,76 +286,41 @@ fn remove_shards(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-struct Train {
-    args: Args,
-    config: PretrainConfig,
-    resume_from: Option<PathBuf>,
-}
-
-impl BackendTask for Train {
-    type Output = Result<()>;
-
-    fn run<B: TrainBackend>(self, device: B::Device) -> Result<()> {
-        let Train { args, config, resume_from } = self;
-        let interrupter = common::interrupter()?;
-        println!(
-            "model: {} parameters; {} steps of {} tokens on {}",
-            config.model.num_params(),
-            config.schedule.steps,
-            config.tokens_per_step(),
-            args.device
-        );
-        let display = match args.display {
-            Show::Dashboard => Display::Dashboard,
-            Show::Lines => Display::Lines { out: Box::new(std::io::stdout()), every: args.log_every },
-        };
-        let start = Instant::now();
-        let report = pretrain::<B>(&config, resume_from.as_deref(), &device, display, interrupter)?;
-        println!("trained for {:.0} s", start.elapsed().as_secs_f64());
-        if report.skipped > 0 {
-            println!("{} steps were skipped: their loss or gradient was not finite", report.skipped);
-        }
-        let epochs: Vec<_> = report.epochs.iter().map(|(name, epochs)| format!("{name} {epochs:.2}")).collect();
-        println!("passes over the training text: {}", epochs.join(", "));
-        println!("checkpoint: {}", report.checkpoint.display());
-        println!("loss curve: {}", report.curve.display());
-        if report.stop == Stop::Interrupted {
-            println!("interrupted after step {}; go on with --resume", report.step);
-            return Ok(());
-        }
-        let tokenizer = Tokenizer::load(&config.data.folder.join(TOKENIZER_FILE))?;
-        let prompts = match (args.prompt.is_empty(), args.text.is_empty() && args.data.is_none()) {
-            (false, _) => args.prompt,
-            (true, true) => ["pub fn new", "impl", "use std::", "/// Returns"].map(String::from).into(),
-            (true, false) => vec![String::new(); 3],
-        };
-        let samples = samples(&report.model, &config.model, &tokenizer, &prompts, &device)?;
-        let path = config.run.folder.join("samples.txt");
-        std::fs::write(&path, &samples).with_context(|| path.display().to_string())?;
-        println!("samples ({}):\n{samples}", path.display());
-        Ok(())
-    }
-}
-
-fn samples<B: LlamaBackend>(
-    model: &Llama<B>,
-    config: &LlamaConfig,
-    tokenizer: &Tokenizer,
-    prompts: &[String],
-    device: &B::Device,
-) -> Result<String> {
-    let tokens: Vec<Vec<u32>> =
-        prompts.iter().map(|prompt| tokenizer.encode_document(prompt, false, &mut Default::default())).collect();
-    let options = GenerateOptions {
-        max_new_tokens: 160.min(config.max_seq_len.saturating_sub(32)),
-        stop_tokens: tokenizer.eos().into_iter().collect(),
-        ..Default::default()
+/// Runs the configuration, then shows what the model writes.
+fn train(args: Args, config: &PretrainConfig, device: Device, resume_from: Option<&Path>) -> Result<()> {
+    println!(
+        "model: {} parameters; {} steps of {} tokens on {device}",
+        config.model.num_params(),
+        config.schedule.steps,
+        config.tokens_per_step(),
+    );
+    let display = match args.display {
+        Show::Dashboard => Display::Dashboard,
+        Show::Lines => Display::Lines { out: Box::new(std::io::stdout()), every: args.log_every },
     };
-    let generated = Generation::new(model, config, &tokens, options, device)?.finish()?;
-    let mut text = String::new();
-    for (prompt, new) in tokens.into_iter().zip(generated) {
-        let all: Vec<u32> = prompt.into_iter().chain(new).collect();
-        writeln!(text, "----\n{}", tokenizer.decode(&all))?;
+    let options = RunOptions { resume_from, display, interrupter: common::interrupter()? };
+    let start = Instant::now();
+    let report = pretrain(config, device, options)?;
+    println!("trained for {:.0} s", start.elapsed().as_secs_f64());
+    common::print_report(&report, "checkpoint");
+    if report.stop == Stop::Interrupted {
+        return Ok(());
     }
-    Ok(text)
+    let prompts = match (args.prompt.is_empty(), args.text.is_empty() && args.data.is_none()) {
+        (false, _) => args.prompt,
+        (true, true) => ["pub fn new", "impl", "use std::", "/// Returns"].map(String::from).into(),
+        (true, false) => vec![String::new(); 3],
+    };
+    let options = EngineOptions { precision: Some(config.compute.precision), ..EngineOptions::new(device) };
+    let samples = samples(&Engine::open_with(&report.checkpoint, &options, &NoProgress)?, &prompts)?;
+    let path = config.run.folder.join("samples.txt");
+    std::fs::write(&path, &samples).with_context(|| path.display().to_string())?;
+    println!("samples ({}):\n{samples}", path.display());
+    Ok(())
+}
+
+fn samples(engine: &Engine, prompts: &[String]) -> Result<String> {
+    let max_new_tokens = 160.min(engine.config().max_seq_len.saturating_sub(32));
+    let texts = engine.complete(prompts, GenerateOptions { max_new_tokens, ..Default::default() }, &[])?;
+    Ok(prompts.iter().zip(texts).map(|(prompt, text)| format!("----\n{prompt}{text}\n")).collect())
 }

@@ -6,8 +6,21 @@
 //! * [`data`]: text, tokenizers, token shards, training order;
 //! * [`train`]: configuration, learner, optimizer, schedule, metrics, checkpoints.
 //!
-//! and adds what joins the first two: [`text`], the tokenizer that a checkpoint comes with, and conversations; [`instruct`],
+//! and adds what joins them: [`Engine`], a checkpoint with its tokenizer on a device chosen at run time; [`pretrain()`] and
+//! [`finetune()`], whole runs on such a device; [`text`], the tokenizer that a checkpoint comes with, and conversations; [`instruct`],
 //! examples for fine-tuning.
+//!
+//! ```no_run
+//! use llama::Engine;
+//! use llama::model::generate::GenerateOptions;
+//!
+//! let engine = Engine::open("smollm2.gguf".as_ref(), "flex".parse()?)?; // or "cuda", "vulkan", "metal", "wgpu"
+//! let texts = engine.complete(&["The capital of France is"], GenerateOptions::default(), &[])?;
+//! println!("{}", texts[0]);
+//! # Ok::<(), llama::Error>(())
+//! ```
+//!
+//! The three crates below are generic over the backend, for work on models:
 //!
 //! ```
 //! # #[cfg(feature = "flex")] {
@@ -35,5 +48,13 @@ pub use llama_data as data;
 pub use llama_model as model;
 pub use llama_train as train;
 
+pub mod engine;
 pub mod instruct;
+pub mod runs;
 pub mod text;
+
+mod error;
+
+pub use engine::{Engine, EngineOptions, EngineSession};
+pub use error::Error;
+pub use runs::{RunOptions, finetune, pretrain};

@@ -1,4 +1,4 @@
-//! What the programs share: progress bars, the default corpus, checkpoints by path.
+//! What the programs share: progress bars, the default corpus, arguments of those that generate.
 #![allow(dead_code, reason = "each program uses a part")]
 
 use std::io::Write;
@@ -10,13 +10,10 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use llama::data::Progress;
 use llama::data::source::Sources;
-use llama::data::tokenizer::Codec;
-use llama::model::formats::{Checkpoint, Format};
 use llama::model::generate::Sampling;
-use llama::model::lora::{self, Adapters};
-use llama::model::{Compute, Device, Llama, LlamaBackend, LlamaConfig, Precision, WeightFormat};
-use llama::text;
-use llama::train::{Interrupter, checkpoint};
+use llama::model::{Device, Precision, WeightFormat};
+use llama::train::{Interrupter, RunReport, Stop};
+use llama::{Engine, EngineOptions, engine};
 
 /// A progress bar on the terminal; silent where the output is none.
 #[derive(Default)]
@@ -63,6 +60,20 @@ pub fn interrupter() -> Result<Interrupter> {
     })
     .context("setting the Ctrl-C handler")?;
     Ok(interrupter)
+}
+
+/// Prints what a run left; `made` is what its checkpoint is.
+pub fn print_report(report: &RunReport, made: &str) {
+    if report.skipped > 0 {
+        println!("{} steps were skipped: their loss or gradient was not finite", report.skipped);
+    }
+    let epochs: Vec<_> = report.epochs.iter().map(|(name, epochs)| format!("{name} {epochs:.2}")).collect();
+    println!("passes over the training text: {}", epochs.join(", "));
+    println!("{made}: {}", report.checkpoint.display());
+    println!("loss curve: {}", report.curve.display());
+    if report.stop == Stop::Interrupted {
+        println!("interrupted after step {}; go on with --resume", report.step);
+    }
 }
 
 /// The sources the user named, or the default corpus.
@@ -120,22 +131,10 @@ fn rust_sources() -> Result<Sources> {
 
 /// The checkpoint at `path`: itself, in any format, or the newest of the run there.
 pub fn checkpoint_path(path: &Path) -> Result<PathBuf> {
-    if Format::detect(path).is_ok() {
-        return Ok(path.into());
-    }
     if !path.exists() {
         bail!("{} does not exist; train a model with `cargo run --release --example pretrain`", path.display());
     }
-    // A run folder has its checkpoints below it; anything else is told what is wrong with it.
-    checkpoint::latest(path).or_else(|_| Ok(Format::detect(path).map(|_| path.into())?))
-}
-
-/// The adapters at `path`: themselves, or the newest of the run there.
-pub fn adapter_path(path: &Path) -> Result<PathBuf> {
-    match path.join(lora::CONFIG_FILE).is_file() {
-        true => Ok(path.into()),
-        false => checkpoint::latest(path).with_context(|| format!("{} has no {}", path.display(), lora::CONFIG_FILE)),
-    }
+    Ok(engine::checkpoint_path(path)?)
 }
 
 /// How a program that generates opens its model.
@@ -185,37 +184,16 @@ impl SamplingArgs {
     }
 }
 
-/// A model, its sizes and its tokenizer.
-pub struct Loaded<B: LlamaBackend> {
-    pub model: Llama<B>,
-    pub config: LlamaConfig,
-    pub codec: Codec,
-}
-
 /// Opens a checkpoint in any format with its tokenizer, or the one named, and shows its progress.
-pub fn load<B: LlamaBackend>(path: &Path, args: &ModelArgs, device: &B::Device) -> Result<Loaded<B>> {
-    let path = checkpoint_path(path)?;
-    let codec = match &args.tokenizer {
-        Some(file) => text::codec(file)?,
-        None => text::codec(&path)?,
+pub fn open(path: &Path, args: &ModelArgs) -> Result<Engine> {
+    let options = EngineOptions {
+        weights: args.weights,
+        precision: args.precision,
+        adapter: args.adapter.clone(),
+        tokenizer: args.tokenizer.clone(),
+        ..EngineOptions::new(args.device.parse()?)
     };
-    let checkpoint = Checkpoint::open(&path)?;
-    let config = checkpoint.config().clone();
-    if codec.vocab_size() > config.vocab_size {
-        bail!("the tokenizer has {} tokens, the model {}", codec.vocab_size(), config.vocab_size);
-    }
-    let bar = Bar::default();
-    bar.start(&format!("loading {}", path.display()), Some(config.num_params()));
-    let model = checkpoint.load::<B>(args.weights, device, |read| bar.advance(read))?;
-    bar.finish();
-    let model = match &args.adapter {
-        Some(folder) => Adapters::open(&adapter_path(folder)?)?.apply(model)?,
-        None => model,
-    };
-    let precision = args.precision.unwrap_or_else(|| args.weights.precision::<B>(device));
-    precision.check::<B>(device)?;
-    let model = model.with_compute(Compute { precision, ..Default::default() });
-    Ok(Loaded { model, config, codec })
+    Ok(Engine::open_with(&checkpoint_path(path)?, &options, &Bar::default())?)
 }
 
 /// Prints without waiting for the end of the line.

@@ -13,11 +13,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, RunState};
 use crate::config::{CONFIG_VERSION, validate_run};
-use crate::pretrain::{all_same, draw_curve, launch};
-use crate::strategy::{Outcome, Place, Plan, Save};
+use crate::pretrain::{all_same, launch, report};
+use crate::strategy::{Place, Plan, Save};
 use crate::{
-    AdamW, BatchConfig, Display, Interrupter, LossScale, OptimizerConfig, Pretrainer, RunConfig, ScheduleConfig, Stop,
-    TrainError, measure_peak_flops,
+    AdamW, BatchConfig, Display, Interrupter, LossScale, OptimizerConfig, Pretrainer, RunConfig, RunReport,
+    ScheduleConfig, TrainError, measure_peak_flops,
 };
 
 /// A fine-tuning run.
@@ -104,24 +104,8 @@ impl FinetuneConfig {
     }
 }
 
-/// What a run gave.
-pub struct FinetuneReport<B: TrainBackend> {
-    /// The model with its adapters, without autodiff.
-    pub model: Llama<B::InnerBackend>,
-    /// Whether it is done.
-    pub stop: Stop,
-    /// Steps done.
-    pub step: u64,
-    /// Steps that were skipped because their loss or gradient was not finite.
-    pub skipped: u64,
-    /// The newest checkpoint: a folder in PEFT's layout.
-    pub checkpoint: PathBuf,
-    /// The loss curve.
-    pub curve: PathBuf,
-}
-
 /// Trains adapters of a model on `train`, or goes on from a checkpoint of the same run. `base` is the model without adapters,
-/// its matrices in any format. Without `valid` nothing is evaluated.
+/// its matrices in any format. Without `valid` nothing is evaluated. Returns the model with its adapters, without autodiff.
 ///
 /// # Errors
 /// Everything that can be wrong with configuration, data and files. What was written before stays.
@@ -135,7 +119,7 @@ pub fn finetune<B: TrainBackend>(
     device: &B::Device,
     display: Display,
     interrupter: Interrupter,
-) -> Result<FinetuneReport<B>, TrainError> {
+) -> Result<(Llama<B::InnerBackend>, RunReport), TrainError> {
     config.validate()?;
     config.compute.precision.check::<B>(device)?;
     let folder = &config.run.folder;
@@ -182,10 +166,11 @@ pub fn finetune<B: TrainBackend>(
     });
     let model = Pretrainer::new(llama, config.compute, config.optimizer.z_loss);
     let valid = valid.unwrap_or_else(|| train.clone());
+    let sequences = train.sequences();
     let (model, outcome) = launch(model, optimizer, place, plan, save, train, valid, display, interrupter)?;
-    let Outcome { stop, step, skipped } = outcome;
-    let (checkpoint, curve) = (checkpoint::latest(folder)?, draw_curve(folder)?);
-    Ok(FinetuneReport { model, stop, step, skipped, checkpoint, curve })
+    let seen = outcome.step * (config.batch.sequences * config.batch.accumulation) as u64;
+    let epochs = vec![("examples".to_string(), seen as f64 / sequences as f64)];
+    Ok((model, report(outcome, folder, epochs)?))
 }
 
 /// A resumed run may write elsewhere and evaluate more often, but what it computes must be what it was.

@@ -35,13 +35,13 @@ mod trainer;
 
 pub use config::{BatchConfig, DataConfig, OptimizerConfig, PretrainConfig, RunConfig, ScheduleConfig};
 pub use error::TrainError;
-pub use finetune::{FinetuneConfig, FinetuneReport, finetune};
+pub use finetune::{FinetuneConfig, finetune};
 pub use gradients::GradientList;
 pub use loader::TokenLoader;
 pub use loss_scale::LossScale;
 pub use optimizer::AdamW;
 pub use peak::measure_peak_flops;
-pub use pretrain::{Display, PretrainReport, pretrain};
+pub use pretrain::{Display, RunReport, pretrain};
 pub use renderer::LineRenderer;
 pub use schedule::WarmupCosine;
 pub use strategy::{Place, Plan, Save, StepStrategy, Stop};

@@ -38,26 +38,25 @@ pub enum Display {
     },
 }
 
-/// What a run gave.
-pub struct PretrainReport<B: TrainBackend> {
-    /// The trained model, without autodiff.
-    pub model: Llama<B::InnerBackend>,
+/// How a run went.
+#[derive(Clone, Debug)]
+pub struct RunReport {
     /// Whether it is done.
     pub stop: Stop,
     /// Steps done.
     pub step: u64,
     /// Steps that were skipped in this session because their loss or gradient was not finite.
     pub skipped: u64,
-    /// The newest checkpoint.
+    /// The newest checkpoint: of a model, or of adapters in PEFT's layout.
     pub checkpoint: PathBuf,
     /// The loss curve.
     pub curve: PathBuf,
-    /// Each source of the mixture with the passes over it that the run's steps make.
+    /// Each source of the data with the passes over it that the run's steps make.
     pub epochs: Vec<(String, f64)>,
 }
 
 /// Runs a configuration, or goes on with it from a checkpoint: then training ends as if it had never stopped, on a CPU
-/// bit for bit.
+/// bit for bit. Returns the trained model, without autodiff.
 ///
 /// # Errors
 /// Everything that can be wrong with configuration, data and files. What was written before stays.
@@ -67,7 +66,7 @@ pub fn pretrain<B: TrainBackend>(
     device: &B::Device,
     display: Display,
     interrupter: Interrupter,
-) -> Result<PretrainReport<B>, TrainError> {
+) -> Result<(Llama<B::InnerBackend>, RunReport), TrainError> {
     config.validate()?;
     config.compute.precision.check::<B>(device)?;
     let tokenizer = Tokenizer::load(&config.data.folder.join(TOKENIZER_FILE))?;
@@ -122,11 +121,15 @@ pub fn pretrain<B: TrainBackend>(
     });
     let data = train.clone();
     let (model, outcome) = launch(model, optimizer, place, plan, save, train, valid, display, interrupter)?;
-    let Outcome { stop, step, skipped } = outcome;
-    let position = step * config.sequences_per_step();
+    let position = outcome.step * config.sequences_per_step();
     let epochs = data.epochs(position).into_iter().map(|(name, epochs)| (name.to_string(), epochs)).collect();
-    let curve = draw_curve(folder)?;
-    Ok(PretrainReport { model, stop, step, skipped, checkpoint: checkpoint::latest(folder)?, curve, epochs })
+    Ok((model, report(outcome, folder, epochs)?))
+}
+
+/// The report of a run that has ended, whose files are in `folder`.
+pub(crate) fn report(outcome: Outcome, folder: &Path, epochs: Vec<(String, f64)>) -> Result<RunReport, TrainError> {
+    let Outcome { stop, step, skipped } = outcome;
+    Ok(RunReport { stop, step, skipped, checkpoint: checkpoint::latest(folder)?, curve: draw_curve(folder)?, epochs })
 }
 
 /// Lets burn-train run the loop from a place to the end of its plan, and returns the model without autodiff.
@@ -173,7 +176,7 @@ pub(crate) fn launch<B: TrainBackend>(
 }
 
 /// Draws the loss curve of a run and returns its path.
-pub(crate) fn draw_curve(folder: &Path) -> Result<PathBuf, TrainError> {
+fn draw_curve(folder: &Path) -> Result<PathBuf, TrainError> {
     let curve = folder.join(CURVE_FILE);
     let lines = log::read(&folder.join(log::METRICS_FILE))?;
     // An interrupted run may have no step yet.

@@ -286,7 +286,7 @@ device_test! {
     fn a_resumed_run_ends_as_one_that_never_stopped<B>(device) {
         let folder = tempfile::tempdir().unwrap();
         let config = run_config(folder.path());
-        let report = pretrain::<B>(&config, None, &device, silent(), Interrupter::new()).unwrap();
+        let (_, report) = pretrain::<B>(&config, None, &device, silent(), Interrupter::new()).unwrap();
         assert_eq!((report.stop, report.step), (Stop::Finished, 9));
         // keep_checkpoints is 2.
         let kept: Vec<u64> = checkpoint::list(&config.run.folder).unwrap().into_iter().map(|(step, _)| step).collect();
@@ -298,7 +298,7 @@ device_test! {
 
         let mut again = config.clone();
         again.run.folder = folder.path().join("again");
-        let resumed = pretrain::<B>(&again, Some(&checkpoint::list(&config.run.folder).unwrap()[0].1), &device, silent(), Interrupter::new()).unwrap();
+        let (_, resumed) = pretrain::<B>(&again, Some(&checkpoint::list(&config.run.folder).unwrap()[0].1), &device, silent(), Interrupter::new()).unwrap();
         if crate::support::device().to_string() == "flex" {
             for file in ["model.safetensors", "optimizer.safetensors"] {
                 let read = |folder: &Path| std::fs::read(folder.join(file)).unwrap();
@@ -319,9 +319,9 @@ device_test! {
         let config = run_config(folder.path());
         let interrupter = Interrupter::new();
         interrupter.stop(Some("test"));
-        let report = pretrain::<B>(&config, None, &device, silent(), interrupter).unwrap();
+        let (_, report) = pretrain::<B>(&config, None, &device, silent(), interrupter).unwrap();
         assert_eq!((report.stop, report.step), (Stop::Interrupted, 0));
-        let report = pretrain::<B>(&config, Some(&report.checkpoint), &device, silent(), Interrupter::new()).unwrap();
+        let (_, report) = pretrain::<B>(&config, Some(&report.checkpoint), &device, silent(), Interrupter::new()).unwrap();
         assert_eq!((report.stop, report.step), (Stop::Finished, 9));
     }
 }

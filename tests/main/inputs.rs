@@ -36,7 +36,7 @@ device_test! {
     fn corpora<B>(device) {
         let folder = tempfile::tempdir().unwrap();
         let run = |config: &PretrainConfig| {
-            pretrain::<B>(config, None, &device, silent(), Interrupter::new()).err().expect("this must fail")
+            pretrain::<B>(config, None, &device, silent(), Interrupter::new()).expect_err("this must fail")
         };
         mentions(Sources::new(["/no/such/text.txt"]).files().unwrap_err(), &["/no/such/text.txt"]);
         mentions(data(folder.path(), "").unwrap_err(), &["no text"]);
@@ -70,7 +70,7 @@ device_test! {
         let folder = tempfile::tempdir().unwrap();
         let config = run_config(folder.path());
         mentions(checkpoint::latest(&config.run.folder).unwrap_err(), &["no checkpoint"]);
-        let report = pretrain::<B>(&config, None, &device, silent(), Interrupter::new()).unwrap();
+        let (_, report) = pretrain::<B>(&config, None, &device, silent(), Interrupter::new()).unwrap();
         let load = || checkpoint::load::<B>(&report.checkpoint, &device).map(|_| ());
         load().unwrap();
         for file in ["model.safetensors", "optimizer.safetensors", "state.json"] {

@@ -12,6 +12,7 @@ mod behaviour;
 mod block;
 mod cached_block;
 mod data;
+mod engine;
 mod formats;
 mod generation;
 mod inputs;

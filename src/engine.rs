@@ -1,0 +1,360 @@
+//! A model on a device that is chosen at run time, behind an interface that names no backend.
+//!
+//! Code that is generic over the backend is compiled into each program that uses it, and with a GPU feature all of Burn's
+//! GPU code with it. What is here is compiled once, with this crate.
+
+use std::any::Any;
+use std::path::{Path, PathBuf};
+
+use llama_data::Progress;
+use llama_data::tokenizer::Codec;
+use llama_model::formats::{Checkpoint, Format};
+use llama_model::generate::{GenerateOptions, Generated, Generation, Session, Speculation};
+use llama_model::lora::{self, Adapters};
+use llama_model::{
+    BackendTask, Compute, Device, Llama, LlamaBackend, LlamaConfig, ModelError, Precision, TrainBackend, WeightFormat,
+};
+use llama_train::checkpoint;
+
+use crate::Error;
+use crate::text::{self, TextStream};
+
+/// How a checkpoint is opened.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Where to compute.
+    pub device: Device,
+    /// How matrices are kept in memory; fewer bytes decode faster.
+    pub weights: WeightFormat,
+    /// Precision of products when a text is read; by default what [suits](suitable_precision) the weights.
+    pub precision: Option<Precision>,
+    /// Adapters that fine-tuning made: a folder in PEFT's layout, or a run.
+    pub adapter: Option<PathBuf>,
+    /// Tokenizer, where the checkpoint has none beside it: a file as [`text::codec`] takes it.
+    pub tokenizer: Option<PathBuf>,
+}
+
+impl EngineOptions {
+    /// Weights in f32, no adapters.
+    pub fn new(device: Device) -> Self {
+        Self { device, weights: WeightFormat::F32, precision: None, adapter: None, tokenizer: None }
+    }
+}
+
+/// Steps of a generation: each has an entry for every prompt, as those of [`Generation`].
+pub type Steps<'a> = Box<dyn Iterator<Item = Result<Vec<Option<Generated>>, ModelError>> + 'a>;
+
+/// Rounds of a speculative generation, as those of [`Speculation`].
+pub type Rounds<'a> = Box<dyn Iterator<Item = Result<Vec<Generated>, ModelError>> + 'a>;
+
+/// A checkpoint on a device, with its tokenizer: generates, converses, tells the log-probability of texts.
+///
+/// ```no_run
+/// use llama::model::generate::GenerateOptions;
+///
+/// let engine = llama::Engine::open("smollm2.gguf".as_ref(), "flex".parse()?)?;
+/// let texts = engine.complete(&["The capital of France is"], GenerateOptions::default(), &[])?;
+/// println!("{}", texts[0]);
+/// # Ok::<(), llama::Error>(())
+/// ```
+pub struct Engine {
+    model: Box<dyn Placed>,
+    config: LlamaConfig,
+    codec: Codec,
+}
+
+impl Engine {
+    /// Opens a checkpoint in any format, or the newest of a run, with its tokenizer and weights in f32.
+    ///
+    /// # Errors
+    /// Whatever is missing or broken, by the file's name; [`ModelError::Device`] if the device does not answer;
+    /// [`Error::Vocabulary`] if the tokenizer is not the model's.
+    pub fn open(path: &Path, device: Device) -> Result<Self, Error> {
+        Self::open_with(path, &EngineOptions::new(device), &llama_data::NoProgress)
+    }
+
+    /// [`open`](Self::open) with options; `progress` counts parameters.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and for adapters, weights or a precision that do not go with model and device.
+    pub fn open_with(path: &Path, options: &EngineOptions, progress: &dyn Progress) -> Result<Self, Error> {
+        let path = checkpoint_path(path)?;
+        let codec = text::codec(options.tokenizer.as_deref().unwrap_or(&path))?;
+        let checkpoint = Checkpoint::open(&path)?;
+        let config = checkpoint.config().clone();
+        if codec.vocab_size() > config.vocab_size {
+            return Err(Error::Vocabulary { tokenizer: codec.vocab_size(), model: config.vocab_size });
+        }
+        let model = options.device.run(Open { checkpoint, options, progress })??;
+        Ok(Self { model, config, codec })
+    }
+
+    /// The model's sizes.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// The tokenizer.
+    pub fn codec(&self) -> &Codec {
+        &self.codec
+    }
+
+    /// Generates after prompts of tokens; see [`Generation`].
+    ///
+    /// # Errors
+    /// As [`Generation::new`].
+    pub fn generate(&self, prompts: &[Vec<u32>], options: GenerateOptions) -> Result<Steps<'_>, ModelError> {
+        self.model.generate(prompts, options)
+    }
+
+    /// Generates after texts, and returns what comes after each: up to the end of the text as the tokenizer has it, a token of
+    /// [`stop_tokens`](GenerateOptions::stop_tokens), or one of the strings `stops`, none of which is returned.
+    ///
+    /// # Errors
+    /// As [`Generation::new`] and its steps.
+    pub fn complete<T: AsRef<str>>(
+        &self,
+        prompts: &[T],
+        mut options: GenerateOptions,
+        stops: &[String],
+    ) -> Result<Vec<String>, ModelError> {
+        options.stop_tokens.extend(self.codec.eos);
+        let tokens: Vec<_> = prompts.iter().map(|prompt| self.codec.encode_prompt(prompt.as_ref())).collect();
+        let stream = |prompt: &T| TextStream::new(&self.codec, !prompt.as_ref().is_empty(), stops.to_vec());
+        let mut streams: Vec<_> = prompts.iter().map(stream).collect();
+        let mut texts = vec![String::new(); prompts.len()];
+        for step in self.generate(&tokens, options)? {
+            for ((new, text), stream) in step?.into_iter().zip(&mut texts).zip(&mut streams) {
+                text.extend(new.map(|new| stream.push(new.token)));
+            }
+            if streams.iter().all(TextStream::stopped) {
+                break;
+            }
+        }
+        Ok(texts.into_iter().zip(streams).map(|(text, stream)| text + &stream.finish()).collect())
+    }
+
+    /// Generates after one prompt with guesses of a smaller model on the same device; see [`Speculation`].
+    ///
+    /// # Errors
+    /// As [`Speculation::new`], and [`ModelError::Generation`] if the draft is on a device of another kind.
+    pub fn speculate<'a>(
+        &'a self,
+        draft: &'a Engine,
+        guesses: usize,
+        prompt: Vec<u32>,
+        options: GenerateOptions,
+    ) -> Result<Rounds<'a>, ModelError> {
+        self.model.speculate(draft.model.as_ref(), guesses, prompt, options)
+    }
+
+    /// A text of up to `capacity` tokens that grows, as in a conversation: what was read of it is not read again.
+    ///
+    /// # Errors
+    /// [`ModelError::SequenceTooLong`] if the model's context is shorter.
+    pub fn session(&self, capacity: usize) -> Result<EngineSession<'_>, ModelError> {
+        Ok(EngineSession(self.model.session(capacity)?))
+    }
+}
+
+/// A growing text of an [`Engine`]; see [`Session`].
+pub struct EngineSession<'a>(Box<dyn Growing + 'a>);
+
+impl EngineSession<'_> {
+    /// Generates after `prompt`; of it, only what was not read yet is read.
+    ///
+    /// # Errors
+    /// As [`Generation::in_session`].
+    pub fn generate(&mut self, prompt: Vec<u32>, options: GenerateOptions) -> Result<Steps<'_>, ModelError> {
+        self.0.generate(prompt, options)
+    }
+
+    /// Natural log-probability of each of `tokens[from..]`; of them, only what was not read yet is read.
+    ///
+    /// # Errors
+    /// As [`Session::score`].
+    pub fn score(&mut self, tokens: &[u32], from: usize) -> Result<Vec<f32>, ModelError> {
+        self.0.score(tokens, from)
+    }
+}
+
+/// The precision of products that suits weights on a device; see [`WeightFormat::precision`].
+///
+/// # Errors
+/// [`ModelError::Device`] if the device does not answer.
+pub fn suitable_precision(weights: WeightFormat, device: Device) -> Result<Precision, ModelError> {
+    struct Suitable(WeightFormat);
+    impl BackendTask for Suitable {
+        type Output = Precision;
+        fn run<B: TrainBackend>(self, device: B::Device) -> Precision {
+            self.0.precision::<B::InnerBackend>(&device)
+        }
+    }
+    device.run(Suitable(weights))
+}
+
+/// The checkpoint at `path`: itself, in any format, or the newest of the run there.
+///
+/// # Errors
+/// If it is neither.
+pub fn checkpoint_path(path: &Path) -> Result<PathBuf, Error> {
+    match Format::detect(path) {
+        Ok(_) => Ok(path.into()),
+        // A run folder has its checkpoints below it; anything else is told what is wrong with it.
+        Err(error) => checkpoint::latest(path).map_err(|_| error.into()),
+    }
+}
+
+/// The adapters at `path`: the newest of a run, or what is there itself.
+pub fn adapter_path(path: &Path) -> PathBuf {
+    let folder = path.join(lora::CONFIG_FILE).is_file().then(|| path.to_path_buf());
+    folder.or_else(|| checkpoint::latest(path).ok()).unwrap_or_else(|| path.into())
+}
+
+/// A model on the device of some backend.
+trait Placed: Send {
+    fn generate(&self, prompts: &[Vec<u32>], options: GenerateOptions) -> Result<Steps<'_>, ModelError>;
+    fn speculate<'a>(
+        &'a self,
+        draft: &'a dyn Placed,
+        guesses: usize,
+        prompt: Vec<u32>,
+        options: GenerateOptions,
+    ) -> Result<Rounds<'a>, ModelError>;
+    fn session(&self, capacity: usize) -> Result<Box<dyn Growing + '_>, ModelError>;
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// A growing text on the device of some backend.
+trait Growing {
+    fn generate(&mut self, prompt: Vec<u32>, options: GenerateOptions) -> Result<Steps<'_>, ModelError>;
+    fn score(&mut self, tokens: &[u32], from: usize) -> Result<Vec<f32>, ModelError>;
+}
+
+struct Open<'a> {
+    checkpoint: Checkpoint,
+    options: &'a EngineOptions,
+    progress: &'a dyn Progress,
+}
+
+impl BackendTask for Open<'_> {
+    type Output = Result<Box<dyn Placed>, Error>;
+
+    fn run<B: TrainBackend>(self, device: B::Device) -> Self::Output {
+        self.on::<B::InnerBackend>(device)
+    }
+}
+
+impl Open<'_> {
+    fn on<B: LlamaBackend>(self, device: B::Device) -> Result<Box<dyn Placed>, Error> {
+        let Self { checkpoint, options, progress } = self;
+        let config = checkpoint.config().clone();
+        let model = load::<B>(&checkpoint, options.weights, &device, progress)?;
+        let model = match &options.adapter {
+            Some(folder) => Adapters::open(&adapter_path(folder))?.apply(model)?,
+            None => model,
+        };
+        let precision = options.precision.unwrap_or_else(|| options.weights.precision::<B>(&device));
+        precision.check::<B>(&device)?;
+        let model = model.with_compute(Compute { precision, ..Default::default() });
+        Ok(Box::new(OnDevice { model, config, device }))
+    }
+}
+
+/// The checkpoint's model, with its progress in parameters.
+pub(crate) fn load<B: LlamaBackend>(
+    checkpoint: &Checkpoint,
+    weights: WeightFormat,
+    device: &B::Device,
+    progress: &dyn Progress,
+) -> Result<Llama<B>, ModelError> {
+    let task = format!("loading {}", checkpoint.path().display());
+    progress.start(&task, Some(checkpoint.config().num_params()));
+    let model = checkpoint.load::<B>(weights, device, |read| progress.advance(read));
+    progress.finish();
+    model
+}
+
+struct OnDevice<B: LlamaBackend> {
+    model: Llama<B>,
+    config: LlamaConfig,
+    device: B::Device,
+}
+
+impl<B: LlamaBackend> Placed for OnDevice<B> {
+    fn generate(&self, prompts: &[Vec<u32>], options: GenerateOptions) -> Result<Steps<'_>, ModelError> {
+        Ok(Box::new(Generation::new(&self.model, &self.config, prompts, options, &self.device)?))
+    }
+
+    fn speculate<'a>(
+        &'a self,
+        draft: &'a dyn Placed,
+        guesses: usize,
+        prompt: Vec<u32>,
+        options: GenerateOptions,
+    ) -> Result<Rounds<'a>, ModelError> {
+        let Some(draft) = draft.as_any().downcast_ref::<Self>() else {
+            return Err(ModelError::Generation("the draft must be on the model's device".into()));
+        };
+        let (target, draft) = ((&self.model, &self.config), (&draft.model, &draft.config));
+        Ok(Box::new(Speculation::new(target, draft, guesses, prompt, options, &self.device)?))
+    }
+
+    fn session(&self, capacity: usize) -> Result<Box<dyn Growing + '_>, ModelError> {
+        let session = Session::new(&self.config, capacity, &self.device)?;
+        Ok(Box::new(Text { on: self, session: Some(session), capacity }))
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+struct Text<'a, B: LlamaBackend> {
+    on: &'a OnDevice<B>,
+    /// Absent while a generation has it, and after one that was refused.
+    session: Option<Session<B>>,
+    capacity: usize,
+}
+
+impl<B: LlamaBackend> Text<'_, B> {
+    fn take(&mut self) -> Result<Session<B>, ModelError> {
+        let new = || Session::new(&self.on.config, self.capacity, &self.on.device);
+        self.session.take().map_or_else(new, Ok)
+    }
+}
+
+impl<B: LlamaBackend> Growing for Text<'_, B> {
+    fn generate(&mut self, prompt: Vec<u32>, options: GenerateOptions) -> Result<Steps<'_>, ModelError> {
+        let session = self.take()?;
+        let generation = Generation::in_session(&self.on.model, session, prompt, options, &self.on.device)?;
+        Ok(Box::new(Turn { generation: Some(generation), session: &mut self.session }))
+    }
+
+    fn score(&mut self, tokens: &[u32], from: usize) -> Result<Vec<f32>, ModelError> {
+        let mut session = self.take()?;
+        let scores = session.score(&self.on.model, tokens, from, &self.on.device);
+        self.session = Some(session);
+        scores
+    }
+}
+
+/// A generation that gives its session back when it ends.
+struct Turn<'a, B: LlamaBackend> {
+    generation: Option<Generation<'a, B>>,
+    session: &'a mut Option<Session<B>>,
+}
+
+impl<B: LlamaBackend> Iterator for Turn<'_, B> {
+    type Item = Result<Vec<Option<Generated>>, ModelError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.generation.as_mut()?.next()
+    }
+}
+
+impl<B: LlamaBackend> Drop for Turn<'_, B> {
+    fn drop(&mut self) {
+        *self.session = self.generation.take().map(Generation::into_session);
+    }
+}

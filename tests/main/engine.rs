@@ -1,0 +1,94 @@
+//! A checkpoint on a device chosen at run time gives what the generic code below it gives.
+
+use std::path::Path;
+
+use llama::data::tokenizer::Tokenizer;
+use llama::model::generate::{GenerateOptions, Generated, Generation, Sampling};
+use llama::model::{LlamaConfig, ModelError, hf};
+use llama::{Engine, EngineOptions, Error};
+
+use crate::behaviour::small;
+use crate::support::{close, device, device_test, floats, ints, tolerance};
+
+fn greedy(max_new_tokens: usize) -> GenerateOptions {
+    GenerateOptions { max_new_tokens, sampling: Sampling::greedy(), ..Default::default() }
+}
+
+fn tokens(steps: llama::engine::Steps) -> Vec<u32> {
+    steps.flat_map(|step| step.unwrap()[0]).map(|new: Generated| new.token).collect()
+}
+
+device_test! {
+    fn an_engine_is_its_model<B>(device) {
+        let folder = tempfile::tempdir().unwrap();
+        let tokenizer = Tokenizer::bytes();
+        let config = LlamaConfig { vocab_size: tokenizer.vocab_size(), max_seq_len: 64, ..small() };
+        let model = config.init::<B::InnerBackend>(5, &device).unwrap();
+        hf::save(&model, &config, folder.path()).unwrap();
+        tokenizer.save(&folder.path().join("tokenizer.model")).unwrap();
+        let engine = Engine::open(folder.path(), crate::support::device()).unwrap();
+        let prompts: Vec<Vec<u32>> = ["fn main", "a longer one"].map(|text| engine.codec().encode_prompt(text)).into();
+        let expected = Generation::new(&model, &config, &prompts, greedy(9), &device).unwrap().finish().unwrap();
+
+        let mut found = vec![Vec::new(); 2];
+        for step in engine.generate(&prompts, greedy(9)).unwrap() {
+            for (row, new) in found.iter_mut().zip(step.unwrap()) {
+                row.extend(new.map(|new| new.token));
+            }
+        }
+        assert_eq!(found, expected);
+        let rounds = engine.speculate(&engine, 3, prompts[0].clone(), greedy(9)).unwrap();
+        assert_eq!(rounds.flat_map(|round| round.unwrap()).map(|new| new.token).collect::<Vec<_>>(), expected[0]);
+        let texts = engine.complete(&["fn main"], greedy(9), &[]).unwrap();
+        let mut stream = engine.codec().stream(true);
+        let text: String = expected[0].iter().map(|id| stream.push(*id)).collect();
+        assert_eq!(texts[0], text + &stream.finish());
+
+        // A session goes on whatever came before: a generation, one that was given up or refused, scores.
+        let mut session = engine.session(40).unwrap();
+        assert_eq!(tokens(session.generate(prompts[0].clone(), greedy(9)).unwrap()), expected[0]);
+        session.generate(prompts[1].clone(), greedy(9)).unwrap().next();
+        assert!(session.generate(Vec::new(), greedy(9)).is_err());
+        assert_eq!(tokens(session.generate(prompts[1].clone(), greedy(9)).unwrap()), expected[1]);
+        let text = engine.codec().encode_prompt("a longer text");
+        let ids: Vec<i64> = text.iter().map(|id| i64::from(*id)).collect();
+        let dims = [1, ids.len() - 1];
+        let losses = model.token_losses(ints(&ids[..dims[1]], dims, &device), ints(&ids[1..], dims, &device)).unwrap();
+        let losses: Vec<f64> = floats(losses).iter().map(|loss| -loss).collect();
+        for from in [1, text.len() - 1, 4, 1] {
+            let found: Vec<f64> = session.score(&text, from).unwrap().into_iter().map(f64::from).collect();
+            close("log-probabilities", &found, &losses[from - 1..], tolerance(1e-5, 1.0));
+        }
+        assert!(matches!(session.score(&text, 0), Err(ModelError::Generation(_))));
+        assert!(matches!(session.score(&[1, 400], 1), Err(ModelError::TokenOutOfRange { token: 400, .. })));
+        assert!(matches!(session.score(&[1; 64], 1), Err(ModelError::CacheFull { .. })));
+        assert_eq!(session.score(&text, 1).unwrap().len(), text.len() - 1);
+    }
+}
+
+#[test]
+fn what_does_not_go_together_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let (tokenizer, cpu) = (Tokenizer::bytes(), Default::default());
+    let saved = |vocab_size: usize| {
+        let (config, path) = (LlamaConfig { vocab_size, ..small() }, folder.path().join(vocab_size.to_string()));
+        hf::save(&config.init::<burn::backend::Flex>(5, &cpu).unwrap(), &config, &path).unwrap();
+        path
+    };
+    let open = |path: &Path, adapter: Option<&Path>| {
+        let options = EngineOptions { adapter: adapter.map(Path::to_path_buf), ..EngineOptions::new(device()) };
+        Engine::open_with(path, &options, &llama::data::NoProgress)
+    };
+    let small = saved(200);
+    assert!(open(&small, None).err().unwrap().to_string().contains("tokenizer"));
+    tokenizer.save(&small.join("tokenizer.model")).unwrap();
+    let error = open(&small, None).err().unwrap();
+    assert!(matches!(error, Error::Vocabulary { tokenizer: 259, model: 200 }), "{error}");
+    let error = open(&folder.path().join("nowhere"), None).err().unwrap().to_string();
+    assert!(error.contains("nowhere"), "{error}");
+    let path = saved(259);
+    tokenizer.save(&path.join("tokenizer.model")).unwrap();
+    let error = open(&path, Some(&small)).err().unwrap().to_string();
+    assert!(error.contains("adapter_config.json"), "{error}");
+    assert!(matches!(open(&path, None).unwrap().session(1 << 20), Err(ModelError::SequenceTooLong { .. })));
+}
