@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use llama_data::Progress;
 use llama_data::tokenizer::Codec;
 use llama_model::formats::{Checkpoint, Format};
-use llama_model::generate::{GenerateOptions, Generated, Generation, Session, Speculation};
+use llama_model::generate::{self, GenerateOptions, Generated, Generation, ScoreRequest, Session, Speculation};
 use llama_model::lora::{self, Adapters};
 use llama_model::{
     BackendTask, Compute, Device, Llama, LlamaBackend, LlamaConfig, ModelError, Precision, TrainBackend, WeightFormat,
@@ -120,10 +120,23 @@ impl Engine {
     ) -> Result<Vec<String>, ModelError> {
         options.stop_tokens.extend(self.codec.eos);
         let tokens: Vec<_> = prompts.iter().map(|prompt| self.codec.encode_prompt(prompt.as_ref())).collect();
-        let stream = |prompt: &T| TextStream::new(&self.codec, !prompt.as_ref().is_empty(), stops.to_vec());
+        self.texts(&tokens, options, stops)
+    }
+
+    /// [`complete`](Self::complete) after prompts of tokens, which end as the options say.
+    pub(crate) fn texts(
+        &self,
+        prompts: &[Vec<u32>],
+        options: GenerateOptions,
+        stops: &[String],
+    ) -> Result<Vec<String>, ModelError> {
+        let stream = |prompt: &Vec<u32>| {
+            let continuing = prompt.iter().any(|token| Some(*token) != self.codec.bos);
+            TextStream::new(&self.codec, continuing, stops.to_vec())
+        };
         let mut streams: Vec<_> = prompts.iter().map(stream).collect();
         let mut texts = vec![String::new(); prompts.len()];
-        for step in self.generate(&tokens, options)? {
+        for step in self.generate(prompts, options)? {
             for ((new, text), stream) in step?.into_iter().zip(&mut texts).zip(&mut streams) {
                 text.extend(new.map(|new| stream.push(new.token)));
             }
@@ -148,6 +161,14 @@ impl Engine {
         self.model.speculate(draft.model.as_ref(), guesses, prompt, options)
     }
 
+    /// Natural log-probability of each token that is to be scored, given all before it; see [`score`](generate::score()).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn score(&self, requests: &[ScoreRequest]) -> Result<Vec<Vec<f32>>, ModelError> {
+        self.model.score(requests)
+    }
+
     /// A text of up to `capacity` tokens that grows, as in a conversation: what was read of it is not read again.
     ///
     /// # Errors
@@ -167,14 +188,6 @@ impl EngineSession<'_> {
     /// As [`Generation::in_session`].
     pub fn generate(&mut self, prompt: Vec<u32>, options: GenerateOptions) -> Result<Steps<'_>, ModelError> {
         self.0.generate(prompt, options)
-    }
-
-    /// Natural log-probability of each of `tokens[from..]`; of them, only what was not read yet is read.
-    ///
-    /// # Errors
-    /// As [`Session::score`].
-    pub fn score(&mut self, tokens: &[u32], from: usize) -> Result<Vec<f32>, ModelError> {
-        self.0.score(tokens, from)
     }
 }
 
@@ -221,6 +234,7 @@ trait Placed: Send {
         prompt: Vec<u32>,
         options: GenerateOptions,
     ) -> Result<Rounds<'a>, ModelError>;
+    fn score(&self, requests: &[ScoreRequest]) -> Result<Vec<Vec<f32>>, ModelError>;
     fn session(&self, capacity: usize) -> Result<Box<dyn Growing + '_>, ModelError>;
     fn as_any(&self) -> &dyn Any;
 }
@@ -228,7 +242,6 @@ trait Placed: Send {
 /// A growing text on the device of some backend.
 trait Growing {
     fn generate(&mut self, prompt: Vec<u32>, options: GenerateOptions) -> Result<Steps<'_>, ModelError>;
-    fn score(&mut self, tokens: &[u32], from: usize) -> Result<Vec<f32>, ModelError>;
 }
 
 struct Open<'a> {
@@ -300,6 +313,10 @@ impl<B: LlamaBackend> Placed for OnDevice<B> {
         Ok(Box::new(Speculation::new(target, draft, guesses, prompt, options, &self.device)?))
     }
 
+    fn score(&self, requests: &[ScoreRequest]) -> Result<Vec<Vec<f32>>, ModelError> {
+        generate::score(&self.model, &self.config, requests, &self.device)
+    }
+
     fn session(&self, capacity: usize) -> Result<Box<dyn Growing + '_>, ModelError> {
         let session = Session::new(&self.config, capacity, &self.device)?;
         Ok(Box::new(Text { on: self, session: Some(session), capacity }))
@@ -329,13 +346,6 @@ impl<B: LlamaBackend> Growing for Text<'_, B> {
         let session = self.take()?;
         let generation = Generation::in_session(&self.on.model, session, prompt, options, &self.on.device)?;
         Ok(Box::new(Turn { generation: Some(generation), session: &mut self.session }))
-    }
-
-    fn score(&mut self, tokens: &[u32], from: usize) -> Result<Vec<f32>, ModelError> {
-        let mut session = self.take()?;
-        let scores = session.score(&self.on.model, tokens, from, &self.on.device);
-        self.session = Some(session);
-        scores
     }
 }
 

@@ -6,7 +6,8 @@ use llama_train::TrainError;
 
 use crate::text::TextError;
 
-/// What can go wrong in [`Engine`](crate::Engine), [`pretrain`](crate::pretrain()) and [`finetune`](crate::finetune()).
+/// What can go wrong in [`Engine`](crate::Engine), [`pretrain`](crate::pretrain()), [`finetune`](crate::finetune()) and
+/// [`eval`](crate::eval).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -30,4 +31,7 @@ pub enum Error {
         /// Tokens of the model.
         model: usize,
     },
+    /// An evaluation that cannot be done.
+    #[error("evaluation: {0}")]
+    Evaluation(String),
 }

@@ -7,7 +7,7 @@
 //! * [`train`]: configuration, learner, optimizer, schedule, metrics, checkpoints.
 //!
 //! and adds what joins them: [`Engine`], a checkpoint with its tokenizer on a device chosen at run time; [`pretrain()`] and
-//! [`finetune()`], whole runs on such a device; [`text`], the tokenizer that a checkpoint comes with, and conversations; [`instruct`],
+//! [`finetune()`], whole runs on such a device; [`eval`], the paper's evaluation; [`text`], the tokenizer that a checkpoint comes with, and conversations; [`instruct`],
 //! examples for fine-tuning.
 //!
 //! ```no_run
@@ -49,6 +49,7 @@ pub use llama_model as model;
 pub use llama_train as train;
 
 pub mod engine;
+pub mod eval;
 pub mod instruct;
 pub mod runs;
 pub mod text;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use llama::data::tokenizer::Tokenizer;
-use llama::model::generate::{GenerateOptions, Generated, Generation, Sampling};
+use llama::model::generate::{GenerateOptions, Generated, Generation, Sampling, ScoreRequest};
 use llama::model::{LlamaConfig, ModelError, hf};
 use llama::{Engine, EngineOptions, Error};
 
@@ -44,7 +44,7 @@ device_test! {
         let text: String = expected[0].iter().map(|id| stream.push(*id)).collect();
         assert_eq!(texts[0], text + &stream.finish());
 
-        // A session goes on whatever came before: a generation, one that was given up or refused, scores.
+        // A session goes on whatever came before: a generation, one that was given up or refused.
         let mut session = engine.session(40).unwrap();
         assert_eq!(tokens(session.generate(prompts[0].clone(), greedy(9)).unwrap()), expected[0]);
         session.generate(prompts[1].clone(), greedy(9)).unwrap().next();
@@ -55,14 +55,29 @@ device_test! {
         let dims = [1, ids.len() - 1];
         let losses = model.token_losses(ints(&ids[..dims[1]], dims, &device), ints(&ids[1..], dims, &device)).unwrap();
         let losses: Vec<f64> = floats(losses).iter().map(|loss| -loss).collect();
-        for from in [1, text.len() - 1, 4, 1] {
-            let found: Vec<f64> = session.score(&text, from).unwrap().into_iter().map(f64::from).collect();
-            close("log-probabilities", &found, &losses[from - 1..], tolerance(1e-5, 1.0));
+        // Whatever is scored together: other ends of the same text, other texts, long and short.
+        let request = |tokens: &[u32], from| ScoreRequest { tokens: tokens.to_vec(), from };
+        let mut requests: Vec<_> = [1, text.len() - 1, 4, 1].map(|from| request(&text, from)).into();
+        requests.extend((2..text.len()).map(|len| request(&text[..len], 1)));
+        let other: Vec<u32> = prompts[1].iter().chain(&expected[1]).copied().collect();
+        requests.push(request(&other, 3));
+        requests.push(request(&text, text.len()));
+        let found = engine.score(&requests).unwrap();
+        for (request, found) in requests.iter().zip(&found).filter(|(request, _)| request.tokens != other) {
+            let found: Vec<f64> = found.iter().map(|log_prob| f64::from(*log_prob)).collect();
+            let expected = &losses[request.from - 1..request.tokens.len() - 1];
+            close("log-probabilities", &found, expected, tolerance(1e-5, 1.0));
         }
-        assert!(matches!(session.score(&text, 0), Err(ModelError::Generation(_))));
-        assert!(matches!(session.score(&[1, 400], 1), Err(ModelError::TokenOutOfRange { token: 400, .. })));
-        assert!(matches!(session.score(&[1; 64], 1), Err(ModelError::CacheFull { .. })));
-        assert_eq!(session.score(&text, 1).unwrap().len(), text.len() - 1);
+        let alone = engine.score(&[request(&other, 3)]).unwrap().remove(0);
+        let alone: Vec<f64> = alone.into_iter().map(f64::from).collect();
+        let together: Vec<f64> = found[requests.len() - 2].iter().map(|log_prob| f64::from(*log_prob)).collect();
+        close("alone and together", &alone, &together, tolerance(1e-5, 1.0));
+        let fails = |tokens: &[u32], from| engine.score(&[request(tokens, from)]).unwrap_err();
+        assert!(matches!(fails(&text, 0), ModelError::Generation(_)));
+        assert!(matches!(fails(&text, 50), ModelError::Generation(_)));
+        assert!(matches!(fails(&[1, 400], 1), ModelError::TokenOutOfRange { token: 400, .. }));
+        assert!(matches!(fails(&[1; 66], 1), ModelError::SequenceTooLong { len: 65, max: 64 }));
+        assert_eq!(engine.score(&[request(&[1; 65], 1)]).unwrap()[0].len(), 64);
     }
 }
 

@@ -13,6 +13,7 @@ mod block;
 mod cached_block;
 mod data;
 mod engine;
+mod eval;
 mod formats;
 mod generation;
 mod inputs;

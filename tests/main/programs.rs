@@ -47,7 +47,7 @@ fn resume(folder: &Path) -> Command {
 
 #[test]
 fn every_program_has_help() {
-    for name in ["pretrain", "finetune", "generate", "chat", "convert", "inspect", "prepare", "tokenize"] {
+    for name in ["pretrain", "finetune", "generate", "chat", "evaluate", "convert", "inspect", "prepare", "tokenize"] {
         let help = run(program(name).arg("--help"));
         assert!(help.contains("Usage"), "{help}");
     }
@@ -132,6 +132,20 @@ fn into_other_formats_and_back(trained: &Path, folder: &Path) {
     };
     assert_eq!(ids(&gguf), ids(&again.join("tokenizer.json")));
     assert_eq!(ids(&gguf), ids(&again.join("tokenizer.model")));
+
+    let evaluate = |extra: &[&str]| {
+        let mut command = program("evaluate");
+        run(command.arg("--model").arg(&gguf).args(["--device", &device().to_string()]).args(extra))
+    };
+    let text = evaluate(&["--perplexity", lines.to_str().unwrap(), "--window", "8"]);
+    assert!(text.contains("22 bytes, in windows of 8") && text.contains("bits a byte"), "{text}");
+    let (rows, log) = (folder.join("piqa.jsonl"), folder.join("log.jsonl"));
+    let row = "{\"goal\": \"pub fn\", \"sol1\": \"new\", \"sol2\": \"let\", \"label\": 0}\n";
+    std::fs::write(&rows, row.repeat(3)).unwrap();
+    let table =
+        evaluate(&["--task", "piqa", "--data", rows.to_str().unwrap(), "--limit", "2", "--log", log.to_str().unwrap()]);
+    assert!(table.contains("of 2 |") && table.contains("by likelihood per character"), "{table}");
+    assert_eq!(std::fs::read_to_string(&log).unwrap().matches("\"log_likelihoods\"").count(), 2);
 
     // A conversation in a template's form.
     let chat = |model: &Path| {

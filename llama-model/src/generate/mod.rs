@@ -4,14 +4,15 @@
 //! first, and from then on a row whose prompt has not ended takes its next prompt token instead of a sampled one.
 //! All rows are thus always at the same position and no padding exists.
 //!
-//! [`Generation`] is the engine. A [`Session`] keeps what one generation has read for the next, as in a conversation, and
-//! tells the log-probabilities of given texts; [`Speculation`] lets a smaller model guess ahead.
+//! [`Generation`] is the engine. A [`Session`] keeps what one generation has read for the next, as in a conversation;
+//! [`Speculation`] lets a smaller model guess ahead; [`score()`] tells the log-probabilities of given texts.
 
 mod sampling;
 mod score;
 mod speculative;
 
 pub use sampling::{Sampler, Sampling};
+pub use score::{ScoreRequest, score};
 pub use speculative::Speculation;
 
 use burn::tensor::{Int, Tensor, TensorData};

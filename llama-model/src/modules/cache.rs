@@ -62,6 +62,21 @@ impl<B: LlamaBackend> KvCache<B> {
         self.layers.iter_mut().for_each(|layer| layer.len = layer.len.min(len));
     }
 
+    /// The cache of one sequence as that of `rows` which begin with it, for up to `capacity` positions.
+    pub(crate) fn repeat(&self, rows: usize, capacity: usize) -> Self {
+        let len = self.len();
+        let repeated = |cache: &Option<Tensor<B, 4>>| {
+            let cache = cache.as_ref()?;
+            let [_, _, heads, head_dim] = cache.dims();
+            let read = cache.clone().narrow(1, 0, len).repeat_dim(0, rows);
+            let zeros = Tensor::zeros([rows, capacity, heads, head_dim], &cache.device());
+            Some(zeros.slice_assign([0..rows, 0..len], read))
+        };
+        let layer =
+            |layer: &LayerCache<B>| LayerCache { keys: repeated(&layer.keys), values: repeated(&layer.values), len };
+        Self { layers: self.layers.iter().map(layer).collect(), batch: rows, capacity }
+    }
+
     /// Whether `[batch, seq_len]` new tokens fit.
     pub(crate) fn check(&self, batch: usize, seq_len: usize, n_layers: usize) -> Result<(), ModelError> {
         if (batch, n_layers) != (self.batch, self.layers.len()) {

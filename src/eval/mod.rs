@@ -1,0 +1,380 @@
+//! The evaluation of section 3: common sense, closed-book questions, reading, mathematics, MMLU, bias, and perplexity.
+//!
+//! [`evaluate`] asks a model the questions of a [`Task`] and scores them as the paper says:
+//!
+//! | tasks | the answer is | right if |
+//! | --- | --- | --- |
+//! | PIQA, SIQA, HellaSwag, WinoGrande, ARC, MMLU | the completion with the highest likelihood by its number of characters | it is the right one |
+//! | BoolQ, OpenBookQA, RACE | the one with the highest `P(completion given context) / P(completion given "Answer:")` | it is the right one |
+//! | NaturalQuestions, TriviaQA | what is generated greedily up to a line break, dot or comma | it is one of the answers, without case, articles and punctuation |
+//! | GSM8k | the last number of what is generated, or the most frequent one of several samples (maj1@k) | it is the solution's |
+//! | CrowS-Pairs | the sentence of lower perplexity | (the share of stereotypical ones) |
+//!
+//! [`perplexity()`] is for any text. Files are those that the benchmarks' authors publish, or their rows in JSON lines with the fields they
+//! have on the Hugging Face hub.
+
+mod answer;
+mod fields;
+mod likelihood;
+mod perplexity;
+mod read;
+mod task;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use llama_data::{DataError, Progress};
+use llama_model::generate::{GenerateOptions, Sampling};
+use serde::Serialize;
+
+use crate::text::TextStream;
+use crate::{Engine, EngineSession, Error};
+use likelihood::{Scored, request, score};
+pub use perplexity::{Perplexity, perplexity};
+use task::{Candidate, Question, Rule};
+pub use task::{Task, mmlu_category};
+
+/// How a model is asked.
+#[derive(Clone, Debug)]
+pub struct EvalOptions {
+    /// Solved examples before each question.
+    pub shots: usize,
+    /// Where they come from, a file or folder in the form of the questions': its first rows, for MMLU of the question's subject.
+    pub shots_from: Option<PathBuf>,
+    /// Rows of the benchmark, at most.
+    pub limit: Option<usize>,
+    /// GSM8k: solutions to generate, of which the most frequent answer counts; one is greedy.
+    pub samples: usize,
+    /// GSM8k: how several solutions are sampled.
+    pub sampling: Sampling,
+    /// Seed of the samples.
+    pub seed: u64,
+    /// Tokens of a generated answer, at most; by default 32, for GSM8k 256.
+    pub max_new_tokens: Option<usize>,
+}
+
+impl Default for EvalOptions {
+    fn default() -> Self {
+        Self {
+            shots: 0,
+            shots_from: None,
+            limit: None,
+            samples: 1,
+            sampling: Sampling::default(),
+            seed: 0,
+            max_new_tokens: None,
+        }
+    }
+}
+
+/// How a question was answered.
+#[derive(Clone, Debug, Serialize)]
+pub struct Answered {
+    /// File and place of its row.
+    pub origin: String,
+    /// What it is also counted to: a subject, a school, a kind of bias.
+    pub group: Option<String>,
+    /// The answer: the completion that was chosen, or what was generated (the samples' majority).
+    pub answer: String,
+    /// The right one.
+    pub expected: String,
+    /// Whether it is right.
+    pub correct: bool,
+    /// Log-likelihoods of the completions, as they are; empty for what is generated.
+    pub log_likelihoods: Vec<f64>,
+}
+
+/// Right answers among questions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Tally {
+    /// Right answers.
+    pub correct: u64,
+    /// Questions.
+    pub questions: u64,
+}
+
+impl Tally {
+    fn add(&mut self, correct: bool) {
+        self.correct += u64::from(correct);
+        self.questions += 1;
+    }
+
+    /// Share of right answers.
+    pub fn accuracy(&self) -> f64 {
+        self.correct as f64 / self.questions as f64
+    }
+
+    /// Standard error of that share, were the questions drawn at random.
+    pub fn standard_error(&self) -> f64 {
+        let share = self.accuracy();
+        (share * (1.0 - share) / (self.questions.max(2) - 1) as f64).sqrt()
+    }
+}
+
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        self.correct += other.correct;
+        self.questions += other.questions;
+    }
+}
+
+/// What an evaluation gave.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct EvalReport {
+    /// By the paper's rule.
+    pub result: Tally,
+    /// Of completions chosen by their likelihood as it is (the evaluation harness's `acc`); none for what is generated.
+    pub by_sum: Option<Tally>,
+    /// Of completions chosen by their likelihood per character (`acc_norm`); none for what is generated.
+    pub by_character: Option<Tally>,
+    /// By the paper's rule for each subject, school or kind of bias.
+    pub groups: BTreeMap<String, Tally>,
+    /// Completions or prompts whose beginning did not fit into the model's context.
+    pub cut: usize,
+}
+
+/// A question with where it comes from.
+struct Asked {
+    origin: String,
+    group: Option<String>,
+    /// Preamble and examples.
+    prefix: String,
+    question: Question,
+}
+
+/// Asks the questions of files or folders, and tells each answer to `each`; `progress` counts questions.
+///
+/// # Errors
+/// [`Error::Data`] for what cannot be read, by file, line and field; [`Error::Evaluation`] where there are no questions or too few
+/// examples; and those of the model.
+pub fn evaluate(
+    engine: &Engine,
+    task: Task,
+    data: &[PathBuf],
+    options: &EvalOptions,
+    progress: &dyn Progress,
+    mut each: impl FnMut(&Answered),
+) -> Result<EvalReport, Error> {
+    let asked = asked(task, data, options)?;
+    let mut report = EvalReport::default();
+    let mut count = |answered: Answered, report: &mut EvalReport| {
+        report.result.add(answered.correct);
+        if let Some(group) = &answered.group {
+            report.groups.entry(group.clone()).or_default().add(answered.correct);
+        }
+        each(&answered);
+    };
+    match asked[0].question {
+        Question::Choice { .. } => choose(engine, task.rule(), asked, progress, &mut report, &mut count)?,
+        Question::Open { .. } => generate(engine, task, asked, options, progress, &mut report, &mut count)?,
+    }
+    Ok(report)
+}
+
+type Count<'a> = &'a mut dyn FnMut(Answered, &mut EvalReport);
+
+/// All questions, each with what comes before it.
+fn asked(task: Task, data: &[PathBuf], options: &EvalOptions) -> Result<Vec<Asked>, Error> {
+    let mut rows = Vec::new();
+    for path in data {
+        rows.extend(read(task, path)?);
+    }
+    rows.truncate(options.limit.unwrap_or(usize::MAX));
+    if rows.is_empty() {
+        return Err(Error::Evaluation(format!("there are no questions for {task}")));
+    }
+    let examples = match (&options.shots_from, options.shots) {
+        (_, 0) => Vec::new(),
+        (Some(path), _) => read(task, path)?,
+        (None, shots) => {
+            return Err(Error::Evaluation(format!("{shots} examples come before each question, but from which file?")));
+        }
+    };
+    let mut all = Vec::new();
+    for (origin, group, questions) in rows {
+        let of_group = |(_, other, _): &&(_, Option<String>, _)| task != Task::Mmlu || *other == group;
+        let solved = examples.iter().filter(of_group).flat_map(|(_, _, questions)| questions).map(Question::solved);
+        let solved: Vec<String> = solved.take(options.shots).collect();
+        if solved.len() < options.shots {
+            let (found, wanted) = (solved.len(), options.shots);
+            let of = group.filter(|_| task == Task::Mmlu).map_or(String::new(), |group| format!(" of {group}"));
+            return Err(Error::Evaluation(format!("{found} examples{of} instead of {wanted}")));
+        }
+        let examples: String = solved.into_iter().map(|solved| solved + task.between()).collect();
+        let prefix = task.preamble(group.as_deref()) + &examples;
+        let asked = |question| Asked { origin: origin.clone(), group: group.clone(), prefix: prefix.clone(), question };
+        all.extend(questions.into_iter().map(asked));
+    }
+    Ok(all)
+}
+
+/// Origin, group and questions of each row.
+type Rows = Vec<(String, Option<String>, Vec<Question>)>;
+
+fn read(task: Task, path: &std::path::Path) -> Result<Rows, DataError> {
+    let rows = read::rows(path)?.into_iter().map(|row| {
+        let questions = task.questions(&row).map_err(|reason| {
+            let reason = format!("{}: {reason}; is this a row of {task}?", row.place);
+            DataError::Format { path: row.path.clone(), reason }
+        })?;
+        Ok((format!("{}, {}", row.path.display(), row.place), task.group(&row), questions))
+    });
+    rows.collect()
+}
+
+/// Questions whose completions are scored together: those of a benchmark that share their beginning stand together.
+const TOGETHER: usize = 256;
+
+/// Chooses the likeliest completions.
+fn choose(
+    engine: &Engine,
+    rule: Rule,
+    asked: Vec<Asked>,
+    progress: &dyn Progress,
+    report: &mut EvalReport,
+    count: Count,
+) -> Result<(), Error> {
+    progress.start("questions", Some(asked.len() as u64));
+    let mut asked = asked.into_iter().peekable();
+    while asked.peek().is_some() {
+        let part: Vec<Asked> = asked.by_ref().take(TOGETHER).collect();
+        let mut requests = Vec::new();
+        for Asked { prefix, question, .. } in &part {
+            let Question::Choice { candidates, .. } = question else { continue };
+            for Candidate { context, completion } in candidates {
+                requests.push(request(engine, &format!("{prefix}{context}"), completion)?);
+                if let Rule::Unconditional(context) = rule {
+                    requests.push(request(engine, context, completion)?);
+                }
+            }
+        }
+        let mut scored = score(engine, requests)?.into_iter();
+        for Asked { origin, group, question, .. } in part {
+            let Question::Choice { candidates, correct } = question else { continue };
+            let mut next = || scored.next().unwrap_or_default();
+            let found: Vec<(Scored, Option<Scored>)> =
+                candidates.iter().map(|_| (next(), matches!(rule, Rule::Unconditional(_)).then(&mut next))).collect();
+            report.cut += found.iter().filter(|(scored, _)| scored.cut).count();
+            // Of equally likely ones the first.
+            let best = |rule: Rule| {
+                let values = candidates.iter().zip(&found).map(|(candidate, (a, b))| rule.value(candidate, *a, *b));
+                values.enumerate().fold((0, f64::NEG_INFINITY), |best, new| if new.1 > best.1 { new } else { best }).0
+            };
+            report.by_sum.get_or_insert_default().add(best(Rule::Sum) == correct);
+            report.by_character.get_or_insert_default().add(best(Rule::PerCharacter) == correct);
+            // WinoGrande chooses between contexts.
+            let contexts = candidates.iter().any(|other| other.context != candidates[0].context);
+            let text = |index: usize| {
+                let Candidate { context, completion } = &candidates[index];
+                if contexts { context.clone() } else { completion.trim().to_string() }
+            };
+            let chosen = best(rule);
+            let log_likelihoods = found.iter().map(|(scored, _)| scored.log_prob).collect();
+            let (answer, expected) = (text(chosen), text(correct));
+            count(Answered { origin, group, answer, expected, correct: chosen == correct, log_likelihoods }, report);
+            progress.advance(1);
+        }
+    }
+    progress.finish();
+    Ok(())
+}
+
+/// Generates answers.
+fn generate(
+    engine: &Engine,
+    task: Task,
+    asked: Vec<Asked>,
+    options: &EvalOptions,
+    progress: &dyn Progress,
+    report: &mut EvalReport,
+    count: Count,
+) -> Result<(), Error> {
+    let solution = task == Task::Gsm8k;
+    let max_new_tokens = options.max_new_tokens.unwrap_or(if solution { 256 } else { 32 });
+    let stops: Vec<String> = if solution { vec!["Question:".into()] } else { answer::STOPS.map(String::from).into() };
+    let max_seq_len = engine.config().max_seq_len;
+    let room = max_seq_len.checked_sub(max_new_tokens).filter(|room| *room > 0).ok_or_else(|| {
+        Error::Evaluation(format!("{max_new_tokens} tokens of an answer leave no room in a context of {max_seq_len}"))
+    })?;
+    let mut session = engine.session(max_seq_len.min(longest(engine, &asked).min(room) + max_new_tokens))?;
+    progress.start("questions", Some(asked.len() as u64));
+    for Asked { origin, group, prefix, question } in asked {
+        let Question::Open { prompt, answers } = question else { continue };
+        let mut tokens = engine.codec().encode_prompt(&format!("{prefix}{prompt}"));
+        let excess = tokens.len().saturating_sub(room);
+        tokens.drain(..excess);
+        report.cut += usize::from(excess > 0);
+        let (answer, expected, correct) = if solution {
+            let samples = samples(engine, &mut session, tokens, options, max_new_tokens, &stops)?;
+            let numbers: Vec<_> = samples.iter().map(|sample| answer::number(sample)).collect();
+            let (most, right) = (answer::majority(&numbers).cloned(), answer::number(&answers[0]));
+            let correct = most.is_some() && most == right;
+            (most.unwrap_or_default(), right.unwrap_or_default(), correct)
+        } else {
+            let greedy = GenerateOptions { max_new_tokens, sampling: Sampling::greedy(), ..Default::default() };
+            let text = continuation(engine, &mut session, tokens, greedy, &stops)?.trim().to_string();
+            let correct = answer::matches(&text, &answers);
+            (text, answers[0].clone(), correct)
+        };
+        count(Answered { origin, group, answer, expected, correct, log_likelihoods: Vec::new() }, report);
+        progress.advance(1);
+    }
+    progress.finish();
+    Ok(())
+}
+
+/// Tokens of the longest prompt.
+fn longest(engine: &Engine, asked: &[Asked]) -> usize {
+    let prompt = |asked: &Asked| match &asked.question {
+        Question::Open { prompt, .. } => format!("{}{prompt}", asked.prefix),
+        Question::Choice { .. } => String::new(),
+    };
+    asked.iter().map(|asked| engine.codec().encode_prompt(&prompt(asked)).len()).max().unwrap_or(0)
+}
+
+/// One greedy solution, or several that are sampled together.
+fn samples(
+    engine: &Engine,
+    session: &mut EngineSession,
+    prompt: Vec<u32>,
+    options: &EvalOptions,
+    max_new_tokens: usize,
+    stops: &[String],
+) -> Result<Vec<String>, Error> {
+    if options.samples <= 1 {
+        let greedy = GenerateOptions { max_new_tokens, sampling: Sampling::greedy(), ..Default::default() };
+        return Ok(vec![continuation(engine, session, prompt, greedy, stops)?]);
+    }
+    let sampled = GenerateOptions {
+        max_new_tokens,
+        sampling: options.sampling.clone(),
+        seed: options.seed,
+        stop_tokens: engine.codec().eos.into_iter().collect(),
+        ..Default::default()
+    };
+    Ok(engine.texts(&vec![prompt; options.samples], sampled, stops)?)
+}
+
+/// What comes after a prompt in a session, up to one of `stops`.
+fn continuation(
+    engine: &Engine,
+    session: &mut EngineSession,
+    prompt: Vec<u32>,
+    mut options: GenerateOptions,
+    stops: &[String],
+) -> Result<String, Error> {
+    options.stop_tokens.extend(engine.codec().eos);
+    let mut stream = TextStream::new(engine.codec(), true, stops.to_vec());
+    let mut text = String::new();
+    for step in session.generate(prompt, options)? {
+        for new in step?.into_iter().flatten() {
+            text.push_str(&stream.push(new.token));
+        }
+        if stream.stopped() {
+            break;
+        }
+    }
+    Ok(text + &stream.finish())
+}

@@ -1,0 +1,199 @@
+//! Rows as the benchmarks' authors publish them and as the hub has them (content is made up), and the text a model is asked with.
+
+use serde_json::json;
+
+use super::read::{Row, rows};
+use super::task::{Candidate, Question, Task};
+
+fn row(fields: serde_json::Value) -> Row {
+    let serde_json::Value::Object(fields) = fields else { panic!("not an object") };
+    Row { fields, stem: "college_physics_test".into(), path: "file".into(), place: "line 1".into() }
+}
+
+fn one(task: Task, fields: serde_json::Value) -> Question {
+    let [question] = <[Question; 1]>::try_from(task.questions(&row(fields)).unwrap()).unwrap();
+    question
+}
+
+fn choice(context: &str, completions: &[&str], correct: usize) -> Question {
+    let candidate = |text: &&str| Candidate { context: context.into(), completion: text.to_string() };
+    Question::Choice { candidates: completions.iter().map(candidate).collect(), correct }
+}
+
+#[test]
+fn commonsense() {
+    let expected = choice("Ice is cold.\nQuestion: is ice cold?\nAnswer:", &[" no", " yes"], 1);
+    let boolq = json!({"passage": "Ice is cold.", "question": "is ice cold"});
+    for (field, value) in [("answer", json!(true)), ("label", json!(1)), ("label", json!("True"))] {
+        let mut fields = boolq.clone();
+        fields[field] = value;
+        assert_eq!(one(Task::BoolQ, fields), expected);
+    }
+    let fields = json!({"goal": "Dry a cup", "sol1": "Use a towel", "sol2": "Use rain", "label": 0});
+    assert_eq!(one(Task::Piqa, fields), choice("Question: Dry a cup\nAnswer:", &[" Use a towel", " Use rain"], 0));
+    let fields = json!({"context": "Al ran.", "question": "How is Al?", "answerA": "asleep", "answerB": "tired", "answerC": "a cat", "label": "2"});
+    assert_eq!(one(Task::Siqa, fields), choice("Q: Al ran. How is Al?\nA:", &[" asleep", " tired", " a cat"], 1));
+    let fields = json!({
+        "activity_label": "Baking", "ctx_a": "A man [step] bakes.", "ctx_b": "then he", "label": "1",
+        "endings": ["eats [title] Rests", "sleeps  well."],
+    });
+    assert_eq!(
+        one(Task::HellaSwag, fields),
+        choice("Baking: A man bakes. Then he", &[" eats. Rests", " sleeps well."], 1)
+    );
+    let fields = json!({"sentence": "The jar fell on Al because _ was loose.", "option1": "the jar", "option2": "Al", "answer": "1"});
+    let candidate = |option: &str| Candidate {
+        context: format!("The jar fell on Al because {option}"),
+        completion: " was loose.".into(),
+    };
+    let expected = Question::Choice { candidates: vec![candidate("the jar"), candidate("Al")], correct: 0 };
+    assert_eq!(one(Task::WinoGrande, fields), expected);
+}
+
+#[test]
+fn science() {
+    let original = json!({"question": {"stem": "What is hot?", "choices": [{"text": "ice", "label": "A"}, {"text": "fire", "label": "B"}]}, "answerKey": "B"});
+    let hub = |name: &str| json!({name: "What is hot?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "2"});
+    for fields in [original.clone(), hub("question")] {
+        assert_eq!(one(Task::Arc, fields), choice("Question: What is hot?\nAnswer:", &[" ice", " fire"], 1));
+    }
+    for fields in [original, hub("question_stem")] {
+        assert_eq!(one(Task::OpenBookQa, fields), choice("What is hot?", &[" ice", " fire"], 1));
+    }
+}
+
+#[test]
+fn reading_and_subjects() {
+    let context = |question: &str| format!("Article:\nAl has a dog.\n\nQ: {question}\n\nA:");
+    let original = json!({
+        "article": "Al has a dog.", "questions": ["What has Al?", "Al is _ ."], "answers": ["A", "B"],
+        "options": [["a dog", "a cat"], ["a dog", "a man"]], "id": "high7.txt",
+    });
+    let expected = [
+        choice(&context("What has Al?"), &[" a dog", " a cat"], 0),
+        choice(&context("Al is _ ."), &[" a dog", " a man"], 1),
+    ];
+    assert_eq!(Task::Race.questions(&row(original.clone())).unwrap(), expected);
+    assert_eq!(Task::Race.group(&row(original)).as_deref(), Some("high"));
+    let hub =
+        json!({"article": "Al has a dog.", "question": "What has Al?", "options": ["a dog", "a cat"], "answer": "A"});
+    assert_eq!(one(Task::Race, hub), expected[0]);
+
+    let expected = choice("2 + 2 = ?\nA. 3\nB. 4\nC. 5\nD. 6\nAnswer:", &[" A", " B", " C", " D"], 1);
+    let table = json!({"question": "2 + 2 = ?", "A": "3", "B": "4", "C": "5", "D": "6", "answer": "B"});
+    assert_eq!(Task::Mmlu.group(&row(table.clone())).as_deref(), Some("college_physics"));
+    let hub = json!({"question": "2 + 2 = ?", "choices": ["3", "4", "5", "6"], "answer": 1, "subject": "anatomy"});
+    assert_eq!(Task::Mmlu.group(&row(hub.clone())).as_deref(), Some("anatomy"));
+    for fields in [table, hub] {
+        let question = one(Task::Mmlu, fields);
+        assert_eq!(question, expected);
+        assert!(question.solved().ends_with("\nAnswer: B"));
+    }
+    let preamble = Task::Mmlu.preamble(Some("college_physics"));
+    assert_eq!(preamble, "The following are multiple choice questions (with answers) about college physics.\n\n");
+}
+
+#[test]
+fn open_questions() {
+    let open = |prompt: &str, answers: &[&str]| Question::Open {
+        prompt: prompt.into(),
+        answers: answers.iter().map(|answer| answer.to_string()).collect(),
+    };
+    let fields = json!({"question": "who wrote it", "answer": ["Al", "Alan"]});
+    let question = one(Task::NaturalQuestions, fields);
+    assert_eq!(question, open("Q: who wrote it?\nA:", &["Al", "Alan"]));
+    assert_eq!(question.solved(), "Q: who wrote it?\nA: Al");
+    let expected = open("Q: Who wrote it?\nA:", &["Al", "Alan", "al"]);
+    let hub = json!({"question": "Who wrote it?", "answer": {"value": "Al", "aliases": ["Alan"], "normalized_aliases": ["al"]}});
+    let original = json!({"Question": "Who wrote it?", "Answer": {"Value": "Al", "Aliases": ["Alan"], "NormalizedAliases": ["al"]}});
+    for fields in [hub, original] {
+        assert_eq!(one(Task::TriviaQa, fields), expected);
+    }
+    let fields = json!({"question": "Two and two?", "answer": "2 + 2 = 4\n#### 4"});
+    assert_eq!(one(Task::Gsm8k, fields), open("Question: Two and two?\nAnswer:", &["2 + 2 = 4\n#### 4"]));
+    let fields = json!({"sent_more": "One.", "sent_less": "Other.", "bias_type": "age"});
+    assert_eq!(Task::CrowsPairs.group(&row(fields.clone())).as_deref(), Some("age"));
+    assert_eq!(one(Task::CrowsPairs, fields), choice("", &["One.", "Other."], 0));
+}
+
+#[test]
+fn rows_that_are_wrong_name_the_field() {
+    for (task, fields, reason) in [
+        (Task::Piqa, json!({"goal": "x", "sol1": "y"}), "`sol2` is missing"),
+        (Task::Piqa, json!({"goal": "x", "sol1": "y", "sol2": "z"}), "`label` does not say"),
+        (Task::Piqa, json!({"goal": "x", "sol1": "y", "sol2": "z", "label": 2}), "number 2 of 2"),
+        (
+            Task::Siqa,
+            json!({"context": "", "question": "", "answerA": "", "answerB": "", "answerC": "", "label": "0"}),
+            "`label`",
+        ),
+        (Task::WinoGrande, json!({"sentence": "no gap"}), "no `_`"),
+        (
+            Task::Arc,
+            json!({"question": "x", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "E"}),
+            "E is none of A",
+        ),
+        (Task::Arc, json!({"question": "x", "answerKey": "A"}), "`choices` is missing"),
+        (
+            Task::Race,
+            json!({"article": "x", "questions": ["y"], "answers": [], "options": []}),
+            "1 questions, 0 answers",
+        ),
+        (
+            Task::Race,
+            json!({"article": "x", "question": "y", "answer": "C", "options": ["a", "b"]}),
+            "`C` of 2 options",
+        ),
+        (Task::Mmlu, json!({"question": "x", "choices": ["a"], "answer": 0}), "1 choices"),
+        (Task::NaturalQuestions, json!({"question": "x", "answer": []}), "no answer"),
+        (Task::TriviaQa, json!({"question": "x", "answer": "y"}), "`answer`"),
+        (Task::Gsm8k, json!({"question": "x", "answer": "none"}), "no number"),
+    ] {
+        let error = task.questions(&row(fields)).unwrap_err();
+        assert!(error.contains(reason), "{task}: {error}");
+    }
+    assert!("hellaswap".parse::<Task>().unwrap_err().contains("hellaswag"));
+    for task in Task::ALL {
+        assert_eq!(task.to_string().parse::<Task>().unwrap(), task);
+    }
+}
+
+#[test]
+fn files_in_every_form() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let lines = write("a/dev.jsonl", "{\"goal\": \"x\"}\n\n{\"goal\": \"y\"}\n");
+    let labels = write("a/dev-labels.lst", "1\n0\n");
+    let found = rows(&lines).unwrap();
+    assert_eq!((found[1].fields["label"].as_str(), found[1].place.as_str()), (Some("0"), "line 3"));
+    std::fs::write(&labels, "1\n").unwrap();
+    assert!(rows(&lines).unwrap_err().to_string().contains("1 labels for the 2 rows"));
+
+    let table = write("mmlu/anatomy_test.csv", "\"Which, of these?\",a,\"b\"\"b\",c,d,B\nNext?,a,b,c,d,A\n");
+    let found = rows(&table).unwrap();
+    assert_eq!(found.len(), 2);
+    assert_eq!((&found[0].fields["question"], &found[0].fields["B"]), (&json!("Which, of these?"), &json!("b\"b")));
+    let named = write("crows.csv", ",sent_more,sent_less,bias_type\n0,\"One, two\",Three,age\n");
+    assert_eq!(rows(&named).unwrap()[0].fields["sent_more"], json!("One, two"));
+    write("mmlu/notes.md", "not data");
+    write("mmlu/b_test.csv", "Next?,a,b,c,d,A\n");
+    assert_eq!(
+        rows(&folder.path().join("mmlu")).unwrap().iter().map(|row| row.stem.as_str()).collect::<Vec<_>>(),
+        ["anatomy_test", "anatomy_test", "b_test"]
+    );
+
+    let trivia = write("trivia.json", "{\"Data\": [{\"Question\": \"x\"}], \"Version\": 1}");
+    assert_eq!(rows(&trivia).unwrap()[0].fields["Question"], json!("x"));
+    let list = write("list.json", "[{\"question\": \"x\"}, 3]");
+    assert!(rows(&list).unwrap_err().to_string().contains("entry 2: not a JSON object"));
+    let broken = write("broken.jsonl", "{\"a\": 1}\n{");
+    assert!(rows(&broken).unwrap_err().to_string().contains("line 2"));
+    let other = write("data.parquet", "PAR1");
+    assert!(rows(&other).unwrap_err().to_string().contains(".jsonl"));
+    assert!(rows(&folder.path().join("nothing.jsonl")).unwrap_err().to_string().contains("nothing.jsonl"));
+}
