@@ -6,7 +6,6 @@
 //! ```
 //!
 //! `/new` begins a new conversation, the end of the input (Ctrl-D) ends the program.
-#![recursion_limit = "256"]
 
 mod common;
 

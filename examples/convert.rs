@@ -6,7 +6,6 @@
 //! cargo run --release --example convert -- smollm2.gguf smollm2 --to hf --type bf16
 //! cargo run --release --example convert -- smollm2.gguf mine.gguf --adapter runs/mine     # with what `finetune` made
 //! ```
-#![recursion_limit = "256"]
 
 mod common;
 

@@ -5,7 +5,6 @@
 //! cargo run --release --example evaluate -- --model smollm2.gguf --task mmlu --data data/test --shots 5 --shots-from data/dev
 //! cargo run --release --example evaluate -- --model runs/tiny --perplexity my.txt
 //! ```
-#![recursion_limit = "256"]
 
 mod common;
 

@@ -5,7 +5,6 @@
 //! cargo run --release --example finetune -- --run runs/mine --resume
 //! cargo run --release --example chat -- --model smollm2.gguf --adapter runs/mine
 //! ```
-#![recursion_limit = "256"]
 
 mod common;
 

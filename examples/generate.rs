@@ -5,7 +5,6 @@
 //! cargo run --release --example generate -- --model runs/tiny --prompt "fn main() {"
 //! cargo run --release --example generate -- --model smollm2.gguf --prompt "The capital of France is"
 //! ```
-#![recursion_limit = "256"]
 
 mod common;
 

@@ -4,7 +4,6 @@
 //! cargo run --release --example inspect -- model.gguf
 //! cargo run --release --example inspect -- folder --tensors
 //! ```
-#![recursion_limit = "256"]
 
 mod common;
 

@@ -6,7 +6,6 @@
 //! cargo run --release --example pretrain -- --resume                    # goes on after Ctrl-C or a crash
 //! cargo run --release --example pretrain -- --preset 7b --print-config  # the paper's run
 //! ```
-#![recursion_limit = "256"]
 
 mod common;
 
