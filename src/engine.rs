@@ -225,7 +225,7 @@ pub fn adapter_path(path: &Path) -> PathBuf {
 }
 
 /// A model on the device of some backend.
-trait Placed: Send {
+trait Placed: Send + Sync {
     fn generate(&self, prompts: &[Vec<u32>], options: GenerateOptions) -> Result<Steps<'_>, ModelError>;
     fn speculate<'a>(
         &'a self,
