@@ -1,5 +1,6 @@
 //! Rows as the benchmarks' authors publish them and as the hub has them (content is made up), and the text a model is asked with.
 
+use proptest::prelude::*;
 use serde_json::json;
 
 use super::read::{Row, rows};
@@ -196,4 +197,79 @@ fn files_in_every_form() {
     let other = write("data.parquet", "PAR1");
     assert!(rows(&other).unwrap_err().to_string().contains(".jsonl"));
     assert!(rows(&folder.path().join("nothing.jsonl")).unwrap_err().to_string().contains("nothing.jsonl"));
+}
+
+/// Values that fields have, in their place or not.
+fn value() -> impl Strategy<Value = serde_json::Value> {
+    let text = "[\\[\\]_#A-E0-9.,\\- é]{0,12}";
+    let texts = prop::collection::vec(text, 0..5);
+    prop_oneof![
+        text.prop_map(|text| json!(text)),
+        any::<i64>().prop_map(|number| json!(number)),
+        any::<bool>().prop_map(|yes| json!(yes)),
+        texts.clone().prop_map(|list| json!(list)),
+        prop::collection::vec(texts.clone(), 0..3).prop_map(|lists| json!(lists)),
+        (texts.clone(), texts)
+            .prop_map(|(text, label)| json!({"text": text, "label": label, "value": "x", "aliases": text})),
+        (text, text).prop_map(|(stem, label)| json!({"stem": stem, "choices": [{"text": stem, "label": label}]})),
+    ]
+}
+
+const FIELDS: [&str; 33] = [
+    "question",
+    "passage",
+    "answer",
+    "label",
+    "goal",
+    "sol1",
+    "sol2",
+    "context",
+    "answerA",
+    "answerB",
+    "answerC",
+    "activity_label",
+    "ctx_a",
+    "ctx_b",
+    "endings",
+    "sentence",
+    "option1",
+    "option2",
+    "answerKey",
+    "choices",
+    "question_stem",
+    "article",
+    "questions",
+    "answers",
+    "options",
+    "A",
+    "B",
+    "C",
+    "D",
+    "Question",
+    "Answer",
+    "sent_more",
+    "sent_less",
+];
+
+proptest! {
+    /// Whatever a row has, it is questions with an answer among the candidates, or an error.
+    #[test]
+    fn no_row_is_too_strange(fields in prop::collection::vec((prop::sample::select(&FIELDS[..]), value()), 0..12)) {
+        let fields: serde_json::Map<_, _> = fields.into_iter().map(|(name, value)| (name.to_string(), value)).collect();
+        let row = row(serde_json::Value::Object(fields));
+        for task in Task::ALL {
+            for question in task.questions(&row).unwrap_or_default() {
+                question.solved();
+            }
+            task.group(&row);
+        }
+    }
+
+    #[test]
+    fn no_answer_is_too_strange(text in "[#0-9.,\\- \\na-zé$’]{0,40}") {
+        if let Some(number) = super::answer::number(&text) {
+            prop_assert!(number.parse::<f64>().is_ok(), "{number}");
+        }
+        prop_assert!(super::answer::matches(&text, std::slice::from_ref(&text)));
+    }
 }
