@@ -182,9 +182,6 @@ fn asked(task: Task, data: &[PathBuf], options: &EvalOptions) -> Result<Vec<Aske
         rows.extend(read(task, path)?);
     }
     rows.truncate(options.limit.unwrap_or(usize::MAX));
-    if rows.is_empty() {
-        return Err(Error::Evaluation(format!("there are no questions for {task}")));
-    }
     let examples = match (&options.shots_from, options.shots) {
         (_, 0) => Vec::new(),
         (Some(path), _) => read(task, path)?,
@@ -207,7 +204,10 @@ fn asked(task: Task, data: &[PathBuf], options: &EvalOptions) -> Result<Vec<Aske
         let asked = |question| Asked { origin: origin.clone(), group: group.clone(), prefix: prefix.clone(), question };
         all.extend(questions.into_iter().map(asked));
     }
-    Ok(all)
+    match all.is_empty() {
+        true => Err(Error::Evaluation(format!("there are no questions for {task}"))),
+        false => Ok(all),
+    }
 }
 
 /// Origin, group and questions of each row.

@@ -146,6 +146,12 @@ fn examples_come_before_questions() {
     assert!(
         place.fails(Task::Mmlu, &[place.file("none.jsonl", &[])], &EvalOptions::default()).contains("no questions")
     );
+    let empty = json!({"article": "None.", "questions": [], "answers": [], "options": []});
+    assert!(
+        place
+            .fails(Task::Race, &[place.file("race.jsonl", &[empty])], &EvalOptions::default())
+            .contains("no questions")
+    );
     let error = place.fails(Task::Piqa, &[test], &EvalOptions::default());
     assert!(error.contains("test.jsonl: line 1: `goal`") && error.contains("piqa"), "{error}");
 }
