@@ -120,23 +120,22 @@ impl Engine {
     ) -> Result<Vec<String>, ModelError> {
         options.stop_tokens.extend(self.codec.eos);
         let tokens: Vec<_> = prompts.iter().map(|prompt| self.codec.encode_prompt(prompt.as_ref())).collect();
-        self.texts(&tokens, options, stops)
+        let begun = |prompt: &Vec<u32>| prompt.iter().any(|token| Some(*token) != self.codec.bos);
+        let continuing: Vec<_> = tokens.iter().map(begun).collect();
+        self.texts(self.generate(&tokens, options)?, &continuing, stops)
     }
 
-    /// [`complete`](Self::complete) after prompts of tokens, which end as the options say.
+    /// The text of a generation, up to one of `stops`; for each row, whether it is `continuing` a text.
     pub(crate) fn texts(
         &self,
-        prompts: &[Vec<u32>],
-        options: GenerateOptions,
+        steps: Steps<'_>,
+        continuing: &[bool],
         stops: &[String],
     ) -> Result<Vec<String>, ModelError> {
-        let stream = |prompt: &Vec<u32>| {
-            let continuing = prompt.iter().any(|token| Some(*token) != self.codec.bos);
-            TextStream::new(&self.codec, continuing, stops.to_vec())
-        };
-        let mut streams: Vec<_> = prompts.iter().map(stream).collect();
-        let mut texts = vec![String::new(); prompts.len()];
-        for step in self.generate(prompts, options)? {
+        let stream = |continuing: &bool| TextStream::new(&self.codec, *continuing, stops.to_vec());
+        let mut streams: Vec<_> = continuing.iter().map(stream).collect();
+        let mut texts = vec![String::new(); streams.len()];
+        for step in steps {
             for ((new, text), stream) in step?.into_iter().zip(&mut texts).zip(&mut streams) {
                 text.extend(new.map(|new| stream.push(new.token)));
             }

@@ -16,6 +16,7 @@ use llama_data::examples::Example;
 use llama_data::input::{self, Limits};
 use llama_data::source::Sources;
 use llama_data::tokenizer::Codec;
+use llama_model::generate::common_prefix;
 use serde::Deserialize;
 
 use crate::text::{Message, TextError, conversation};
@@ -65,8 +66,7 @@ pub fn read(paths: &[PathBuf], codec: &Codec, seq_len: usize) -> Result<Vec<Exam
 fn read_lines(path: &Path, codec: &Codec, seq_len: usize, examples: &mut Vec<Example>) -> Result<(), TextError> {
     use std::io::BufRead;
     for (index, line) in input::open(path, Limits::default())?.lines().enumerate() {
-        let at =
-            |reason: String| DataError::Format { path: path.into(), reason: format!("line {}: {reason}", index + 1) };
+        let at = |reason: String| DataError::format(path, format!("line {}: {reason}", index + 1));
         let line = line.map_err(|error| at(error.to_string()))?;
         if line.trim().is_empty() {
             continue;
@@ -103,8 +103,8 @@ pub fn answers(messages: &[Message], codec: &Codec) -> Result<Example, TextError
     let mut trained = vec![false; tokens.len()];
     for (turn, _) in messages.iter().enumerate().filter(|(_, message)| message.role == "assistant") {
         // From where the answer would have begun to where its turn ends, by the tokens that both have.
-        let start = common(&tokens, &conversation(codec, &messages[..turn], true)?);
-        let end = common(&tokens, &conversation(codec, &messages[..=turn], false)?);
+        let start = common_prefix(&tokens, &conversation(codec, &messages[..turn], true)?);
+        let end = common_prefix(&tokens, &conversation(codec, &messages[..=turn], false)?);
         let Some(answer) = tokens.get(start..end) else { continue };
         // What a template writes after the end of a turn is not said.
         let said = answer.iter().rposition(|token| Some(*token) == codec.eos).map_or(end, |last| start + last + 1);
@@ -125,7 +125,7 @@ fn instructed(instruction: &str, input: &str, output: &str, codec: &Codec) -> Re
 /// A text of which the second part is trained on, and its end.
 fn completed(prompt: &str, completion: &str, codec: &Codec) -> Example {
     let mut tokens = codec.encode_prompt(&format!("{prompt}{completion}"));
-    let start = common(&tokens, &codec.encode_prompt(prompt));
+    let start = common_prefix(&tokens, &codec.encode_prompt(prompt));
     tokens.extend(codec.eos);
     let trained = (0..tokens.len()).map(|index| index >= start).collect();
     Example { tokens, trained }
@@ -140,11 +140,6 @@ fn pieces(text: &str, codec: &Codec, seq_len: usize, examples: &mut Vec<Example>
         let tokens = tokens[start..tokens.len().min(start + seq_len + 1)].to_vec();
         examples.push(Example { trained: vec![true; tokens.len()], tokens });
     }
-}
-
-/// Tokens that both begin with.
-fn common(a: &[u32], b: &[u32]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 #[cfg(test)]

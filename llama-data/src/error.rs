@@ -70,11 +70,13 @@ pub enum DataError {
 }
 
 impl DataError {
-    pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
+    /// A file that could not be read or written.
+    pub fn io(path: &Path, source: std::io::Error) -> Self {
         Self::Io { path: path.into(), source }
     }
 
-    pub(crate) fn format(path: &Path, reason: impl ToString) -> Self {
+    /// A file that is not what it should be.
+    pub fn format(path: &Path, reason: impl ToString) -> Self {
         Self::Format { path: path.into(), reason: reason.to_string() }
     }
 }

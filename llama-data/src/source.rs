@@ -69,15 +69,12 @@ impl Sources {
         entries.sort_by_key(|entry| entry.file_name());
         for entry in entries {
             let path = entry.path();
-            // Links are not followed: they may lead in circles.
-            let kind = entry.file_type().map_err(|error| DataError::io(&path, error))?;
-            if kind.is_dir() {
+            if entry.file_type().map_err(|error| DataError::io(&path, error))?.is_dir() {
                 self.walk(&path, files)?;
-            } else if kind.is_file()
-                && (self.extensions.is_empty() || self.extensions.contains(&inner_extension(&path)))
-            {
-                let bytes = entry.metadata().map_err(|error| DataError::io(&path, error))?.len();
-                files.push(SourceFile { path, bytes, found: true });
+            } else if self.extensions.is_empty() || self.extensions.contains(&inner_extension(&path)) {
+                // Links to files are followed, as the Hugging Face hub's cache has them; those to folders may lead in circles.
+                let meta = std::fs::metadata(&path).map_err(|error| DataError::io(&path, error))?;
+                files.extend(meta.is_file().then_some(SourceFile { path, bytes: meta.len(), found: true }));
             }
         }
         Ok(())
@@ -111,7 +108,7 @@ impl SourceFile {
 }
 
 /// The ending below a compression's: `jsonl` for `a.jsonl.gz`.
-fn inner_extension(path: &Path) -> String {
+pub fn inner_extension(path: &Path) -> String {
     let extension = |path: &Path| path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     match extension(path).as_str() {
         "gz" | "zst" | "bz2" => extension(Path::new(path.file_stem().unwrap_or_default())),
@@ -197,6 +194,19 @@ mod tests {
         std::fs::write(path("d.txt.zst"), zst).unwrap();
         std::fs::write(path("e.bin"), [0xff, 0xfe]).unwrap();
         assert_eq!(texts(&Sources::new([folder.path()])), ["plain", "one", "two", "gz one", "gz two", "zst text"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_to_files_are_followed_and_links_to_folders_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        std::fs::write(path("blob"), "text").unwrap();
+        std::os::unix::fs::symlink(path("blob"), path("a.txt")).unwrap();
+        std::os::unix::fs::symlink(folder.path(), path("circle.txt")).unwrap();
+        assert_eq!(texts(&Sources::new([folder.path()])), ["text"]);
+        std::os::unix::fs::symlink(path("nothing"), path("b.txt")).unwrap();
+        assert!(Sources::new([folder.path()]).files().unwrap_err().to_string().contains("b.txt"));
     }
 
     #[test]

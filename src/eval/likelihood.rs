@@ -1,7 +1,7 @@
 //! Log-likelihoods of completions.
 
 use llama_model::ModelError;
-use llama_model::generate::ScoreRequest;
+use llama_model::generate::{ScoreRequest, common_prefix};
 
 use super::task::{Candidate, Rule};
 use crate::Engine;
@@ -12,7 +12,7 @@ pub(super) fn request(engine: &Engine, context: &str, completion: &str) -> Resul
     let codec = engine.codec();
     let mut tokens = codec.encode_prompt(&format!("{context}{completion}"));
     let before = codec.encode_prompt(context.trim_end());
-    let mut from = tokens.iter().zip(&before).take_while(|(a, b)| a == b).count().min(tokens.len().max(1) - 1);
+    let mut from = common_prefix(&tokens, &before).min(tokens.len().max(1) - 1);
     if from == 0 {
         tokens.insert(0, beginning(engine)?);
         from = 1;

@@ -24,13 +24,13 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::rc::Rc;
 
 use llama_data::{DataError, Progress};
 use llama_model::generate::{GenerateOptions, Sampling};
 use serde::Serialize;
 
-use crate::text::TextStream;
-use crate::{Engine, EngineSession, Error};
+use crate::{Engine, Error};
 use likelihood::{Scored, request, score};
 pub use perplexity::{Perplexity, perplexity};
 use task::{Candidate, Question, Rule};
@@ -140,7 +140,7 @@ struct Asked {
     origin: String,
     group: Option<String>,
     /// Preamble and examples.
-    prefix: String,
+    prefix: Rc<str>,
     question: Question,
 }
 
@@ -189,18 +189,18 @@ fn asked(task: Task, data: &[PathBuf], options: &EvalOptions) -> Result<Vec<Aske
             return Err(Error::Evaluation(format!("{shots} examples come before each question, but from which file?")));
         }
     };
+    // What is before a question is the same for all of MMLU's subject, and for all of other benchmarks.
+    let mut prefixes: BTreeMap<Option<String>, Rc<str>> = BTreeMap::new();
     let mut all = Vec::new();
     for (origin, group, questions) in rows {
-        let of_group = |(_, other, _): &&(_, Option<String>, _)| task != Task::Mmlu || *other == group;
-        let solved = examples.iter().filter(of_group).flat_map(|(_, _, questions)| questions).map(Question::solved);
-        let solved: Vec<String> = solved.take(options.shots).collect();
-        if solved.len() < options.shots {
-            let (found, wanted) = (solved.len(), options.shots);
-            let of = group.filter(|_| task == Task::Mmlu).map_or(String::new(), |group| format!(" of {group}"));
-            return Err(Error::Evaluation(format!("{found} examples{of} instead of {wanted}")));
-        }
-        let examples: String = solved.into_iter().map(|solved| solved + task.between()).collect();
-        let prefix = task.preamble(group.as_deref()) + &examples;
+        let subject = group.clone().filter(|_| task == Task::Mmlu);
+        let prefix = match prefixes.get(&subject) {
+            Some(prefix) => prefix.clone(),
+            None => {
+                let prefix: Rc<str> = prefix(task, subject.as_deref(), &examples, options.shots)?.into();
+                prefixes.entry(subject).or_insert(prefix).clone()
+            }
+        };
         let asked = |question| Asked { origin: origin.clone(), group: group.clone(), prefix: prefix.clone(), question };
         all.extend(questions.into_iter().map(asked));
     }
@@ -210,14 +210,25 @@ fn asked(task: Task, data: &[PathBuf], options: &EvalOptions) -> Result<Vec<Aske
     }
 }
 
+/// Preamble and solved examples, those of a subject where there is one.
+fn prefix(task: Task, subject: Option<&str>, examples: &Rows, shots: usize) -> Result<String, Error> {
+    let of_subject = |group: &Option<String>| subject.is_none_or(|subject| group.as_deref() == Some(subject));
+    let solved = examples.iter().filter(|(_, group, _)| of_subject(group)).flat_map(|(.., questions)| questions);
+    let solved: Vec<String> = solved.take(shots).map(|question| question.solved() + task.between()).collect();
+    if solved.len() < shots {
+        let of = subject.map_or(String::new(), |subject| format!(" of {subject}"));
+        return Err(Error::Evaluation(format!("{} examples{of} instead of {shots}", solved.len())));
+    }
+    Ok(task.preamble(subject) + &solved.concat())
+}
+
 /// Origin, group and questions of each row.
 type Rows = Vec<(String, Option<String>, Vec<Question>)>;
 
 fn read(task: Task, path: &std::path::Path) -> Result<Rows, DataError> {
     let rows = read::rows(path)?.into_iter().map(|row| {
         let questions = task.questions(&row).map_err(|reason| {
-            let reason = format!("{}: {reason}; is this a row of {task}?", row.place);
-            DataError::Format { path: row.path.clone(), reason }
+            DataError::format(&row.path, format!("{}: {reason}; is this a row of {task}?", row.place))
         })?;
         Ok((format!("{}, {}", row.path.display(), row.place), task.group(&row), questions))
     });
@@ -298,23 +309,35 @@ fn generate(
     let room = max_seq_len.checked_sub(max_new_tokens).filter(|room| *room > 0).ok_or_else(|| {
         Error::Evaluation(format!("{max_new_tokens} tokens of an answer leave no room in a context of {max_seq_len}"))
     })?;
-    let mut session = engine.session(max_seq_len.min(longest(engine, &asked).min(room) + max_new_tokens))?;
-    progress.start("questions", Some(asked.len() as u64));
+    let mut questions = Vec::new();
     for Asked { origin, group, prefix, question } in asked {
         let Question::Open { prompt, answers } = question else { continue };
         let mut tokens = engine.codec().encode_prompt(&format!("{prefix}{prompt}"));
         let excess = tokens.len().saturating_sub(room);
         tokens.drain(..excess);
         report.cut += usize::from(excess > 0);
+        questions.push((origin, group, tokens, answers));
+    }
+    let longest = questions.iter().map(|(.., tokens, _)| tokens.len()).max().unwrap_or(0);
+    let mut session = engine.session(longest + max_new_tokens)?;
+    let samples = if solution { options.samples.max(1) } else { 1 };
+    let sampling = if samples == 1 { Sampling::greedy() } else { options.sampling.clone() };
+    let stop_tokens = engine.codec().eos.into_iter().collect();
+    let each = GenerateOptions { max_new_tokens, sampling, seed: options.seed, stop_tokens, ..Default::default() };
+    progress.start("questions", Some(questions.len() as u64));
+    for (origin, group, tokens, answers) in questions {
+        let steps = match samples {
+            1 => session.generate(tokens, each.clone())?,
+            _ => engine.generate(&vec![tokens; samples], each.clone())?,
+        };
+        let texts = engine.texts(steps, &vec![true; samples], &stops)?;
         let (answer, expected, correct) = if solution {
-            let samples = samples(engine, &mut session, tokens, options, max_new_tokens, &stops)?;
-            let numbers: Vec<_> = samples.iter().map(|sample| answer::number(sample)).collect();
+            let numbers: Vec<_> = texts.iter().map(|text| answer::number(text)).collect();
             let (most, right) = (answer::majority(&numbers).cloned(), answer::number(&answers[0]));
             let correct = most.is_some() && most == right;
             (most.unwrap_or_default(), right.unwrap_or_default(), correct)
         } else {
-            let greedy = GenerateOptions { max_new_tokens, sampling: Sampling::greedy(), ..Default::default() };
-            let text = continuation(engine, &mut session, tokens, greedy, &stops)?.trim().to_string();
+            let text = texts[0].trim().to_string();
             let correct = answer::matches(&text, &answers);
             (text, answers[0].clone(), correct)
         };
@@ -323,58 +346,4 @@ fn generate(
     }
     progress.finish();
     Ok(())
-}
-
-/// Tokens of the longest prompt.
-fn longest(engine: &Engine, asked: &[Asked]) -> usize {
-    let prompt = |asked: &Asked| match &asked.question {
-        Question::Open { prompt, .. } => format!("{}{prompt}", asked.prefix),
-        Question::Choice { .. } => String::new(),
-    };
-    asked.iter().map(|asked| engine.codec().encode_prompt(&prompt(asked)).len()).max().unwrap_or(0)
-}
-
-/// One greedy solution, or several that are sampled together.
-fn samples(
-    engine: &Engine,
-    session: &mut EngineSession,
-    prompt: Vec<u32>,
-    options: &EvalOptions,
-    max_new_tokens: usize,
-    stops: &[String],
-) -> Result<Vec<String>, Error> {
-    if options.samples <= 1 {
-        let greedy = GenerateOptions { max_new_tokens, sampling: Sampling::greedy(), ..Default::default() };
-        return Ok(vec![continuation(engine, session, prompt, greedy, stops)?]);
-    }
-    let sampled = GenerateOptions {
-        max_new_tokens,
-        sampling: options.sampling.clone(),
-        seed: options.seed,
-        stop_tokens: engine.codec().eos.into_iter().collect(),
-        ..Default::default()
-    };
-    Ok(engine.texts(&vec![prompt; options.samples], sampled, stops)?)
-}
-
-/// What comes after a prompt in a session, up to one of `stops`.
-fn continuation(
-    engine: &Engine,
-    session: &mut EngineSession,
-    prompt: Vec<u32>,
-    mut options: GenerateOptions,
-    stops: &[String],
-) -> Result<String, Error> {
-    options.stop_tokens.extend(engine.codec().eos);
-    let mut stream = TextStream::new(engine.codec(), true, stops.to_vec());
-    let mut text = String::new();
-    for step in session.generate(prompt, options)? {
-        for new in step?.into_iter().flatten() {
-            text.push_str(&stream.push(new.token));
-        }
-        if stream.stopped() {
-            break;
-        }
-    }
-    Ok(text + &stream.finish())
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use llama_data::DataError;
 use llama_data::input::{self, Limits};
+use llama_data::source::{Sources, inner_extension};
 use serde_json::{Map, Value};
 
 /// One row, with where it stands.
@@ -22,67 +23,36 @@ pub(super) struct Row {
 /// Columns of MMLU's tables, which have no line with their names.
 const MMLU: [&str; 6] = ["question", "A", "B", "C", "D", "answer"];
 
+/// Endings of the files that are read, below a compression's. RACE's articles are JSON in files of text.
+const ENDINGS: [&str; 5] = ["jsonl", "json", "txt", "csv", "tsv"];
+
 /// All rows of a file, or of the files in a folder and below it, in the order of their names.
 pub(super) fn rows(path: &Path) -> Result<Vec<Row>, DataError> {
-    let io = |source| DataError::Io { path: path.into(), source };
-    if !path.is_dir() {
-        return file_rows(path);
-    }
-    let mut entries: Vec<PathBuf> = std::fs::read_dir(path)
-        .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect::<Result<_, _>>())
-        .map_err(io)?;
-    entries.retain(|entry| entry.is_dir() || matches!(kind(entry), Some(kind) if kind != Kind::Labels));
-    entries.sort();
-    let mut all = Vec::new();
-    for entry in entries {
-        all.extend(rows(&entry)?);
-    }
-    Ok(all)
-}
-
-#[derive(Clone, Copy, PartialEq)]
-enum Kind {
-    Lines,
-    Json,
-    Table(u8),
-    Labels,
-}
-
-/// What a file is by its ending, below that of a compression.
-fn kind(path: &Path) -> Option<Kind> {
-    let name = path.file_name()?.to_string_lossy().to_lowercase();
-    let name = [".gz", ".zst", ".bz2"].iter().find_map(|packed| name.strip_suffix(packed)).unwrap_or(&name);
-    match name.rsplit_once('.')?.1 {
-        "jsonl" => Some(Kind::Lines),
-        // RACE's articles are JSON in files of text.
-        "json" | "txt" => Some(Kind::Json),
-        "csv" => Some(Kind::Table(b',')),
-        "tsv" => Some(Kind::Table(b'\t')),
-        "lst" => Some(Kind::Labels),
-        _ => None,
-    }
+    let files = Sources { paths: vec![path.into()], extensions: ENDINGS.map(String::from).into() }.files()?;
+    let rows: Vec<_> = files.iter().map(|file| file_rows(&file.path)).collect::<Result<_, _>>()?;
+    Ok(rows.concat())
 }
 
 fn file_rows(path: &Path) -> Result<Vec<Row>, DataError> {
-    let wrong = |reason: String| DataError::Format { path: path.into(), reason };
+    let wrong = |reason: String| DataError::format(path, reason);
     let mut text = String::new();
     let mut reader = input::open(path, Limits::default())?;
-    reader.read_to_string(&mut text).map_err(|source| DataError::Io { path: path.into(), source })?;
+    reader.read_to_string(&mut text).map_err(|error| DataError::io(path, error))?;
     let text = text.trim_start_matches('\u{feff}');
     let object = |value: Value, place: &dyn Fn() -> String| match value {
         Value::Object(fields) => Ok(fields),
         _ => Err(wrong(format!("{}: not a JSON object", place()))),
     };
     let mut found: Vec<(Map<String, Value>, String)> = Vec::new();
-    match kind(path) {
-        Some(Kind::Lines) => {
+    match inner_extension(path).as_str() {
+        "jsonl" => {
             for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
                 let place = || format!("line {}", index + 1);
                 let value = serde_json::from_str(line).map_err(|error| wrong(format!("{}: {error}", place())))?;
                 found.push((object(value, &place)?, place()));
             }
         }
-        Some(Kind::Json) => {
+        "json" | "txt" => {
             let value = serde_json::from_str(text).map_err(|error| wrong(error.to_string()))?;
             // TriviaQA has its list in `Data`; RACE an article in each file.
             let list = match value {
@@ -98,7 +68,8 @@ fn file_rows(path: &Path) -> Result<Vec<Row>, DataError> {
                 found.push((object(value, &place)?, place()));
             }
         }
-        Some(Kind::Table(delimiter)) => {
+        kind @ ("csv" | "tsv") => {
+            let delimiter = if kind == "csv" { b',' } else { b'\t' };
             let mut table =
                 csv::ReaderBuilder::new().delimiter(delimiter).has_headers(false).from_reader(text.as_bytes());
             let mut names: Option<Vec<String>> = None;
@@ -117,9 +88,9 @@ fn file_rows(path: &Path) -> Result<Vec<Row>, DataError> {
                 }
             }
         }
-        Some(Kind::Labels) | None => {
-            let reason = "its ending is none of .jsonl, .json, .txt, .csv and .tsv, perhaps with .gz, .zst or .bz2";
-            return Err(wrong(reason.into()));
+        _ => {
+            let endings = ENDINGS.join(", .");
+            return Err(wrong(format!("its ending is none of .{endings}, perhaps with .gz, .zst or .bz2")));
         }
     }
     add_labels(path, &mut found)?;
@@ -136,11 +107,11 @@ fn add_labels(path: &Path, rows: &mut [(Map<String, Value>, String)]) -> Result<
     if rows.iter().any(|(fields, _)| fields.contains_key("label")) || !labels.is_file() {
         return Ok(());
     }
-    let text = std::fs::read_to_string(&labels).map_err(|source| DataError::Io { path: labels.clone(), source })?;
+    let text = std::fs::read_to_string(&labels).map_err(|error| DataError::io(&labels, error))?;
     let answers: Vec<&str> = text.split_whitespace().collect();
     if answers.len() != rows.len() {
         let reason = format!("{} labels for the {} rows of {}", answers.len(), rows.len(), path.display());
-        return Err(DataError::Format { path: labels, reason });
+        return Err(DataError::format(&labels, reason));
     }
     for ((fields, _), answer) in rows.iter_mut().zip(answers) {
         fields.insert("label".into(), answer.into());

@@ -49,6 +49,11 @@ impl Default for GenerateOptions {
     }
 }
 
+/// How many tokens two texts begin with alike.
+pub fn common_prefix(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
 /// A token that was generated.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Generated {
@@ -90,7 +95,7 @@ impl<B: LlamaBackend> Session<B> {
 
     /// Forgets all that `prompt` does not begin with, and leaves at least one of its tokens to read.
     fn keep_prefix_of(&mut self, prompt: &[u32]) {
-        let common = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        let common = common_prefix(&self.tokens, prompt);
         self.cache.truncate(common.min(prompt.len().saturating_sub(1)));
         self.tokens.truncate(self.cache.len());
     }

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
 
+use super::common_prefix;
 use crate::{KvCache, Llama, LlamaBackend, LlamaConfig, ModelError};
 
 /// A text whose end is to be scored.
@@ -125,10 +126,6 @@ fn rows(requests: &[ScoreRequest]) -> Vec<Row<'_>> {
     rows
 }
 
-fn shared(a: &[u32], b: &[u32]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
-}
-
 /// Rows that are read together, after a prefix that all have.
 #[derive(Debug, PartialEq)]
 struct Batch {
@@ -144,18 +141,19 @@ fn batches(rows: &[Row]) -> Vec<Batch> {
         let head = &rows[start];
         let (mut end, mut prefix, mut longest) = (start + 1, head.first, head.input.len());
         while let Some(row) = rows.get(end) {
-            let (n, common) = (end - start, shared(head.input, row.input).min(row.first).min(prefix));
+            let (n, common) = (end - start, common_prefix(head.input, row.input).min(row.first).min(prefix));
             let (len, width) = (row.input.len(), longest.max(row.input.len()));
             let joint = common + (n + 1) * (width - common);
-            let apart =
-                prefix + n * (longest - prefix) + PASS + len - shared(rows[end - 1].input, row.input).min(row.first);
+            let apart = prefix + n * (longest - prefix) + PASS + len
+                - common_prefix(rows[end - 1].input, row.input).min(row.first);
             if joint > apart || (n + 1) * (width - common) > BATCH || (n + 1) * width > CACHED {
                 break;
             }
             (end, prefix, longest) = (end + 1, common, width);
         }
         // What the batch before has read may be enough.
-        let read = batches.last().map_or(0, |last| shared(&rows[last.rows.start].input[..last.prefix], head.input));
+        let read =
+            batches.last().map_or(0, |last| common_prefix(&rows[last.rows.start].input[..last.prefix], head.input));
         let kept = read.min(prefix);
         let with_prefix = prefix - kept + PASS * usize::from(prefix > kept) + (end - start) * (longest - prefix);
         if (end - start) * (longest - kept) <= with_prefix {
@@ -175,7 +173,7 @@ struct Prefix<'a, B: LlamaBackend> {
 
 impl<'a, B: LlamaBackend> Prefix<'a, B> {
     fn read(&mut self, model: &Llama<B>, tokens: &'a [u32], device: &B::Device) -> Result<(), ModelError> {
-        self.cache.truncate(shared(self.tokens, tokens));
+        self.cache.truncate(common_prefix(self.tokens, tokens));
         self.tokens = tokens;
         while self.cache.len() < tokens.len() {
             let part = &tokens[self.cache.len()..];
