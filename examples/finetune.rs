@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use common::Bar;
+use common::{Bar, DeviceArgs};
 use llama::data::examples::ExampleSet;
 use llama::data::loader::Sequences;
 use llama::model::formats::Checkpoint;
@@ -80,9 +80,8 @@ struct Args {
     /// Tokenizer, where the checkpoint has none beside it
     #[arg(long)]
     tokenizer: Option<PathBuf>,
-    /// Where to compute
-    #[arg(long, default_value = "flex", help = format!("Where to compute: {}", Device::choices().join(", ")))]
-    device: String,
+    #[command(flatten)]
+    devices: DeviceArgs,
     /// Steps between lines
     #[arg(long, default_value_t = 1)]
     log_every: usize,
@@ -94,7 +93,7 @@ static MEMORY: llama::model::HugePages = llama::model::HugePages;
 fn main() -> Result<()> {
     llama::model::tune_process();
     let args = Args::parse();
-    let device: Device = args.device.parse()?;
+    let devices = args.devices.devices()?;
     let newest = checkpoint::latest(&args.run);
     let (config, resume_from) = match (args.resume, newest) {
         (true, newest) => {
@@ -104,12 +103,12 @@ fn main() -> Result<()> {
             println!("resuming from {}", newest.display());
             (config, Some(newest))
         }
-        (false, Ok(newest)) => bail!(
+        (false, Ok(newest)) if devices.lead() => bail!(
             "{} is a run with a checkpoint ({}): go on with --resume, or name another folder with --run",
             args.run.display(),
             newest.display()
         ),
-        (false, Err(_)) => (configuration(&args, device)?, None),
+        (false, _) => (configuration(&args, devices.devices[0])?, None),
     };
     let codec = text::codec(args.tokenizer.as_ref().unwrap_or(&config.base))?;
     let (train, valid) = examples(&args, &config, &codec)?;
@@ -119,7 +118,7 @@ fn main() -> Result<()> {
     };
     config.validate()?;
     println!(
-        "model: {} parameters in {}, frozen; adapters of rank {} on {}; {} steps on {device}",
+        "model: {} parameters in {}, frozen; adapters of rank {} on {}; {} steps on {devices}",
         config.model.num_params(),
         config.weights,
         config.lora.rank,
@@ -129,9 +128,11 @@ fn main() -> Result<()> {
     let display = Display::Lines { out: Box::new(std::io::stdout()), every: args.log_every };
     let options = RunOptions { resume_from: resume_from.as_deref(), display, interrupter: common::interrupter()? };
     let start = Instant::now();
-    let report = finetune(&config, train, valid, device, options, &Bar::default())?;
+    let report = finetune(&config, train, valid, &devices, options, &Bar::default())?;
     println!("trained for {:.0} s", start.elapsed().as_secs_f64());
-    common::print_report(&report, "adapters");
+    if devices.lead() {
+        common::print_report(&report, "adapters");
+    }
     Ok(())
 }
 

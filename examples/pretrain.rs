@@ -14,14 +14,15 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
+use common::DeviceArgs;
 use llama::data::NoProgress;
 use llama::data::prepare::{PrepareOptions, PrepareReport, prepare, train_tokenizer};
 use llama::data::tokenizer::{Tokenizer, TrainOptions};
 use llama::model::generate::GenerateOptions;
-use llama::model::{Device, Precision, Recompute};
+use llama::model::{Precision, Recompute};
 use llama::train::checkpoint::{self, TOKENIZER_FILE};
 use llama::train::{Display, PretrainConfig, Stop};
-use llama::{Engine, EngineOptions, RunOptions, pretrain};
+use llama::{Devices, Engine, EngineOptions, RunOptions, pretrain};
 use serde::{Deserialize, Serialize};
 
 /// Pretrains a LLaMA on text.
@@ -56,9 +57,8 @@ struct Args {
     /// Removes the checkpoints of an earlier run in the folder
     #[arg(long, conflicts_with = "resume")]
     fresh: bool,
-    /// Where to compute
-    #[arg(long, default_value = "flex", help = format!("Where to compute: {}", Device::choices().join(", ")))]
-    device: String,
+    #[command(flatten)]
+    devices: DeviceArgs,
     /// Pieces of the tokenizer that is trained on the text; 259 is bytes alone
     #[arg(long)]
     vocab_size: Option<usize>,
@@ -142,7 +142,7 @@ static MEMORY: llama::model::HugePages = llama::model::HugePages;
 fn main() -> Result<()> {
     llama::model::tune_process();
     let args = Args::parse();
-    let device: Device = args.device.parse()?;
+    let devices = args.devices.devices()?;
     if args.resume {
         let folder = args.run.clone().unwrap_or_else(|| format!("runs/{}", args.preset).into());
         let newest = checkpoint::latest(&folder)?;
@@ -153,26 +153,36 @@ fn main() -> Result<()> {
         }
         config.run.folder = folder;
         println!("resuming from {}", newest.display());
-        return train(args, &config, device, Some(&newest));
+        return train(args, &config, &devices, Some(&newest));
     }
     let config = configuration(&args)?;
     if args.print_config {
         print!("{}", config.to_toml());
         return Ok(());
     }
-    if args.fresh {
-        for (_, path) in checkpoint::list(&config.run.folder)? {
-            std::fs::remove_dir_all(&path).with_context(|| format!("removing {}", path.display()))?;
-        }
-    } else if let Ok(newest) = checkpoint::latest(&config.run.folder) {
+    // Of several processes the first has the run's folder.
+    if devices.lead() {
+        begin(&config.run.folder, args.fresh)?;
+    }
+    let config = prepare_data(&args, config, devices.lead())?;
+    train(args, &config, &devices, None)
+}
+
+/// A new run must not mix with an earlier one in its folder.
+fn begin(folder: &Path, fresh: bool) -> Result<()> {
+    if let Ok(newest) = checkpoint::latest(folder)
+        && !fresh
+    {
         bail!(
             "{} is a run with a checkpoint ({}): go on with --resume, start over with --fresh, or name another folder with --run",
-            config.run.folder.display(),
+            folder.display(),
             newest.display()
         );
     }
-    let config = prepare_data(&args, config)?;
-    train(args, &config, device, None)
+    for (_, path) in checkpoint::list(folder)? {
+        std::fs::remove_dir_all(&path).with_context(|| format!("removing {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// The configuration of the preset or file, with what the command line says.
@@ -207,8 +217,8 @@ fn configuration(args: &Args) -> Result<PretrainConfig> {
     Ok(config)
 }
 
-/// Tokenizer and shards in the data folder: there already, or made from the text.
-fn prepare_data(args: &Args, config: PretrainConfig) -> Result<PretrainConfig> {
+/// Tokenizer and shards in the data folder: there already, or, by the process that leads, made from the text.
+fn prepare_data(args: &Args, config: PretrainConfig, leads: bool) -> Result<PretrainConfig> {
     let folder = &config.data.folder;
     if args.data.is_some() || (args.config.is_some() && args.text.is_empty() && folder.join(TOKENIZER_FILE).is_file()) {
         return Ok(config);
@@ -223,6 +233,12 @@ fn prepare_data(args: &Args, config: PretrainConfig) -> Result<PretrainConfig> {
     {
         println!("data: {} training tokens in {}", old.train_tokens, folder.display());
         return Ok(evaluable(config, old.valid_tokens));
+    }
+    if !leads {
+        bail!(
+            "{} has no shards of this text yet: the first process makes them. Start this one after that, or let all take prepared --data",
+            folder.display()
+        );
     }
     std::fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
     let bar = common::Bar::default();
@@ -286,9 +302,9 @@ fn remove_shards(folder: &Path) -> Result<()> {
 }
 
 /// Runs the configuration, then shows what the model writes.
-fn train(args: Args, config: &PretrainConfig, device: Device, resume_from: Option<&Path>) -> Result<()> {
+fn train(args: Args, config: &PretrainConfig, devices: &Devices, resume_from: Option<&Path>) -> Result<()> {
     println!(
-        "model: {} parameters; {} steps of {} tokens on {device}",
+        "model: {} parameters; {} steps of {} tokens on {devices}",
         config.model.num_params(),
         config.schedule.steps,
         config.tokens_per_step(),
@@ -299,8 +315,11 @@ fn train(args: Args, config: &PretrainConfig, device: Device, resume_from: Optio
     };
     let options = RunOptions { resume_from, display, interrupter: common::interrupter()? };
     let start = Instant::now();
-    let report = pretrain(config, device, options)?;
+    let report = pretrain(config, devices, options)?;
     println!("trained for {:.0} s", start.elapsed().as_secs_f64());
+    if !devices.lead() {
+        return Ok(());
+    }
     common::print_report(&report, "checkpoint");
     if report.stop == Stop::Interrupted {
         return Ok(());
@@ -310,7 +329,7 @@ fn train(args: Args, config: &PretrainConfig, device: Device, resume_from: Optio
         (true, true) => ["pub fn new", "impl", "use std::", "/// Returns"].map(String::from).into(),
         (true, false) => vec![String::new(); 3],
     };
-    let options = EngineOptions { precision: Some(config.compute.precision), ..EngineOptions::new(device) };
+    let options = EngineOptions { precision: Some(config.compute.precision), ..EngineOptions::new(devices.devices[0]) };
     let samples = samples(&Engine::open_with(&report.checkpoint, &options, &NoProgress)?, &prompts)?;
     let path = config.run.folder.join("samples.txt");
     std::fs::write(&path, &samples).with_context(|| path.display().to_string())?;

@@ -58,4 +58,5 @@ mod error;
 
 pub use engine::{Engine, EngineOptions, EngineSession};
 pub use error::Error;
-pub use runs::{RunOptions, finetune, pretrain};
+pub use llama_train::RunOptions;
+pub use runs::{Devices, finetune, pretrain};

@@ -1,54 +1,122 @@
-//! Whole runs on a device that is chosen at run time.
+//! Whole runs on devices that are chosen at run time.
 
-use std::path::Path;
+use std::fmt::{self, Display, Formatter};
+use std::panic::resume_unwind;
+use std::str::FromStr;
 use std::sync::Arc;
+use std::thread;
 
-use llama_data::Progress;
 use llama_data::loader::Sequences;
+use llama_data::{NoProgress, Progress};
 use llama_model::formats::Checkpoint;
-use llama_model::{BackendTask, Device, TrainBackend};
-use llama_train::{Display, FinetuneConfig, Interrupter, PretrainConfig, RunReport};
+use llama_model::{BackendTask, Device, ModelError, TrainBackend};
+use llama_train::parallel::{self, Rendezvous};
+use llama_train::{FinetuneConfig, Group, PretrainConfig, RunOptions, RunReport, TrainError};
 
 use crate::{Error, engine};
 
-/// How a run goes on, shows itself and is stopped.
-pub struct RunOptions<'a> {
-    /// A checkpoint of the same run to go on from.
-    pub resume_from: Option<&'a Path>,
-    /// How it shows itself.
-    pub display: Display,
-    /// Stops it after a step, with a checkpoint.
-    pub interrupter: Interrupter,
+/// The devices of a run. Several share the micro-batches of each step; see [`parallel`].
+///
+/// ```
+/// let both: llama::Devices = "flex,flex".parse()?;
+/// assert_eq!(both.devices.len(), 2);
+/// # Ok::<(), llama::model::ModelError>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Devices {
+    /// Those of this process.
+    pub devices: Vec<Device>,
+    /// Where it meets the other processes of the run, if there are any.
+    pub rendezvous: Option<Rendezvous>,
 }
 
-/// [`llama_train::pretrain`] on a device that is chosen at run time. The trained model is the report's checkpoint.
+impl From<Device> for Devices {
+    fn from(device: Device) -> Self {
+        Self { devices: vec![device], rendezvous: None }
+    }
+}
+
+impl FromStr for Devices {
+    type Err = ModelError;
+
+    /// Devices by name, with commas between them.
+    fn from_str(names: &str) -> Result<Self, ModelError> {
+        let devices = names.split(',').map(|name| name.trim().parse()).collect::<Result<_, _>>()?;
+        Ok(Self { devices, rendezvous: None })
+    }
+}
+
+impl Display for Devices {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.devices.iter().map(Device::to_string).collect::<Vec<_>>().join(", "))?;
+        match &self.rendezvous {
+            Some(Rendezvous { node, nodes, .. }) => write!(f, " in process {node} of {nodes}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Devices {
+    /// Whether this process has the device that writes files.
+    pub fn lead(&self) -> bool {
+        self.rendezvous.as_ref().is_none_or(|rendezvous| rendezvous.node == 0)
+    }
+
+    /// Lets every device of this process take part in a run: the first here, as the options say, the others silently.
+    fn run(
+        &self,
+        options: RunOptions,
+        member: impl Fn(Device, Group, RunOptions) -> Result<RunReport, Error> + Sync,
+    ) -> Result<RunReport, Error> {
+        let mut members =
+            self.devices.iter().copied().zip(parallel::join(self.devices.len(), self.rendezvous.as_ref())?);
+        let Some((device, group)) = members.next() else {
+            return Err(ModelError::Config { field: "devices", reason: "must name one at least".into() }.into());
+        };
+        let (member, resume_from, interrupter) = (&member, options.resume_from, options.interrupter.clone());
+        thread::scope(|scope| {
+            let spawn = |(device, group): (Device, Group)| {
+                let options = RunOptions { resume_from, interrupter: interrupter.clone(), ..RunOptions::silent() };
+                scope.spawn(move || member(device, group, options))
+            };
+            let others: Vec<_> = members.map(spawn).collect();
+            let first = member(device, group, options);
+            let others = others.into_iter().map(|other| other.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            // A member that fails leaves the others, who then fail for want of it: the cause is told.
+            let missed = |result: &Result<_, Error>| matches!(result, Err(Error::Train(TrainError::Member { .. })));
+            let cause = |first, other: Result<_, Error>| if missed(&first) && other.is_err() { other } else { first };
+            others.collect::<Vec<_>>().into_iter().fold(first, cause)
+        })
+    }
+}
+
+/// [`llama_train::pretrain`] on devices that are chosen at run time. The trained model is the report's checkpoint.
 ///
 /// # Errors
-/// As there, and [`ModelError::Device`](llama_model::ModelError::Device) if the device does not answer.
-pub fn pretrain(config: &PretrainConfig, device: Device, options: RunOptions) -> Result<RunReport, Error> {
-    struct Pretrain<'a>(&'a PretrainConfig, RunOptions<'a>);
+/// As there, [`ModelError::Device`] if a device does not answer, and [`TrainError::Rendezvous`].
+pub fn pretrain(config: &PretrainConfig, devices: &Devices, options: RunOptions) -> Result<RunReport, Error> {
+    struct Pretrain<'a>(&'a PretrainConfig, Group, RunOptions<'a>);
     impl BackendTask for Pretrain<'_> {
         type Output = Result<RunReport, Error>;
         fn run<B: TrainBackend>(self, device: B::Device) -> Self::Output {
-            let Self(config, RunOptions { resume_from, display, interrupter }) = self;
-            let (_, report) = llama_train::pretrain::<B>(config, resume_from, &device, display, interrupter)?;
+            let Self(config, group, options) = self;
+            let (_, report) = llama_train::pretrain::<B>(config, &device, group, options)?;
             Ok(report)
         }
     }
-    device.run(Pretrain(config, options))?
+    devices.run(options, |device, group, options| device.run(Pretrain(config, group, options))?)
 }
 
-/// [`llama_train::finetune`] on a device that is chosen at run time, on [`FinetuneConfig::base`], whose loading `progress` counts
+/// [`llama_train::finetune`] on devices that are chosen at run time, on [`FinetuneConfig::base`], whose loading `progress` counts
 /// in parameters. The adapters are the report's checkpoint.
 ///
 /// # Errors
-/// As there, those of the base checkpoint, and [`ModelError::Device`](llama_model::ModelError::Device) if the device does not
-/// answer.
+/// As there, those of the base checkpoint, [`ModelError::Device`] if a device does not answer, and [`TrainError::Rendezvous`].
 pub fn finetune(
     config: &FinetuneConfig,
     train: Arc<dyn Sequences>,
     valid: Option<Arc<dyn Sequences>>,
-    device: Device,
+    devices: &Devices,
     options: RunOptions,
     progress: &dyn Progress,
 ) -> Result<RunReport, Error> {
@@ -56,20 +124,23 @@ pub fn finetune(
         config: &'a FinetuneConfig,
         train: Arc<dyn Sequences>,
         valid: Option<Arc<dyn Sequences>>,
+        group: Group,
         options: RunOptions<'a>,
         progress: &'a dyn Progress,
     }
     impl BackendTask for Finetune<'_> {
         type Output = Result<RunReport, Error>;
         fn run<B: TrainBackend>(self, device: B::Device) -> Self::Output {
-            let Self { config, train, valid, options, progress } = self;
-            let RunOptions { resume_from, display, interrupter } = options;
+            let Self { config, train, valid, group, options, progress } = self;
             let checkpoint = Checkpoint::open(&config.base)?;
             let base = engine::load::<B>(&checkpoint, config.weights.parse()?, &device, progress)?;
-            let (_, report) =
-                llama_train::finetune::<B>(config, base, train, valid, resume_from, &device, display, interrupter)?;
+            let (_, report) = llama_train::finetune::<B>(config, base, train, valid, &device, group, options)?;
             Ok(report)
         }
     }
-    device.run(Finetune { config, train, valid, options, progress })?
+    devices.run(options, |device, group, options| {
+        let progress = if group.leads() { progress } else { &NoProgress };
+        let (train, valid) = (train.clone(), valid.clone());
+        device.run(Finetune { config, train, valid, group, options, progress })?
+    })
 }

@@ -12,8 +12,9 @@ use llama::data::Progress;
 use llama::data::source::Sources;
 use llama::model::generate::Sampling;
 use llama::model::{Device, Precision, WeightFormat};
+use llama::train::parallel::Rendezvous;
 use llama::train::{Interrupter, RunReport, Stop};
-use llama::{Engine, EngineOptions, engine};
+use llama::{Devices, Engine, EngineOptions, engine};
 
 /// A progress bar on the terminal; silent where the output is none.
 #[derive(Default)]
@@ -44,6 +45,33 @@ impl Progress for Bar {
 pub fn set<T: Clone>(field: &mut T, value: &Option<T>) {
     if let Some(value) = value {
         *field = value.clone();
+    }
+}
+
+/// Where a run computes.
+#[derive(Args)]
+pub struct DeviceArgs {
+    /// Where to compute; several with commas between them share the micro-batches of each step
+    #[arg(long = "device", default_value = "flex", help = format!("Where to compute: {}; several with commas between them share the micro-batches of each step", Device::choices().join(", ")))]
+    devices: Devices,
+    /// Processes that share the steps, perhaps on several machines that trust their network
+    #[arg(long, default_value_t = 1, requires = "address")]
+    nodes: usize,
+    /// Which of them this is, from 0; the first prepares data and writes what the run leaves
+    #[arg(long, default_value_t = 0)]
+    node: usize,
+    /// Where they meet: host and port of the first
+    #[arg(long)]
+    address: Option<String>,
+}
+
+impl DeviceArgs {
+    pub fn devices(&self) -> Result<Devices> {
+        if self.node >= self.nodes {
+            bail!("--node counts from 0 to --nodes less one: {} of {} is none", self.node, self.nodes);
+        }
+        let rendezvous = |address: &String| Rendezvous::new(address, self.node, self.nodes);
+        Ok(Devices { rendezvous: self.address.as_ref().map(rendezvous), ..self.devices.clone() })
     }
 }
 

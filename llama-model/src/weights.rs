@@ -57,15 +57,42 @@ pub fn visit_params<B: Backend, M: Module<B>>(module: &M, visit: impl FnMut(&str
     module.visit(&mut Visitor { stack: PathStack::default(), visit });
 }
 
-/// Calls a function with path, id and shape of every float parameter, in the module's fixed order.
-pub fn visit_param_ids<B: Backend, M: Module<B>>(module: &M, visit: impl FnMut(&str, ParamId, &[usize])) {
-    struct Visitor<F> {
-        stack: PathStack,
-        visit: F,
+/// A change of one parameter, whatever its rank.
+pub trait ParamMap<B: Backend> {
+    /// The new value of the parameter at `path`. The tensor is the only handle of its buffer if the module's was.
+    fn map<const D: usize>(&mut self, path: &str, value: Tensor<B, D>) -> Tensor<B, D>;
+}
+
+/// A parameter that has a gradient.
+#[derive(Clone, Debug)]
+pub struct TrainedParam {
+    /// Its place in the module.
+    pub path: String,
+    /// What its gradient is found by.
+    pub id: ParamId,
+    /// Its shape.
+    pub dims: Vec<usize>,
+}
+
+impl TrainedParam {
+    /// Numbers it has.
+    pub fn num_elements(&self) -> usize {
+        self.dims.iter().product()
     }
-    impl<B: Backend, F: FnMut(&str, ParamId, &[usize])> ModuleVisitor<B> for Visitor<F> {
+}
+
+/// The parameters of a module on a backend with autodiff that have gradients, in the module's fixed order.
+pub fn trained_params<B: Backend, M: Module<B>>(module: &M) -> Vec<TrainedParam> {
+    struct Visitor {
+        stack: PathStack,
+        params: Vec<TrainedParam>,
+    }
+    impl<B: Backend> ModuleVisitor<B> for Visitor {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-            (self.visit)(&self.stack.path(), param.id, &param.dims());
+            if param.is_require_grad() {
+                let (path, dims) = (self.stack.path(), param.dims().to_vec());
+                self.params.push(TrainedParam { path, id: param.id, dims });
+            }
         }
         fn enter_module(&mut self, name: &str, _: &str) {
             self.stack.0.push(name.to_string());
@@ -74,13 +101,9 @@ pub fn visit_param_ids<B: Backend, M: Module<B>>(module: &M, visit: impl FnMut(&
             self.stack.0.pop();
         }
     }
-    module.visit(&mut Visitor { stack: PathStack::default(), visit });
-}
-
-/// A change of one parameter, whatever its rank.
-pub trait ParamMap<B: Backend> {
-    /// The new value of the parameter at `path`. The tensor is the only handle of its buffer if the module's was.
-    fn map<const D: usize>(&mut self, path: &str, value: Tensor<B, D>) -> Tensor<B, D>;
+    let mut visitor = Visitor { stack: PathStack::default(), params: Vec::new() };
+    module.visit(&mut visitor);
+    visitor.params
 }
 
 /// Replaces every float parameter, in the module's fixed order. Ids and gradient requirements stay.

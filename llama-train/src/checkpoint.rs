@@ -14,6 +14,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use llama_data::loader::Rank;
 use llama_data::tokenizer::Tokenizer;
 use llama_model::weights::{self, TensorFile};
 use llama_model::{Llama, ModelError, TrainBackend, hf};
@@ -21,7 +22,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::strategy::Place;
-use crate::{AdamW, LossScale, OptimizerConfig, PretrainConfig, Pretrainer, RunConfig, TrainError};
+use crate::{
+    AdamW, LossScale, OptimizerConfig, OptimizerState, PretrainConfig, Pretrainer, RunConfig, TrainError, parallel,
+};
 
 /// Name of the tokenizer in checkpoints and data folders.
 pub const TOKENIZER_FILE: &str = "tokenizer.model";
@@ -54,10 +57,10 @@ pub struct RunState<C = PretrainConfig> {
 
 impl<C> RunState<C> {
     /// The state of a run at a place.
-    pub fn new<B: TrainBackend>(place: Place, optimizer: &AdamW<B>, config: C) -> Self {
+    pub fn new<B: TrainBackend>(place: Place, updates: u64, config: C) -> Self {
         let Place { step, tokens, loss_scale } = place;
         let backend = B::name(&Default::default());
-        Self { version: 1, step, updates: optimizer.step_count(), tokens, loss_scale, backend, config }
+        Self { version: 1, step, updates, tokens, loss_scale, backend, config }
     }
 
     /// Where the run is.
@@ -99,6 +102,11 @@ pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>, TrainError> {
     Ok(found)
 }
 
+/// Where the checkpoint of a step is.
+pub(crate) fn place(run: &Path, step: u64) -> PathBuf {
+    run.join(FOLDER).join(format!("step-{step:08}"))
+}
+
 /// The newest checkpoint of a run.
 ///
 /// # Errors
@@ -113,7 +121,7 @@ pub fn latest(run: &Path) -> Result<PathBuf, TrainError> {
 /// [`TrainError::Io`], for example on a full disk; checkpoints that were there stay.
 pub fn save<B: TrainBackend>(
     model: &Pretrainer<B>,
-    optimizer: &AdamW<B>,
+    optimizer: OptimizerState,
     state: &RunState,
     tokenizer: &Tokenizer,
 ) -> Result<PathBuf, TrainError> {
@@ -124,15 +132,15 @@ pub fn save<B: TrainBackend>(
 }
 
 /// As [`save`], for the files of a model that `write_model` puts into a folder.
-pub(crate) fn save_with<B: TrainBackend, C: Serialize>(
+pub(crate) fn save_with<C: Serialize>(
     run: &RunConfig,
-    optimizer: &AdamW<B>,
+    optimizer: OptimizerState,
     state: &RunState<C>,
     write_model: impl FnOnce(&Path) -> Result<(), TrainError>,
 ) -> Result<PathBuf, TrainError> {
     let folder = run.folder.join(FOLDER);
     std::fs::create_dir_all(&folder).map_err(|error| TrainError::io(&folder, error))?;
-    let place = folder.join(format!("step-{:08}", state.step));
+    let place = place(&run.folder, state.step);
     remove_half_written(&folder)?;
     // Removed again when dropped, so that a failed write leaves no debris.
     let mut builder = tempfile::Builder::new();
@@ -142,7 +150,7 @@ pub(crate) fn save_with<B: TrainBackend, C: Serialize>(
     let temporary = builder.prefix(TEMPORARY).tempdir_in(&folder).map_err(|error| TrainError::io(&folder, error))?;
     let at = |name: &str| temporary.path().join(name);
     write_model(temporary.path())?;
-    weights::save_tensors(&at(OPTIMIZER_FILE), optimizer.to_tensors())?;
+    weights::save_tensors(&at(OPTIMIZER_FILE), optimizer.moments)?;
     let json = serde_json::to_string_pretty(state).expect("every field has a JSON form") + "\n";
     weights::write_atomic(&at(STATE_FILE), json.as_bytes())?;
     sync_folder(temporary.path())?;
@@ -209,35 +217,37 @@ pub(crate) fn load_state_of<C: DeserializeOwned>(folder: &Path) -> Result<RunSta
 /// # Errors
 /// As [`load_state`], and those of reading weights: a file that is truncated, or not of this model.
 pub fn load<B: TrainBackend>(folder: &Path, device: &B::Device) -> Result<Restored<B>, TrainError> {
+    load_for(folder, Rank::ONLY, device)
+}
+
+/// As [`load`], with the moments that a rank has.
+pub(crate) fn load_for<B: TrainBackend>(
+    folder: &Path,
+    rank: Rank,
+    device: &B::Device,
+) -> Result<Restored<B>, TrainError> {
     let state = load_state(folder)?;
     let llama = state.config.model.init::<B>(state.config.seed, device)?;
     let llama = weights::load_model(llama, &folder.join(hf::WEIGHTS_FILE))?;
-    let optimizer = load_optimizer(folder, state.config.optimizer.clone(), state.updates, &llama, |_| true, device)?;
+    let optimizer = load_optimizer(folder, state.config.optimizer.clone(), state.updates, &llama, rank, device)?;
     let model = Pretrainer::new(llama, state.config.compute, state.config.optimizer.z_loss);
     Ok(Restored { model, optimizer, state })
 }
 
-/// Reads the moments of those parameters of a model that are trained, by their paths.
+/// Reads the moments that a rank has of a model's parameters.
 pub(crate) fn load_optimizer<B: TrainBackend>(
     folder: &Path,
     config: OptimizerConfig,
     updates: u64,
     model: &Llama<B>,
-    trained: impl Fn(&str) -> bool,
+    rank: Rank,
     device: &B::Device,
 ) -> Result<AdamW<B>, TrainError> {
     let path = folder.join(OPTIMIZER_FILE);
     let file = TensorFile::open(&path)?;
-    let mut params = Vec::new();
-    weights::visit_param_ids(model, |path, _, dims| {
-        if trained(path) {
-            params.push((path.to_string(), dims.iter().product()));
-        }
-    });
-    if updates == 0 {
-        params.clear();
-    }
-    Ok(AdamW::from_tensors(config, updates, &params, device, |name, len| {
+    let params = if updates == 0 { Vec::new() } else { parallel::owned(model, rank) };
+    let params = params.into_iter().map(|param| (param.path, param.len));
+    Ok(AdamW::from_tensors(config, updates, params, device, |name, len| {
         file.tensor(name, &[len]).map_err(|error| match error {
             ModelError::MissingTensor { path, name } => {
                 ModelError::format(path, format!("the moment `{name}` is missing"))

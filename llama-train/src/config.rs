@@ -190,6 +190,19 @@ impl PretrainConfig {
         validate_run(batch, optimizer, schedule, run, self.model.max_seq_len)
     }
 
+    /// What a run must keep, as text, by field: what is computed follows from it and from the data.
+    pub(crate) fn fixed(&self) -> Fixed {
+        vec![
+            ("seed", self.seed.to_string()),
+            ("model", format!("{:?}", self.model)),
+            ("compute.precision", self.compute.precision.to_string()),
+            ("data.block_causal", self.data.block_causal.to_string()),
+            ("batch", format!("{:?}", self.batch)),
+            ("optimizer", format!("{:?}", self.optimizer)),
+            ("schedule", format!("{:?}", self.schedule)),
+        ]
+    }
+
     /// Tokens of an optimizer step.
     pub fn tokens_per_step(&self) -> u64 {
         self.sequences_per_step() * self.batch.seq_len as u64
@@ -200,6 +213,9 @@ impl PretrainConfig {
         (self.batch.sequences * self.batch.accumulation) as u64
     }
 }
+
+/// Fields of a configuration with their values as text.
+pub(crate) type Fixed = Vec<(&'static str, String)>;
 
 /// Checks what every kind of run has.
 pub(crate) fn validate_run(

@@ -45,6 +45,22 @@ pub enum TrainError {
         /// The run's folder.
         path: PathBuf,
     },
+    /// The processes of a run that shares its steps did not find each other.
+    #[error("{address}, where the processes of the run meet: {reason}")]
+    Rendezvous {
+        /// Where.
+        address: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Another device of a run that shares its steps.
+    #[error("member {rank} of the group: {reason}")]
+    Member {
+        /// Which.
+        rank: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Too many steps in a row gave a loss or gradient that is not a number.
     #[error(
         "{count} steps in a row gave a loss or gradient that is not finite, the last at step {step}; the weights are still those before them. Lower the learning rate or look at the data"

@@ -12,11 +12,11 @@ use llama_model::{Compute, Llama, LlamaConfig, TrainBackend};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, RunState};
-use crate::config::{CONFIG_VERSION, validate_run};
-use crate::pretrain::{all_same, launch, report};
+use crate::config::{CONFIG_VERSION, Fixed, validate_run};
+use crate::pretrain::{check_same_everywhere, check_same_run, check_shares, launch, report};
 use crate::strategy::{Place, Plan, Save};
 use crate::{
-    AdamW, BatchConfig, Display, Interrupter, LossScale, OptimizerConfig, Pretrainer, RunConfig, RunReport,
+    AdamW, BatchConfig, Group, LossScale, OptimizerConfig, Pretrainer, RunConfig, RunOptions, RunReport,
     ScheduleConfig, TrainError, measure_peak_flops,
 };
 
@@ -93,6 +93,20 @@ impl FinetuneConfig {
         validate_run(batch, optimizer, schedule, run, self.model.max_seq_len)
     }
 
+    /// What a run must keep, as text, by field.
+    fn fixed(&self) -> Fixed {
+        vec![
+            ("seed", self.seed.to_string()),
+            ("model", format!("{:?}", self.model)),
+            ("weights", self.weights.clone()),
+            ("lora", format!("{:?}", self.lora)),
+            ("compute.precision", self.compute.precision.to_string()),
+            ("batch", format!("{:?}", self.batch)),
+            ("optimizer", format!("{:?}", self.optimizer)),
+            ("schedule", format!("{:?}", self.schedule)),
+        ]
+    }
+
     /// The configuration that a checkpoint was written with.
     ///
     /// # Errors
@@ -105,33 +119,32 @@ impl FinetuneConfig {
 }
 
 /// Trains adapters of a model on `train`, or goes on from a checkpoint of the same run. `base` is the model without adapters,
-/// its matrices in any format. Without `valid` nothing is evaluated. Returns the model with its adapters, without autodiff.
+/// its matrices in any format. Without `valid` nothing is evaluated. Every member of a group calls it alike. Returns the model with its
+/// adapters, without autodiff.
 ///
 /// # Errors
 /// Everything that can be wrong with configuration, data and files. What was written before stays.
-#[allow(clippy::too_many_arguments)]
 pub fn finetune<B: TrainBackend>(
     config: &FinetuneConfig,
     base: Llama<B>,
     train: Arc<dyn Sequences>,
     valid: Option<Arc<dyn Sequences>>,
-    resume_from: Option<&Path>,
     device: &B::Device,
-    display: Display,
-    interrupter: Interrupter,
+    group: Group,
+    options: RunOptions,
 ) -> Result<(Llama<B::InnerBackend>, RunReport), TrainError> {
     config.validate()?;
+    check_shares(&config.batch, &group)?;
     config.compute.precision.check::<B>(device)?;
     let folder = &config.run.folder;
     std::fs::create_dir_all(folder).map_err(|error| TrainError::io(folder, error))?;
-    let (llama, optimizer, place) = match resume_from {
+    let (llama, optimizer, place) = match options.resume_from {
         Some(checkpoint) => {
             let state: RunState<FinetuneConfig> = checkpoint::load_state_of(checkpoint)?;
-            check_same_run(config, &state.config)?;
+            check_same_run(config.fixed(), state.config.fixed())?;
             let llama = Adapters::open(checkpoint)?.apply(base)?;
             let (optimizer, updates) = (config.optimizer.clone(), state.updates);
-            let trained = |path: &str| path.contains(".adapter.");
-            let optimizer = checkpoint::load_optimizer(checkpoint, optimizer, updates, &llama, trained, device)?;
+            let optimizer = checkpoint::load_optimizer(checkpoint, optimizer, updates, &llama, group.rank(), device)?;
             (llama, optimizer, state.place())
         }
         None => {
@@ -145,6 +158,8 @@ pub fn finetune<B: TrainBackend>(
     if valid.is_none() {
         run.eval_every = 0;
     }
+    let examples = format!("{} examples", train.sequences());
+    check_same_everywhere(&group, config.fixed(), examples, place.step, &run)?;
     let plan = Plan {
         batch: config.batch.clone(),
         schedule: config.schedule.clone(),
@@ -158,7 +173,7 @@ pub fn finetune<B: TrainBackend>(
     };
     let saved = config.clone();
     let save: Save<B> = Arc::new(move |model, optimizer, place| {
-        let state = RunState::new(place, optimizer, saved.clone());
+        let state = RunState::new::<B>(place, optimizer.updates, saved.clone());
         checkpoint::save_with(&saved.run, optimizer, &state, |folder| {
             Ok(lora::save(&model.llama, &saved.lora, &saved.base.to_string_lossy(), folder)?)
         })?;
@@ -166,23 +181,9 @@ pub fn finetune<B: TrainBackend>(
     });
     let model = Pretrainer::new(llama, config.compute, config.optimizer.z_loss);
     let valid = valid.unwrap_or_else(|| train.clone());
-    let sequences = train.sequences();
-    let (model, outcome) = launch(model, optimizer, place, plan, save, train, valid, display, interrupter)?;
+    let (sequences, leads) = (train.sequences(), group.leads());
+    let (model, outcome) = launch(model, optimizer, place, plan, save, train, valid, group, options)?;
     let seen = outcome.step * (config.batch.sequences * config.batch.accumulation) as u64;
     let epochs = vec![("examples".to_string(), seen as f64 / sequences as f64)];
-    Ok((model, report(outcome, folder, epochs)?))
-}
-
-/// A resumed run may write elsewhere and evaluate more often, but what it computes must be what it was.
-fn check_same_run(config: &FinetuneConfig, saved: &FinetuneConfig) -> Result<(), TrainError> {
-    all_same(&[
-        ("seed", config.seed == saved.seed),
-        ("model", config.model == saved.model),
-        ("weights", config.weights == saved.weights),
-        ("lora", config.lora == saved.lora),
-        ("compute.precision", config.compute.precision == saved.compute.precision),
-        ("batch", config.batch == saved.batch),
-        ("optimizer", config.optimizer == saved.optimizer),
-        ("schedule", config.schedule == saved.schedule),
-    ])
+    Ok((model, report(outcome, folder, leads, epochs)?))
 }

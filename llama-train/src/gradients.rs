@@ -5,10 +5,11 @@ use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 use burn::tensor::backend::AutodiffBackend;
 use llama_model::backend::ops::{primitive, tensor};
-use llama_model::{LlamaBackend, TrainBackend, weights};
+use llama_model::weights::{self, TrainedParam};
+use llama_model::{LlamaBackend, TrainBackend};
 
-/// One flat gradient for each parameter, by path. A fixed order makes sums reproducible and is what an all-reduce over
-/// several machines needs.
+/// One flat gradient for each parameter, by path. A fixed order makes sums reproducible, also those of several
+/// devices.
 pub struct GradientList<B: LlamaBackend> {
     /// Path in the model, and gradient.
     pub entries: Vec<(String, Tensor<B, 1>)>,
@@ -28,10 +29,9 @@ impl<B: LlamaBackend> GradientList<B> {
         M: Module<A>,
     {
         let mut fresh = Vec::new();
-        weights::visit_param_ids(module, |path, id, dims| {
-            let gradient = take_gradient::<B>(&mut grads, id, dims);
-            fresh.push((path.to_string(), gradient));
-        });
+        for TrainedParam { path, id, dims } in weights::trained_params(module) {
+            fresh.push((path, take_gradient::<B>(&mut grads, id, &dims)));
+        }
         if self.entries.is_empty() {
             self.entries = fresh.into_iter().filter_map(|(path, gradient)| Some((path, gradient?))).collect();
             return;
@@ -50,13 +50,18 @@ impl<B: LlamaBackend> GradientList<B> {
 
     /// Global L2 norm over all parameters.
     pub fn norm(&self) -> f64 {
+        self.squares().iter().sum::<f64>().sqrt()
+    }
+
+    /// Squared L2 norm of each.
+    pub(crate) fn squares(&self) -> Vec<f64> {
         if self.entries.is_empty() {
-            return 0.0;
+            return Vec::new();
         }
         let gradients = self.entries.iter().map(|(_, g)| primitive(g.clone())).collect();
         // One transfer from the device for all of them.
         let squares = tensor::<B, 1>(B::sums_of_squares(gradients)).into_data().convert::<f64>();
-        squares.iter::<f64>().sum::<f64>().sqrt()
+        squares.iter::<f64>().collect()
     }
 }
 

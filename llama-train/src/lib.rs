@@ -11,6 +11,7 @@
 //! | gradient clipping 1.0 | [`StepStrategy`] |
 //! | cosine schedule to 10%, 2,000 warmup steps | [`WarmupCosine`] |
 //! | table 2, learning rates and batch size | [`PretrainConfig::preset`] |
+//! | section 2.4, many devices | [`parallel`] |
 #![recursion_limit = "256"]
 #![warn(missing_docs)]
 
@@ -18,6 +19,7 @@ pub mod checkpoint;
 pub mod curve;
 pub mod log;
 pub mod metrics;
+pub mod parallel;
 
 mod config;
 mod error;
@@ -39,9 +41,10 @@ pub use finetune::{FinetuneConfig, finetune};
 pub use gradients::GradientList;
 pub use loader::TokenLoader;
 pub use loss_scale::LossScale;
-pub use optimizer::AdamW;
+pub use optimizer::{AdamW, OptimizerState};
+pub use parallel::Group;
 pub use peak::measure_peak_flops;
-pub use pretrain::{Display, RunReport, pretrain};
+pub use pretrain::{Display, RunOptions, RunReport, pretrain};
 pub use renderer::LineRenderer;
 pub use schedule::WarmupCosine;
 pub use strategy::{Place, Plan, Save, StepStrategy, Stop};

@@ -6,26 +6,29 @@ use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
 use burn::tensor::backend::Backend;
 use llama_data::loader::{Loader, Rank, Sequences, TokenBatch};
 
-/// Micro-batches from a position on. They stay on the host until the training step uploads them.
+/// A rank's micro-batches from a position on. They stay on the host until the training step uploads them.
 #[derive(Clone)]
 pub struct TokenLoader {
     data: Arc<dyn Sequences>,
+    rank: Rank,
     batch: usize,
     start: u64,
     end: u64,
 }
 
 impl TokenLoader {
-    /// Batches of `batch` sequences at the positions `start..end`.
-    pub fn new(data: Arc<dyn Sequences>, batch: usize, start: u64, end: u64) -> Self {
-        Self { data, batch, start, end }
+    /// Of the batches of `batch` sequences at the positions `start..end` each `count`-th, from the rank's own on.
+    pub fn new(data: Arc<dyn Sequences>, rank: Rank, batch: usize, start: u64, end: u64) -> Self {
+        Self { data, rank, batch, start, end }
     }
 }
 
 impl<B: Backend> DataLoader<B, TokenBatch> for TokenLoader {
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<TokenBatch> + 'a> {
-        let loader = Loader::start(self.data.clone(), Rank::ONLY, self.start, self.batch, 4);
-        Box::new(TokenIterator { loader, batch: self.batch as u64, start: self.start, next: self.start, end: self.end })
+        let loader = Loader::start(self.data.clone(), self.rank, self.start, self.batch, 4);
+        let (batch, start, end) = (self.batch as u64, self.start, self.end);
+        let (next, stride) = (start + self.rank.index * batch, self.rank.count * batch);
+        Box::new(TokenIterator { loader, batch, stride, start, next, end })
     }
 
     fn num_items(&self) -> usize {
@@ -45,6 +48,7 @@ impl<B: Backend> DataLoader<B, TokenBatch> for TokenLoader {
 struct TokenIterator {
     loader: Loader,
     batch: u64,
+    stride: u64,
     start: u64,
     next: u64,
     end: u64,
@@ -58,13 +62,14 @@ impl Iterator for TokenIterator {
         if self.next + self.batch > self.end {
             return None;
         }
-        self.next += self.batch;
+        self.next += self.stride;
         self.loader.next_batch().ok()
     }
 }
 
 impl DataLoaderIterator<TokenBatch> for TokenIterator {
     fn progress(&self) -> Progress {
-        Progress::new((self.next - self.start) as usize, (self.end - self.start) as usize)
+        let done = self.next.min(self.end) - self.start;
+        Progress::new(done as usize, (self.end - self.start) as usize)
     }
 }

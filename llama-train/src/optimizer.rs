@@ -23,6 +23,15 @@ pub struct AdamW<B: TrainBackend> {
     moments: BTreeMap<String, Moments<B::InnerBackend>>,
 }
 
+/// What an optimizer goes on from.
+#[derive(Clone, Debug)]
+pub struct OptimizerState {
+    /// Updates made.
+    pub updates: u64,
+    /// The moments by name, `<path>.m` and `<path>.v`, flat.
+    pub moments: BTreeMap<String, TensorData>,
+}
+
 /// First and second moment of a parameter, flat.
 #[derive(Clone)]
 struct Moments<B: Backend> {
@@ -67,29 +76,30 @@ impl<B: TrainBackend> AdamW<B> {
         (self.config.clip / (norm + 1e-6)).min(1.0)
     }
 
-    /// The moments by name, `<path>.m` and `<path>.v`, for a checkpoint.
-    pub fn to_tensors(&self) -> BTreeMap<String, TensorData> {
+    /// Its state on the host, for a checkpoint.
+    pub fn state(&self) -> OptimizerState {
         let both = |(path, Moments { m, v }): (&String, &Moments<B::InnerBackend>)| {
             [(format!("{path}.m"), m.to_data()), (format!("{path}.v"), v.to_data())]
         };
-        self.moments.iter().flat_map(both).collect()
+        OptimizerState { updates: self.step, moments: self.moments.iter().flat_map(both).collect() }
     }
 
     /// The optimizer of a checkpoint: moments of the parameters with these paths and lengths, after `step` updates.
     ///
     /// # Errors
-    /// Those of `read`, which gets a name of [`to_tensors`](Self::to_tensors) and a length.
+    /// Those of `read`, which gets a name as in [`OptimizerState::moments`] and a length.
     pub fn from_tensors(
         config: OptimizerConfig,
         step: u64,
-        params: &[(String, usize)],
+        params: impl IntoIterator<Item = (String, usize)>,
         device: &B::Device,
         read: impl Fn(&str, usize) -> Result<TensorData, ModelError>,
     ) -> Result<Self, ModelError> {
         let mut moments = BTreeMap::new();
         for (path, len) in params {
-            let part = |part: &str| Ok(Tensor::from_data(read(&format!("{path}.{part}"), *len)?, device));
-            moments.insert(path.clone(), Moments { m: part("m")?, v: part("v")? });
+            let part = |part: &str| Ok(Tensor::from_data(read(&format!("{path}.{part}"), len)?, device));
+            let both = Moments { m: part("m")?, v: part("v")? };
+            moments.insert(path, both);
         }
         Ok(Self { config, step, moments })
     }

@@ -15,11 +15,12 @@ use llama_data::tokenizer::Tokenizer;
 use llama_model::{Llama, TrainBackend};
 
 use crate::checkpoint::{self, Restored, RunState, TOKENIZER_FILE};
+use crate::config::Fixed;
 use crate::metrics::StepMetric;
 use crate::strategy::{Components, Outcome, Place, Plan, Save};
 use crate::{
-    AdamW, LineRenderer, LossScale, PretrainConfig, Pretrainer, StepStrategy, Stop, TokenLoader, TrainError,
-    WarmupCosine, curve, log, measure_peak_flops,
+    AdamW, BatchConfig, Group, LineRenderer, LossScale, PretrainConfig, Pretrainer, RunConfig, StepStrategy, Stop,
+    TokenLoader, TrainError, WarmupCosine, curve, log, measure_peak_flops,
 };
 
 /// Name of the loss curve in a run's folder.
@@ -38,6 +39,24 @@ pub enum Display {
     },
 }
 
+/// How a run goes on, shows itself and is stopped.
+pub struct RunOptions<'a> {
+    /// A checkpoint of the same run to go on from.
+    pub resume_from: Option<&'a Path>,
+    /// How it shows itself.
+    pub display: Display,
+    /// Stops it after a step, with a checkpoint.
+    pub interrupter: Interrupter,
+}
+
+impl RunOptions<'_> {
+    /// A run from its beginning to its end that says nothing.
+    pub fn silent() -> Self {
+        let display = Display::Lines { out: Box::new(std::io::sink()), every: 1 };
+        Self { resume_from: None, display, interrupter: Interrupter::new() }
+    }
+}
+
 /// How a run went.
 #[derive(Clone, Debug)]
 pub struct RunReport {
@@ -47,27 +66,28 @@ pub struct RunReport {
     pub step: u64,
     /// Steps that were skipped in this session because their loss or gradient was not finite.
     pub skipped: u64,
-    /// The newest checkpoint: of a model, or of adapters in PEFT's layout.
+    /// The newest checkpoint: of a model, or of adapters in PEFT's layout. The first member of a group wrote it.
     pub checkpoint: PathBuf,
-    /// The loss curve.
+    /// The loss curve, alike.
     pub curve: PathBuf,
     /// Each source of the data with the passes over it that the run's steps make.
     pub epochs: Vec<(String, f64)>,
 }
 
 /// Runs a configuration, or goes on with it from a checkpoint: then training ends as if it had never stopped, on a CPU
-/// bit for bit. Returns the trained model, without autodiff.
+/// bit for bit. Every member of a group calls it, with the same configuration and checkpoint. Returns the trained model, without
+/// autodiff.
 ///
 /// # Errors
-/// Everything that can be wrong with configuration, data and files. What was written before stays.
+/// Everything that can be wrong with configuration, data, files and other members. What was written before stays.
 pub fn pretrain<B: TrainBackend>(
     config: &PretrainConfig,
-    resume_from: Option<&Path>,
     device: &B::Device,
-    display: Display,
-    interrupter: Interrupter,
+    group: Group,
+    options: RunOptions,
 ) -> Result<(Llama<B::InnerBackend>, RunReport), TrainError> {
     config.validate()?;
+    check_shares(&config.batch, &group)?;
     config.compute.precision.check::<B>(device)?;
     let tokenizer = Tokenizer::load(&config.data.folder.join(TOKENIZER_FILE))?;
     if tokenizer.vocab_size() != config.model.vocab_size {
@@ -89,10 +109,10 @@ pub fn pretrain<B: TrainBackend>(
 
     let compute = config.compute;
     let z_loss = config.optimizer.z_loss;
-    let (model, optimizer, place) = match resume_from {
+    let (model, optimizer, place) = match options.resume_from {
         Some(checkpoint) => {
-            let Restored { model, optimizer, state } = checkpoint::load::<B>(checkpoint, device)?;
-            check_same_run(config, &state.config)?;
+            let Restored { model, optimizer, state } = checkpoint::load_for::<B>(checkpoint, group.rank(), device)?;
+            check_same_run(config.fixed(), state.config.fixed())?;
             // What is kept for the backward may change with a resume.
             (Pretrainer::new(model.llama, compute, z_loss), optimizer, state.place())
         }
@@ -103,6 +123,8 @@ pub fn pretrain<B: TrainBackend>(
             (Pretrainer::new(llama, compute, z_loss), AdamW::new(config.optimizer.clone()), place)
         }
     };
+    let data = format!("{} {:x}", train.sequences(), tokenizer.fingerprint());
+    check_same_everywhere(&group, config.fixed(), data, place.step, &config.run)?;
     let plan = Plan {
         batch: config.batch.clone(),
         schedule: config.schedule.clone(),
@@ -115,21 +137,58 @@ pub fn pretrain<B: TrainBackend>(
     };
     let saved = config.clone();
     let save: Save<B> = Arc::new(move |model, optimizer, place| {
-        let state = RunState::new(place, optimizer, saved.clone());
+        let state = RunState::new::<B>(place, optimizer.updates, saved.clone());
         checkpoint::save(model, optimizer, &state, &tokenizer)?;
         Ok(())
     });
-    let data = train.clone();
-    let (model, outcome) = launch(model, optimizer, place, plan, save, train, valid, display, interrupter)?;
+    let (data, leads) = (train.clone(), group.leads());
+    let (model, outcome) = launch(model, optimizer, place, plan, save, train, valid, group, options)?;
     let position = outcome.step * config.sequences_per_step();
     let epochs = data.epochs(position).into_iter().map(|(name, epochs)| (name.to_string(), epochs)).collect();
-    Ok((model, report(outcome, folder, epochs)?))
+    Ok((model, report(outcome, folder, leads, epochs)?))
 }
 
-/// The report of a run that has ended, whose files are in `folder`.
-pub(crate) fn report(outcome: Outcome, folder: &Path, epochs: Vec<(String, f64)>) -> Result<RunReport, TrainError> {
+/// The report of a run that has ended, whose files the first member wrote in `folder`.
+pub(crate) fn report(
+    outcome: Outcome,
+    folder: &Path,
+    leads: bool,
+    epochs: Vec<(String, f64)>,
+) -> Result<RunReport, TrainError> {
     let Outcome { stop, step, skipped } = outcome;
-    Ok(RunReport { stop, step, skipped, checkpoint: checkpoint::latest(folder)?, curve: draw_curve(folder)?, epochs })
+    let (checkpoint, curve) = match leads {
+        true => (checkpoint::latest(folder)?, draw_curve(folder)?),
+        false => (checkpoint::place(folder, step), folder.join(CURVE_FILE)),
+    };
+    Ok(RunReport { stop, step, skipped, checkpoint, curve, epochs })
+}
+
+/// A step's micro-batches must be the same number for every member.
+pub(crate) fn check_shares(batch: &BatchConfig, group: &Group) -> Result<(), TrainError> {
+    let (accumulation, count) = (batch.accumulation, group.rank().count);
+    match (accumulation as u64).is_multiple_of(count) {
+        true => Ok(()),
+        false => Err(TrainError::config(
+            "batch.accumulation",
+            format!("is {accumulation}, which {count} devices cannot share alike: choose a multiple of {count}"),
+        )),
+    }
+}
+
+/// All members of a group must run the same, on the same `data`, from the same step, and evaluate and save together.
+pub(crate) fn check_same_everywhere(
+    group: &Group,
+    fixed: Fixed,
+    data: String,
+    step: u64,
+    run: &RunConfig,
+) -> Result<(), TrainError> {
+    let mut parts = fixed;
+    parts.push(("data", data));
+    parts.push(("the step to go on from", step.to_string()));
+    parts.push(("run.eval_every", run.eval_every.to_string()));
+    parts.push(("run.checkpoint_every", run.checkpoint_every.to_string()));
+    group.agree(&parts)
 }
 
 /// Lets burn-train run the loop from a place to the end of its plan, and returns the model without autodiff.
@@ -142,30 +201,31 @@ pub(crate) fn launch<B: TrainBackend>(
     save: Save<B>,
     train: Arc<dyn Sequences>,
     valid: Arc<dyn Sequences>,
-    display: Display,
-    interrupter: Interrupter,
+    group: Group,
+    options: RunOptions,
 ) -> Result<(Llama<B::InnerBackend>, Outcome), TrainError> {
     let Plan { batch, schedule, run, .. } = plan.clone();
     let per_step = (batch.sequences * batch.accumulation) as u64;
-    let train = TokenLoader::new(train, batch.sequences, place.step * per_step, schedule.steps * per_step);
+    let rank = group.rank();
+    let train = TokenLoader::new(train, rank, batch.sequences, place.step * per_step, schedule.steps * per_step);
     let valid_batch = batch.sequences.min(valid.sequences() as usize);
     let end = valid.sequences().min(run.eval_batches * valid_batch as u64);
-    let valid = TokenLoader::new(valid, valid_batch, 0, end);
+    let valid = TokenLoader::new(valid, rank, valid_batch, 0, end);
     let config = optimizer.config().clone();
-    let strategy = StepStrategy::new(plan, save, optimizer, place);
+    let strategy = StepStrategy::new(plan, save, optimizer, place, group);
     let outcome = strategy.outcome();
     let train: Arc<dyn DataLoader<B, _>> = Arc::new(train);
     let valid: Arc<dyn DataLoader<B::InnerBackend, _>> = Arc::new(valid);
     let mut training = SupervisedTraining::<Components<B>>::new(&run.folder, train, valid)
         .metrics(quality_metrics())
-        .with_interrupter(interrupter)
+        .with_interrupter(options.interrupter)
         .with_application_logger(None)
         .with_metric_logger(NoLogger)
         .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)));
     for metric in StepMetric::training() {
         training = training.metric_train_numeric(metric);
     }
-    if let Display::Lines { out, every } = display {
+    if let Display::Lines { out, every } = options.display {
         training = training.renderer(LineRenderer::new(out, every));
     }
     // The strategy has the optimizer; the learner's has no state and is not used.
@@ -192,22 +252,11 @@ fn quality_metrics() -> (StepMetric, StepMetric) {
 }
 
 /// A resumed run may write elsewhere and evaluate more often, but what it computes must be what it was.
-fn check_same_run(config: &PretrainConfig, saved: &PretrainConfig) -> Result<(), TrainError> {
-    all_same(&[
-        ("seed", config.seed == saved.seed),
-        ("model", config.model == saved.model),
-        ("compute.precision", config.compute.precision == saved.compute.precision),
-        ("data.block_causal", config.data.block_causal == saved.data.block_causal),
-        ("batch", config.batch == saved.batch),
-        ("optimizer", config.optimizer == saved.optimizer),
-        ("schedule", config.schedule == saved.schedule),
-    ])
-}
-
-/// Fields of two configurations, and whether they are the same.
-pub(crate) fn all_same(parts: &[(&str, bool)]) -> Result<(), TrainError> {
-    match parts.iter().find(|(_, same)| !same) {
-        Some((field, _)) => Err(TrainError::config(field, "differs from the checkpoint's; a resumed run must keep it")),
+pub(crate) fn check_same_run(config: Fixed, saved: Fixed) -> Result<(), TrainError> {
+    match config.iter().zip(&saved).find(|(now, then)| now != then) {
+        Some(((field, _), _)) => {
+            Err(TrainError::config(field, "differs from the checkpoint's; a resumed run must keep it"))
+        }
         None => Ok(()),
     }
 }

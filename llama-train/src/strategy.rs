@@ -14,9 +14,10 @@ use llama_data::loader::TokenBatch;
 use llama_model::TrainBackend;
 
 use crate::log::{Line, MetricsFile};
+use crate::parallel::Parallel;
 use crate::{
-    AdamW, BatchConfig, GradientList, LossScale, Pretrainer, RunConfig, ScheduleConfig, StepOutput, TrainError,
-    WarmupCosine,
+    AdamW, BatchConfig, GradientList, Group, LossScale, OptimizerState, Pretrainer, RunConfig, ScheduleConfig,
+    StepOutput, TrainError, WarmupCosine,
 };
 
 /// Steps in a row without a finite loss and gradient after which a run gives up.
@@ -61,14 +62,21 @@ pub struct Place {
 }
 
 /// Writes a checkpoint of model and optimizer.
-pub type Save<B> = Arc<dyn Fn(&Pretrainer<B>, &AdamW<B>, Place) -> Result<(), TrainError> + Send + Sync>;
+pub type Save<B> = Arc<dyn Fn(&Pretrainer<B>, OptimizerState, Place) -> Result<(), TrainError> + Send + Sync>;
 
 /// Owns model, optimizer and step of a run, so that updates are in place: a `Learner` clones its model for every update.
 pub struct StepStrategy<B: TrainBackend> {
     plan: Plan,
     save: Save<B>,
-    start: Mutex<Option<(AdamW<B>, Place)>>,
+    start: Mutex<Option<Start<B>>>,
     outcome: Arc<Mutex<Option<Result<Outcome, TrainError>>>>,
+}
+
+/// What a run begins with, beside the model.
+struct Start<B: TrainBackend> {
+    optimizer: AdamW<B>,
+    place: Place,
+    group: Group,
 }
 
 /// How a run ended.
@@ -81,9 +89,10 @@ pub(crate) struct Outcome {
 
 impl<B: TrainBackend> StepStrategy<B> {
     /// A strategy that goes on from a place with an optimizer. The learner's model must be the one of that place, and the
-    /// training loader must begin at its data position.
-    pub fn new(plan: Plan, save: Save<B>, optimizer: AdamW<B>, place: Place) -> Self {
-        Self { plan, save, start: Mutex::new(Some((optimizer, place))), outcome: Arc::default() }
+    /// loaders must begin at its data position with the batches of the group's rank.
+    pub fn new(plan: Plan, save: Save<B>, optimizer: AdamW<B>, place: Place, group: Group) -> Self {
+        let start = Start { optimizer, place, group };
+        Self { plan, save, start: Mutex::new(Some(start)), outcome: Arc::default() }
     }
 
     /// Where the result will be when burn-train's `launch`, which returns none, has ended.
@@ -105,10 +114,11 @@ impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for StepStrategy
         let model = learner.model();
         drop(learner);
         let start = self.start.lock().expect("no other thread holds this").take();
-        let (optimizer, place) = start.expect("a strategy runs once");
+        let Start { optimizer, place, group } = start.expect("a strategy runs once");
         let mut run = Run {
             schedule: WarmupCosine::new(self.plan.schedule.clone()),
             strategy: self,
+            parallel: Parallel::new(group, &model.llama),
             model: Some(model),
             optimizer,
             place,
@@ -126,6 +136,7 @@ impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for StepStrategy
 struct Run<'a, B: TrainBackend> {
     strategy: &'a StepStrategy<B>,
     schedule: WarmupCosine,
+    parallel: Parallel,
     /// Away only while it is updated.
     model: Option<Pretrainer<B>>,
     optimizer: AdamW<B>,
@@ -143,26 +154,28 @@ impl<B: TrainBackend> Run<'_, B> {
         should_stop: impl Fn() -> bool,
     ) -> Result<Outcome, TrainError> {
         let Plan { schedule, run, .. } = &self.strategy.plan;
-        let mut log = MetricsFile::open(&run.folder, self.place.step)?;
+        let leads = self.parallel.group.leads();
+        let mut log = leads.then(|| MetricsFile::open(&run.folder, self.place.step)).transpose()?;
+        let mut write = |line: &Line| log.as_mut().map_or(Ok(()), |log| log.write(line));
         let mut batches = train.iter();
         let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
         let mut saved = None;
         let mut stop = Stop::Finished;
         while self.place.step < schedule.steps {
-            if should_stop() {
+            if self.parallel.group.any(should_stop())? {
                 stop = Stop::Interrupted;
                 break;
             }
-            let output = self.train_step(&mut || batches.next(), &mut log)?;
+            let output = self.train_step(&mut || batches.next(), &mut write)?;
             if let Some(output) = output {
-                log.write(&Line::train(self.place.step, self.place.tokens, &output))?;
+                write(&Line::train(self.place.step, self.place.tokens, &output))?;
                 let lr = Some(output.lr);
                 self.processor.process_train(LearnerEvent::ProcessedItem(self.item(output, lr)));
             }
             let last = self.place.step == schedule.steps;
             if due(run.eval_every, self.place.step) || (last && run.eval_every > 0) {
-                let output = self.evaluate(valid);
-                log.write(&Line::valid(self.place.step, &output))?;
+                let output = self.evaluate(valid)?;
+                write(&Line::valid(self.place.step, &output))?;
                 self.processor.process_valid(LearnerEvent::ProcessedItem(self.item(output, None)));
                 self.processor.process_valid(LearnerEvent::EndEpoch(self.place.step as usize));
                 self.processor.process_train(LearnerEvent::EndEpoch(self.place.step as usize));
@@ -183,7 +196,7 @@ impl<B: TrainBackend> Run<'_, B> {
     fn train_step(
         &mut self,
         next_batch: &mut dyn FnMut() -> Option<TokenBatch>,
-        log: &mut MetricsFile,
+        log: &mut dyn FnMut(&Line) -> Result<(), TrainError>,
     ) -> Result<Option<StepOutput>, TrainError> {
         let start = Instant::now();
         let mut waited = Duration::ZERO;
@@ -193,7 +206,8 @@ impl<B: TrainBackend> Run<'_, B> {
         if let Some(model) = &mut self.model {
             model.loss_scale = loss_scale;
         }
-        for _ in 0..self.strategy.plan.batch.accumulation {
+        let count = self.parallel.group.rank().count;
+        for _ in 0..self.strategy.plan.batch.accumulation as u64 / count {
             let before = Instant::now();
             let batch = next_batch().ok_or_else(|| DataError::Loader("it has no more batches".into()))?;
             waited += before.elapsed();
@@ -204,13 +218,14 @@ impl<B: TrainBackend> Run<'_, B> {
             output.tokens += micro.item.tokens;
             output.positions += micro.item.positions;
         }
+        let (grads, norm) = self.parallel.reduce(grads, &mut output)?;
         // The sum over all tokens is divided by their number once, whatever the micro-batches.
         let per_token = 1.0 / (output.tokens.max(1) as f64 * loss_scale);
-        output.grad_norm = grads.norm() * per_token;
+        output.grad_norm = norm * per_token;
         self.place.step += 1;
         if !output.loss_sum.is_finite() || !output.grad_norm.is_finite() {
             let (loss, grad_norm) = (output.loss().to_string(), output.grad_norm.to_string());
-            log.write(&Line::Skipped { step: self.place.step, loss, grad_norm })?;
+            log(&Line::Skipped { step: self.place.step, loss, grad_norm })?;
             self.skipped += 1;
             // In half precision the gradient's overflow is expected, and the factor falls.
             if !output.loss_sum.is_finite() || !self.place.loss_scale.as_mut().is_some_and(LossScale::shrink) {
@@ -226,33 +241,37 @@ impl<B: TrainBackend> Run<'_, B> {
         let scale = self.optimizer.clip_factor(output.grad_norm) * per_token;
         let model = self.model.take().expect("the model is only away during an update");
         let llama = self.optimizer.update(output.lr, model.llama, grads, scale);
+        let (llama, shared) = self.parallel.share::<B, _>(llama);
         self.model = Some(Pretrainer { llama, ..model });
+        shared?;
 
         self.place.tokens += output.tokens;
         let seconds = start.elapsed().as_secs_f64();
         output.tokens_per_second = output.positions as f64 / seconds;
         let Plan { flops_per_token, peak_flops, .. } = self.strategy.plan;
-        output.mfu = output.tokens_per_second * flops_per_token / peak_flops;
+        output.mfu = output.tokens_per_second * flops_per_token / (peak_flops * count as f64);
         output.data_wait = waited.as_secs_f64() / seconds;
         output.memory = memory_stats::memory_stats().map_or(0.0, |stats| stats.physical_mem as f64);
         Ok(Some(output))
     }
 
     /// Mean loss on the validation windows, in their order.
-    fn evaluate(&self, valid: &Arc<dyn DataLoader<B::InnerBackend, TokenBatch>>) -> StepOutput {
+    fn evaluate(&self, valid: &Arc<dyn DataLoader<B::InnerBackend, TokenBatch>>) -> Result<StepOutput, TrainError> {
         let model = self.model.as_ref().expect("the model is only away during an update").valid();
-        let mut output = StepOutput::default();
+        let (mut losses, mut tokens) = (Vec::new(), Vec::new());
         for batch in valid.iter() {
             let part = InferenceStep::step(&model, batch);
-            output.loss_sum += part.loss_sum;
-            output.tokens += part.tokens;
+            losses.push(part.loss_sum);
+            tokens.push(part.tokens as f64);
         }
-        output
+        let sum = |own: &[f64]| Ok::<_, TrainError>(self.parallel.interleave(own)?.iter().sum::<f64>());
+        Ok(StepOutput { loss_sum: sum(&losses)?, tokens: sum(&tokens)? as u64, ..Default::default() })
     }
 
     fn save(&self) -> Result<(), TrainError> {
         let model = self.model.as_ref().expect("the model is only away during an update");
-        (self.strategy.save)(model, &self.optimizer, self.place)
+        let state = self.parallel.gather(self.optimizer.state())?;
+        if self.parallel.group.leads() { (self.strategy.save)(model, state, self.place) } else { Ok(()) }
     }
 
     fn item(&self, output: StepOutput, lr: Option<f64>) -> TrainingItem<StepOutput> {

@@ -12,7 +12,7 @@ use llama::data::tokenizer::Tokenizer;
 use llama::model::{KvCache, LlamaConfig, ModelError, TrainBackend, WeightFormat, weights};
 use llama::train::log::{self, Line};
 use llama::train::{
-    AdamW, Display, GradientList, Interrupter, OptimizerConfig, PretrainConfig, Pretrainer, Stop, TrainError,
+    AdamW, GradientList, Group, Interrupter, OptimizerConfig, PretrainConfig, Pretrainer, RunOptions, Stop, TrainError,
     checkpoint, pretrain,
 };
 
@@ -278,15 +278,16 @@ pub fn run_config(folder: &Path) -> PretrainConfig {
     config
 }
 
-pub fn silent() -> Display {
-    Display::Lines { out: Box::new(std::io::sink()), every: 1 }
+/// Goes on from a checkpoint, silently.
+pub fn from(checkpoint: &Path) -> RunOptions<'_> {
+    RunOptions { resume_from: Some(checkpoint), ..RunOptions::silent() }
 }
 
 device_test! {
     fn a_resumed_run_ends_as_one_that_never_stopped<B>(device) {
         let folder = tempfile::tempdir().unwrap();
         let config = run_config(folder.path());
-        let (_, report) = pretrain::<B>(&config, None, &device, silent(), Interrupter::new()).unwrap();
+        let (_, report) = pretrain::<B>(&config, &device, Group::alone(), RunOptions::silent()).unwrap();
         assert_eq!((report.stop, report.step), (Stop::Finished, 9));
         // keep_checkpoints is 2.
         let kept: Vec<u64> = checkpoint::list(&config.run.folder).unwrap().into_iter().map(|(step, _)| step).collect();
@@ -298,7 +299,7 @@ device_test! {
 
         let mut again = config.clone();
         again.run.folder = folder.path().join("again");
-        let (_, resumed) = pretrain::<B>(&again, Some(&checkpoint::list(&config.run.folder).unwrap()[0].1), &device, silent(), Interrupter::new()).unwrap();
+        let (_, resumed) = pretrain::<B>(&again, &device, Group::alone(), from(&checkpoint::list(&config.run.folder).unwrap()[0].1)).unwrap();
         if crate::support::device().to_string() == "flex" {
             for file in ["model.safetensors", "optimizer.safetensors"] {
                 let read = |folder: &Path| std::fs::read(folder.join(file)).unwrap();
@@ -319,9 +320,9 @@ device_test! {
         let config = run_config(folder.path());
         let interrupter = Interrupter::new();
         interrupter.stop(Some("test"));
-        let (_, report) = pretrain::<B>(&config, None, &device, silent(), interrupter).unwrap();
+        let (_, report) = pretrain::<B>(&config, &device, Group::alone(), RunOptions { interrupter, ..RunOptions::silent() }).unwrap();
         assert_eq!((report.stop, report.step), (Stop::Interrupted, 0));
-        let (_, report) = pretrain::<B>(&config, Some(&report.checkpoint), &device, silent(), Interrupter::new()).unwrap();
+        let (_, report) = pretrain::<B>(&config, &device, Group::alone(), from(&report.checkpoint)).unwrap();
         assert_eq!((report.stop, report.step), (Stop::Finished, 9));
     }
 }
@@ -334,7 +335,7 @@ device_test! {
         config.schedule.peak_lr = 1e30;
         (config.schedule.steps, config.schedule.warmup_steps) = (40, 0);
         (config.run.checkpoint_every, config.run.eval_every) = (1, 0);
-        let error = pretrain::<B>(&config, None, &device, silent(), Interrupter::new()).err().unwrap();
+        let error = pretrain::<B>(&config, &device, Group::alone(), RunOptions::silent()).err().unwrap();
         assert!(matches!(error, TrainError::NotFinite { step: 21, count: 20 }), "{error}");
         let lines = log::read(&config.run.folder.join(log::METRICS_FILE)).unwrap();
         assert_eq!(lines.iter().filter(|line| matches!(line, Line::Skipped { .. })).count(), 20);

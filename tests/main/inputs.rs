@@ -7,9 +7,9 @@ use llama::data::source::Sources;
 use llama::data::tokenizer::Tokenizer;
 use llama::data::{DataError, NoProgress};
 use llama::model::{ModelError, hf};
-use llama::train::{Interrupter, PretrainConfig, TrainError, checkpoint, pretrain};
+use llama::train::{Group, PretrainConfig, RunOptions, TrainError, checkpoint, pretrain};
 
-use crate::behaviour::{run_config, silent};
+use crate::behaviour::{from, run_config};
 use crate::support::{device_test, fixture};
 
 fn mentions(error: impl ToString, parts: &[&str]) {
@@ -36,7 +36,7 @@ device_test! {
     fn corpora<B>(device) {
         let folder = tempfile::tempdir().unwrap();
         let run = |config: &PretrainConfig| {
-            pretrain::<B>(config, None, &device, silent(), Interrupter::new()).expect_err("this must fail")
+            pretrain::<B>(config, &device, Group::alone(), RunOptions::silent()).expect_err("this must fail")
         };
         mentions(Sources::new(["/no/such/text.txt"]).files().unwrap_err(), &["/no/such/text.txt"]);
         mentions(data(folder.path(), "").unwrap_err(), &["no text"]);
@@ -70,7 +70,7 @@ device_test! {
         let folder = tempfile::tempdir().unwrap();
         let config = run_config(folder.path());
         mentions(checkpoint::latest(&config.run.folder).unwrap_err(), &["no checkpoint"]);
-        let (_, report) = pretrain::<B>(&config, None, &device, silent(), Interrupter::new()).unwrap();
+        let (_, report) = pretrain::<B>(&config, &device, Group::alone(), RunOptions::silent()).unwrap();
         let load = || checkpoint::load::<B>(&report.checkpoint, &device).map(|_| ());
         load().unwrap();
         for file in ["model.safetensors", "optimizer.safetensors", "state.json"] {
@@ -93,7 +93,7 @@ device_test! {
         // A run that would not continue what the checkpoint began.
         let mut other = config.clone();
         other.optimizer.weight_decay = 0.2;
-        let resumed = pretrain::<B>(&other, Some(&report.checkpoint), &device, silent(), Interrupter::new());
+        let resumed = pretrain::<B>(&other, &device, Group::alone(), from(&report.checkpoint));
         mentions(resumed.err().unwrap(), &["optimizer", "differs"]);
 
         // Weights of another model.

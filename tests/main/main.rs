@@ -19,6 +19,7 @@ mod generation;
 mod inputs;
 mod lora;
 mod ops;
+mod parallel;
 mod parity;
 mod programs;
 mod support;
