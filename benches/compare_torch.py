@@ -34,15 +34,15 @@ KEEP_MEMORY = {
 }
 
 
-def torch_step(size, compiled, steps, precision, device):
+def torch_model(shape, device):
+    """A plain LLaMA of `shape`, as in SIZES, with its initial weights."""
     import torch
     import torch.nn as nn
     import torch.nn.functional as F
 
-    dim, n_layers, n_heads, n_kv_heads, ffn, vocab, seq_len, batch, tied = (SIZES if device == "cpu" else GPU_SIZES)[size]
+    dim, n_layers, n_heads, n_kv_heads, ffn, vocab, seq_len, batch, tied = shape
     head_dim = dim // n_heads
     torch.manual_seed(0)
-    torch.set_num_threads(os.cpu_count())
 
     def linear(i, o):
         return nn.Linear(i, o, bias=False)
@@ -97,7 +97,24 @@ def torch_step(size, compiled, steps, precision, device):
     for p in model.parameters():
         if p.dim() > 1:
             nn.init.normal_(p, 0, 0.02)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    return model
+
+
+def torch_optimizer(parameters):
+    import torch
+
+    return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def torch_step(size, compiled, steps, precision, device):
+    import torch
+    import torch.nn.functional as F
+
+    shape = (SIZES if device == "cpu" else GPU_SIZES)[size]
+    vocab, seq_len, batch = shape[5:8]
+    torch.set_num_threads(os.cpu_count())
+    model = torch_model(shape, device)
+    optimizer = torch_optimizer(model.parameters())
 
     def loss_of(x, y):
         return F.cross_entropy(model(x).view(-1, vocab), y.view(-1))

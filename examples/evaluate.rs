@@ -42,18 +42,21 @@ struct Args {
     /// Rows of the benchmark, at most
     #[arg(long)]
     limit: Option<usize>,
-    /// gsm8k: solutions to sample, of which the most frequent answer counts; 1 is greedy
+    /// gsm8k and math: solutions to sample, of which the most frequent answer counts; humaneval and mbpp: programs; 1 is greedy
     #[arg(long, default_value_t = 1)]
     samples: usize,
-    /// gsm8k: temperature of several samples
+    /// Temperature of several samples
     #[arg(long, default_value_t = 0.6)]
     temperature: f32,
     /// Seed of the samples
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Tokens of a generated answer, at most [default: 32, for gsm8k 256]
+    /// Tokens of a generated answer, at most [default: 32, for gsm8k 256, for math, humaneval and mbpp 512]
     #[arg(long)]
     max_new_tokens: Option<usize>,
+    /// humaneval and mbpp: lets a Python [python3] run what the model writes, which may do all that you may: in a container, for example
+    #[arg(long, num_args = 0..=1, default_missing_value = "python3")]
+    execute: Option<PathBuf>,
     /// A file for every question with its answer, as JSON lines
     #[arg(long)]
     log: Option<PathBuf>,
@@ -96,6 +99,7 @@ fn main() -> Result<()> {
         sampling: Sampling { temperature: args.temperature, ..Sampling::default() },
         seed: args.seed,
         max_new_tokens: args.max_new_tokens,
+        python: args.execute,
     };
     let open = |path: &PathBuf| File::create(path).with_context(|| path.display().to_string());
     let mut log = args.log.as_ref().map(open).transpose()?.map(BufWriter::new);
@@ -132,6 +136,9 @@ fn table(task: Task, shots: usize, report: &EvalReport) -> String {
     out += &row("**all**", &report.result);
     for (name, tally) in [("by likelihood", report.by_sum), ("by likelihood per character", report.by_character)] {
         out += &tally.map_or(String::new(), |tally| row(name, &tally));
+    }
+    for (k, share) in &report.pass_at {
+        out += &format!("| pass@{k} | {:.2} | |\n", 100.0 * share);
     }
     if report.cut > 0 {
         out += &format!("\n{} texts did not fit into the model's context and lost their beginning\n", report.cut);

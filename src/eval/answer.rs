@@ -1,8 +1,5 @@
 //! Answers in text: what is taken of a generation, and when two are the same.
 
-/// The answer to an open question: up to the first line break, final dot or comma.
-pub(super) const STOPS: [&str; 3] = ["\n", ".", ","];
-
 /// Lower case, without articles, punctuation and duplicate whitespace (section 3.2).
 pub(super) fn normalized(text: &str) -> String {
     let punctuation = |c: &char| c.is_ascii_punctuation() || matches!(c, '‘' | '’' | '“' | '”' | '´' | '–' | '—');

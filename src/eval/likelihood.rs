@@ -3,7 +3,7 @@
 use llama_model::ModelError;
 use llama_model::generate::{ScoreRequest, common_prefix};
 
-use super::task::{Candidate, Rule};
+use super::question::{Candidate, Rule};
 use crate::Engine;
 
 /// A completion after its context. Spaces at the end of the context count to the completion, as in the evaluation harness; where

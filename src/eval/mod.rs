@@ -7,7 +7,9 @@
 //! | PIQA, SIQA, HellaSwag, WinoGrande, ARC, MMLU | the completion with the highest likelihood by its number of characters | it is the right one |
 //! | BoolQ, OpenBookQA, RACE | the one with the highest `P(completion given context) / P(completion given "Answer:")` | it is the right one |
 //! | NaturalQuestions, TriviaQA | what is generated greedily up to a line break, dot or comma | it is one of the answers, without case, articles and punctuation |
-//! | GSM8k | the last number of what is generated, or the most frequent one of several samples (maj1@k) | it is the solution's |
+//! | GSM8k, MATH | the number or the boxed answer that what is generated ends in, or the most frequent one of several samples (maj1@k) | it is the solution's |
+//! | HumanEval, MBPP | what is generated, as Python | it passes its tests (pass@k of several samples) |
+//! | WinoGender | whom the pronoun refers to, by lower perplexity | it is who is meant |
 //! | CrowS-Pairs | the sentence of lower perplexity | (the share of stereotypical ones) |
 //!
 //! [`perplexity()`] is for any text. Files are those that the benchmarks' authors publish, or their rows in JSON lines with the fields they
@@ -16,25 +18,32 @@
 mod answer;
 mod fields;
 mod likelihood;
+mod math;
+mod open;
 mod perplexity;
+mod program;
+mod question;
 mod read;
+mod subjects;
 mod task;
 #[cfg(test)]
 mod tests;
+mod winogender;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 
 use llama_data::{DataError, Progress};
-use llama_model::generate::{GenerateOptions, Sampling};
+use llama_model::generate::Sampling;
 use serde::Serialize;
 
 use crate::{Engine, Error};
 use likelihood::{Scored, request, score};
 pub use perplexity::{Perplexity, perplexity};
-use task::{Candidate, Question, Rule};
-pub use task::{Task, mmlu_category};
+use question::{Candidate, Question, Rule};
+pub use subjects::mmlu_category;
+pub use task::Task;
 
 /// How a model is asked.
 #[derive(Clone, Debug)]
@@ -45,14 +54,16 @@ pub struct EvalOptions {
     pub shots_from: Option<PathBuf>,
     /// Rows of the benchmark, at most.
     pub limit: Option<usize>,
-    /// GSM8k: solutions to generate, of which the most frequent answer counts; one is greedy.
+    /// GSM8k and MATH: solutions to generate, of which the most frequent answer counts; HumanEval and MBPP: programs. One is greedy.
     pub samples: usize,
-    /// GSM8k: how several solutions are sampled.
+    /// How several are sampled.
     pub sampling: Sampling,
     /// Seed of the samples.
     pub seed: u64,
-    /// Tokens of a generated answer, at most; by default 32, for GSM8k 256.
+    /// Tokens of a generated answer, at most; by default 32, for GSM8k 256, for MATH and programs 512.
     pub max_new_tokens: Option<usize>,
+    /// HumanEval and MBPP: the Python that runs what the model writes, which may do all that this user may. Without, they are refused.
+    pub python: Option<PathBuf>,
 }
 
 impl Default for EvalOptions {
@@ -65,6 +76,7 @@ impl Default for EvalOptions {
             sampling: Sampling::default(),
             seed: 0,
             max_new_tokens: None,
+            python: None,
         }
     }
 }
@@ -75,12 +87,12 @@ pub struct Answered {
     /// File and place of its row.
     pub origin: String,
     /// What it is also counted to: a subject, a school, a kind of bias.
-    pub group: Option<String>,
-    /// The answer: the completion that was chosen, or what was generated (the samples' majority).
+    pub groups: Vec<String>,
+    /// The answer: the completion that was chosen, or what was generated (the samples' majority, the first program that passes).
     pub answer: String,
     /// The right one.
     pub expected: String,
-    /// Whether it is right.
+    /// Whether it is right; of several programs, whether any is.
     pub correct: bool,
     /// Log-likelihoods of the completions, as they are; empty for what is generated.
     pub log_likelihoods: Vec<f64>,
@@ -131,6 +143,8 @@ pub struct EvalReport {
     pub by_character: Option<Tally>,
     /// By the paper's rule for each subject, school or kind of bias.
     pub groups: BTreeMap<String, Tally>,
+    /// HumanEval and MBPP: pass@k, the estimated share of problems that one of k samples solves, by k of 1, 10, 80 and 100.
+    pub pass_at: BTreeMap<usize, f64>,
     /// Completions or prompts whose beginning did not fit into the model's context.
     pub cut: usize,
 }
@@ -138,7 +152,7 @@ pub struct EvalReport {
 /// A question with where it comes from.
 struct Asked {
     origin: String,
-    group: Option<String>,
+    groups: Vec<String>,
     /// Preamble and examples.
     prefix: Rc<str>,
     question: Question,
@@ -161,14 +175,16 @@ pub fn evaluate(
     let mut report = EvalReport::default();
     let mut count = |answered: Answered, report: &mut EvalReport| {
         report.result.add(answered.correct);
-        if let Some(group) = &answered.group {
+        for group in &answered.groups {
             report.groups.entry(group.clone()).or_default().add(answered.correct);
         }
         each(&answered);
     };
     match asked[0].question {
         Question::Choice { .. } => choose(engine, task.rule(), asked, progress, &mut report, &mut count)?,
-        Question::Open { .. } => generate(engine, task, asked, options, progress, &mut report, &mut count)?,
+        Question::Open { .. } | Question::Program { .. } => {
+            open::generate(engine, task, asked, options, progress, &mut report, &mut count)?;
+        }
     }
     Ok(report)
 }
@@ -192,8 +208,8 @@ fn asked(task: Task, data: &[PathBuf], options: &EvalOptions) -> Result<Vec<Aske
     // What is before a question is the same for all of MMLU's subject, and for all of other benchmarks.
     let mut prefixes: BTreeMap<Option<String>, Rc<str>> = BTreeMap::new();
     let mut all = Vec::new();
-    for (origin, group, questions) in rows {
-        let subject = group.clone().filter(|_| task == Task::Mmlu);
+    for (origin, groups, questions) in rows {
+        let subject = groups.first().filter(|_| task == Task::Mmlu).cloned();
         let prefix = match prefixes.get(&subject) {
             Some(prefix) => prefix.clone(),
             None => {
@@ -201,7 +217,8 @@ fn asked(task: Task, data: &[PathBuf], options: &EvalOptions) -> Result<Vec<Aske
                 prefixes.entry(subject).or_insert(prefix).clone()
             }
         };
-        let asked = |question| Asked { origin: origin.clone(), group: group.clone(), prefix: prefix.clone(), question };
+        let asked =
+            |question| Asked { origin: origin.clone(), groups: groups.clone(), prefix: prefix.clone(), question };
         all.extend(questions.into_iter().map(asked));
     }
     match all.is_empty() {
@@ -212,8 +229,8 @@ fn asked(task: Task, data: &[PathBuf], options: &EvalOptions) -> Result<Vec<Aske
 
 /// Preamble and solved examples, those of a subject where there is one.
 fn prefix(task: Task, subject: Option<&str>, examples: &Rows, shots: usize) -> Result<String, Error> {
-    let of_subject = |group: &Option<String>| subject.is_none_or(|subject| group.as_deref() == Some(subject));
-    let solved = examples.iter().filter(|(_, group, _)| of_subject(group)).flat_map(|(.., questions)| questions);
+    let of_subject = |groups: &[String]| subject.is_none_or(|subject| groups.iter().any(|group| group == subject));
+    let solved = examples.iter().filter(|(_, groups, _)| of_subject(groups)).flat_map(|(.., questions)| questions);
     let solved: Vec<String> = solved.take(shots).map(|question| question.solved() + task.between()).collect();
     if solved.len() < shots {
         let of = subject.map_or(String::new(), |subject| format!(" of {subject}"));
@@ -222,15 +239,15 @@ fn prefix(task: Task, subject: Option<&str>, examples: &Rows, shots: usize) -> R
     Ok(task.preamble(subject) + &solved.concat())
 }
 
-/// Origin, group and questions of each row.
-type Rows = Vec<(String, Option<String>, Vec<Question>)>;
+/// Origin, groups and questions of each row.
+type Rows = Vec<(String, Vec<String>, Vec<Question>)>;
 
 fn read(task: Task, path: &std::path::Path) -> Result<Rows, DataError> {
     let rows = read::rows(path)?.into_iter().map(|row| {
         let questions = task.questions(&row).map_err(|reason| {
             DataError::format(&row.path, format!("{}: {reason}; is this a row of {task}?", row.place))
         })?;
-        Ok((format!("{}, {}", row.path.display(), row.place), task.group(&row), questions))
+        Ok((format!("{}, {}", row.path.display(), row.place), task.groups(&row), questions))
     });
     rows.collect()
 }
@@ -262,7 +279,7 @@ fn choose(
             }
         }
         let mut scored = score(engine, requests)?.into_iter();
-        for Asked { origin, group, question, .. } in part {
+        for Asked { origin, groups, question, .. } in part {
             let Question::Choice { candidates, correct } = question else { continue };
             let mut next = || scored.next().unwrap_or_default();
             let found: Vec<(Scored, Option<Scored>)> =
@@ -284,65 +301,9 @@ fn choose(
             let chosen = best(rule);
             let log_likelihoods = found.iter().map(|(scored, _)| scored.log_prob).collect();
             let (answer, expected) = (text(chosen), text(correct));
-            count(Answered { origin, group, answer, expected, correct: chosen == correct, log_likelihoods }, report);
+            count(Answered { origin, groups, answer, expected, correct: chosen == correct, log_likelihoods }, report);
             progress.advance(1);
         }
-    }
-    progress.finish();
-    Ok(())
-}
-
-/// Generates answers.
-fn generate(
-    engine: &Engine,
-    task: Task,
-    asked: Vec<Asked>,
-    options: &EvalOptions,
-    progress: &dyn Progress,
-    report: &mut EvalReport,
-    count: Count,
-) -> Result<(), Error> {
-    let solution = task == Task::Gsm8k;
-    let max_new_tokens = options.max_new_tokens.unwrap_or(if solution { 256 } else { 32 });
-    let stops: Vec<String> = if solution { vec!["Question:".into()] } else { answer::STOPS.map(String::from).into() };
-    let max_seq_len = engine.config().max_seq_len;
-    let room = max_seq_len.checked_sub(max_new_tokens).filter(|room| *room > 0).ok_or_else(|| {
-        Error::Evaluation(format!("{max_new_tokens} tokens of an answer leave no room in a context of {max_seq_len}"))
-    })?;
-    let mut questions = Vec::new();
-    for Asked { origin, group, prefix, question } in asked {
-        let Question::Open { prompt, answers } = question else { continue };
-        let mut tokens = engine.codec().encode_prompt(&format!("{prefix}{prompt}"));
-        let excess = tokens.len().saturating_sub(room);
-        tokens.drain(..excess);
-        report.cut += usize::from(excess > 0);
-        questions.push((origin, group, tokens, answers));
-    }
-    let longest = questions.iter().map(|(.., tokens, _)| tokens.len()).max().unwrap_or(0);
-    let mut session = engine.session(longest + max_new_tokens)?;
-    let samples = if solution { options.samples.max(1) } else { 1 };
-    let sampling = if samples == 1 { Sampling::greedy() } else { options.sampling.clone() };
-    let stop_tokens = engine.codec().eos.into_iter().collect();
-    let each = GenerateOptions { max_new_tokens, sampling, seed: options.seed, stop_tokens, ..Default::default() };
-    progress.start("questions", Some(questions.len() as u64));
-    for (origin, group, tokens, answers) in questions {
-        let steps = match samples {
-            1 => session.generate(tokens, each.clone())?,
-            _ => engine.generate(&vec![tokens; samples], each.clone())?,
-        };
-        let texts = engine.texts(steps, &vec![true; samples], &stops)?;
-        let (answer, expected, correct) = if solution {
-            let numbers: Vec<_> = texts.iter().map(|text| answer::number(text)).collect();
-            let (most, right) = (answer::majority(&numbers).cloned(), answer::number(&answers[0]));
-            let correct = most.is_some() && most == right;
-            (most.unwrap_or_default(), right.unwrap_or_default(), correct)
-        } else {
-            let text = texts[0].trim().to_string();
-            let correct = answer::matches(&text, &answers);
-            (text, answers[0].clone(), correct)
-        };
-        count(Answered { origin, group, answer, expected, correct, log_likelihoods: Vec::new() }, report);
-        progress.advance(1);
     }
     progress.finish();
     Ok(())

@@ -1,5 +1,6 @@
 //! Rows of benchmark files: JSON lines, JSON, and tables with commas or tabs.
 
+use std::collections::HashMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -94,10 +95,34 @@ fn file_rows(path: &Path) -> Result<Vec<Row>, DataError> {
         }
     }
     add_labels(path, &mut found)?;
+    add_occupations(path, &mut found)?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let stem = name.split('.').next().unwrap_or_default().to_string();
     let row = |(fields, place)| Row { fields, stem: stem.clone(), path: path.into(), place };
     Ok(found.into_iter().map(row).collect())
+}
+
+/// Share of women in an occupation, where WinoGender's rows have it from the file beside them.
+pub(super) const PERCENT_FEMALE: &str = "bls_pct_female";
+const OCCUPATIONS: &str = "occupations-stats.tsv";
+
+/// WinoGender's sentences begin their names with an occupation, whose statistics are in a file beside theirs.
+fn add_occupations(path: &Path, rows: &mut [(Map<String, Value>, String)]) -> Result<(), DataError> {
+    let statistics = path.with_file_name(OCCUPATIONS);
+    if rows.first().is_none_or(|(fields, _)| !fields.contains_key("sentid")) || !statistics.is_file() {
+        return Ok(());
+    }
+    let known = file_rows(&statistics)?;
+    let of = |row: &Row, name: &str| row.fields.get(name).and_then(Value::as_str).map(String::from);
+    let known: HashMap<_, _> =
+        known.iter().filter_map(|row| Some((of(row, "occupation")?, of(row, PERCENT_FEMALE)?))).collect();
+    for (fields, _) in rows {
+        let name = fields.get("sentid").and_then(Value::as_str).unwrap_or_default();
+        if let Some(percent) = known.get(name.split('.').next().unwrap_or_default()).cloned() {
+            fields.insert(PERCENT_FEMALE.into(), percent.into());
+        }
+    }
+    Ok(())
 }
 
 /// PIQA and SIQA keep the answers of `dev.jsonl` in `dev-labels.lst`.

@@ -8,9 +8,10 @@ use std::str::FromStr;
 
 use serde_json::Value;
 
-use super::answer;
 use super::fields::{Fields, capitalized, labelled, wikihow};
+use super::question::{Candidate, Manner, Question, Reading, Rule};
 use super::read::Row;
+use super::{answer, math, winogender};
 
 /// A benchmark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,6 +40,14 @@ pub enum Task {
     TriviaQa,
     /// Grade school mathematics in words (Cobbe et al. 2021).
     Gsm8k,
+    /// Competition mathematics (Hendrycks et al. 2021).
+    Math,
+    /// Python from a signature and a description (Chen et al. 2021).
+    HumanEval,
+    /// Python from a description and tests (Austin et al. 2021).
+    Mbpp,
+    /// Whom a pronoun means, by its gender (Rudinger et al. 2018).
+    WinoGender,
     /// Pairs of a stereotypical and another sentence (Nangia et al. 2020): the share of pairs whose stereotypical one the model
     /// prefers; 50% is no preference.
     CrowsPairs,
@@ -46,7 +55,7 @@ pub enum Task {
 
 impl Task {
     /// All there are.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 17] = [
         Self::BoolQ,
         Self::Piqa,
         Self::Siqa,
@@ -59,6 +68,10 @@ impl Task {
         Self::NaturalQuestions,
         Self::TriviaQa,
         Self::Gsm8k,
+        Self::Math,
+        Self::HumanEval,
+        Self::Mbpp,
+        Self::WinoGender,
         Self::CrowsPairs,
     ];
 
@@ -76,6 +89,10 @@ impl Task {
             Self::NaturalQuestions => "nq",
             Self::TriviaQa => "triviaqa",
             Self::Gsm8k => "gsm8k",
+            Self::Math => "math",
+            Self::HumanEval => "humaneval",
+            Self::Mbpp => "mbpp",
+            Self::WinoGender => "winogender",
             Self::CrowsPairs => "crows-pairs",
         }
     }
@@ -86,9 +103,23 @@ impl Task {
             Self::BoolQ | Self::OpenBookQa => Rule::Unconditional("Answer:"),
             // As Brown et al. 2020.
             Self::Race => Rule::Unconditional("A:"),
-            Self::CrowsPairs => Rule::PerToken,
+            Self::CrowsPairs | Self::WinoGender => Rule::PerToken,
             _ => Rule::PerCharacter,
         }
+    }
+
+    /// How what is not chosen is generated.
+    pub(super) fn manner(self) -> Manner {
+        let (stops, max_new_tokens, reading): (&[&str], _, _) = match self {
+            Self::Gsm8k => (&["Question:"], 256, Reading::Solution(answer::number)),
+            Self::Math => (&["Problem:"], 512, Reading::Solution(math::answer)),
+            // As Chen et al.
+            Self::HumanEval => (&["\nclass", "\ndef", "\n#", "\nif", "\nprint"], 512, Reading::Program),
+            Self::Mbpp => (&["[DONE]"], 512, Reading::Program),
+            // Up to the first line break, final dot or comma (section 3.2).
+            _ => (&["\n", ".", ","], 32, Reading::Short),
+        };
+        Manner { stops, max_new_tokens, reading }
     }
 
     /// What comes before the first example or question.
@@ -192,6 +223,31 @@ impl Task {
                 let prompt = format!("Question: {}\nAnswer:", fields.text(&["question"])?);
                 Question::Open { prompt, answers: vec![solution.to_string()] }
             }
+            Self::Math => {
+                let solution = fields.text(&["solution"])?;
+                math::answer(solution).ok_or("`solution` has no \\boxed answer")?;
+                let prompt = format!("Problem:\n{}\n\nSolution:", fields.text(&["problem"])?);
+                Question::Open { prompt, answers: vec![solution.to_string()] }
+            }
+            Self::HumanEval => {
+                let (prompt, entry) =
+                    (fields.text(&["prompt"])?.trim_end().to_string(), fields.text(&["entry_point"])?);
+                let after = format!("\n{}\ncheck({entry})\n", fields.text(&["test"])?);
+                let solution = format!("\n{}", fields.text(&["canonical_solution"])?);
+                Question::Program { before: prompt.clone(), prompt, solution, after }
+            }
+            Self::Mbpp => {
+                let tests = fields.list("test_list")?.join("\n");
+                let setup = fields.text(&["test_setup_code"]).unwrap_or_default();
+                // Austin et al., figure 1.
+                let prompt = format!(
+                    "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n",
+                    fields.text(&["text", "prompt"])?
+                );
+                let solution = format!("{}\n[DONE]", fields.text(&["code"])?);
+                Question::Program { prompt, solution, before: String::new(), after: format!("\n{setup}\n{tests}\n") }
+            }
+            Self::WinoGender => winogender::question(fields)?,
             Self::CrowsPairs => {
                 let sentences = [fields.text(&["sent_more"])?, fields.text(&["sent_less"])?];
                 Question::choice("", sentences, 0)
@@ -206,21 +262,23 @@ impl Task {
         }
     }
 
-    /// What a row's results are also given by: MMLU's subjects, RACE's schools, the kinds of bias.
-    pub(super) fn group(self, row: &Row) -> Option<String> {
+    /// What a row's results are also given by: MMLU's subjects, RACE's schools, kinds of mathematics, pronouns and bias.
+    pub(super) fn groups(self, row: &Row) -> Vec<String> {
         let field = |name: &str| row.fields.get(name).and_then(Value::as_str).map(String::from);
-        match self {
+        let group = match self {
             Self::Mmlu => field("subject").or_else(|| {
                 let suffix = ["_test", "_dev", "_val"].iter().find_map(|end| row.stem.strip_suffix(end));
                 Some(suffix.unwrap_or(&row.stem).to_string())
             }),
-            Self::Race => {
-                let id = field("example_id").or_else(|| field("id"))?;
+            Self::Race => field("example_id").or_else(|| field("id")).and_then(|id| {
                 ["middle", "high"].iter().find(|school| id.starts_with(**school)).map(|school| school.to_string())
-            }
+            }),
+            Self::Math => field("type"),
             Self::CrowsPairs => field("bias_type"),
+            Self::WinoGender => return winogender::groups(Fields(&row.fields)),
             _ => None,
-        }
+        };
+        group.into_iter().collect()
     }
 }
 
@@ -237,52 +295,6 @@ impl FromStr for Task {
         let names = || Self::ALL.map(Self::name).join(", ");
         let found = Self::ALL.into_iter().find(|task| task.name() == name);
         found.ok_or_else(|| format!("`{name}` is no task: choose one of {}", names()))
-    }
-}
-
-/// How the likelihoods of completions are compared.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Rule {
-    /// As they are.
-    Sum,
-    /// By the number of characters of the completion.
-    PerCharacter,
-    /// By the number of tokens: perplexity.
-    PerToken,
-    /// By the likelihood of the completion after this alone.
-    Unconditional(&'static str),
-}
-
-/// What a model is asked.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) enum Question {
-    /// Which completion is likeliest.
-    Choice { candidates: Vec<Candidate>, correct: usize },
-    /// What comes after a prompt; any of the answers is right.
-    Open { prompt: String, answers: Vec<String> },
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Candidate {
-    pub context: String,
-    /// With the space that parts it from the context.
-    pub completion: String,
-}
-
-impl Question {
-    fn choice<T: Into<String>>(context: &str, completions: impl IntoIterator<Item = T>, correct: usize) -> Self {
-        let candidate = |completion: T| Candidate { context: context.into(), completion: completion.into() };
-        Self::Choice { candidates: completions.into_iter().map(candidate).collect(), correct }
-    }
-
-    /// The question with its answer, as an example before others.
-    pub fn solved(&self) -> String {
-        match self {
-            Self::Choice { candidates, correct } => {
-                format!("{}{}", candidates[*correct].context, candidates[*correct].completion)
-            }
-            Self::Open { prompt, answers } => format!("{prompt} {}", answers[0]),
-        }
     }
 }
 
@@ -318,54 +330,4 @@ fn race(fields: Fields) -> Result<Vec<Question>, String> {
         ask(question, &options.ok_or("`options` has what is no list of texts")?, answer)
     })
     .collect()
-}
-
-/// The part of MMLU's results that a subject counts to, as in table 9.
-pub fn mmlu_category(subject: &str) -> &'static str {
-    match subject {
-        "formal_logic"
-        | "high_school_european_history"
-        | "high_school_us_history"
-        | "high_school_world_history"
-        | "international_law"
-        | "jurisprudence"
-        | "logical_fallacies"
-        | "moral_disputes"
-        | "moral_scenarios"
-        | "philosophy"
-        | "prehistory"
-        | "professional_law"
-        | "world_religions" => "humanities",
-        "abstract_algebra"
-        | "astronomy"
-        | "college_biology"
-        | "college_chemistry"
-        | "college_computer_science"
-        | "college_mathematics"
-        | "college_physics"
-        | "computer_security"
-        | "conceptual_physics"
-        | "electrical_engineering"
-        | "elementary_mathematics"
-        | "high_school_biology"
-        | "high_school_chemistry"
-        | "high_school_computer_science"
-        | "high_school_mathematics"
-        | "high_school_physics"
-        | "high_school_statistics"
-        | "machine_learning" => "STEM",
-        "econometrics"
-        | "high_school_geography"
-        | "high_school_government_and_politics"
-        | "high_school_macroeconomics"
-        | "high_school_microeconomics"
-        | "high_school_psychology"
-        | "human_sexuality"
-        | "professional_psychology"
-        | "public_relations"
-        | "security_studies"
-        | "sociology"
-        | "us_foreign_policy" => "social sciences",
-        _ => "other",
-    }
 }

@@ -3,8 +3,9 @@
 use proptest::prelude::*;
 use serde_json::json;
 
+use super::Task;
+use super::question::{Candidate, Question};
 use super::read::{Row, rows};
-use super::task::{Candidate, Question, Task};
 
 fn row(fields: serde_json::Value) -> Row {
     let serde_json::Value::Object(fields) = fields else { panic!("not an object") };
@@ -75,16 +76,16 @@ fn reading_and_subjects() {
         choice(&context("Al is _ ."), &[" a dog", " a man"], 1),
     ];
     assert_eq!(Task::Race.questions(&row(original.clone())).unwrap(), expected);
-    assert_eq!(Task::Race.group(&row(original)).as_deref(), Some("high"));
+    assert_eq!(Task::Race.groups(&row(original)), ["high"]);
     let hub =
         json!({"article": "Al has a dog.", "question": "What has Al?", "options": ["a dog", "a cat"], "answer": "A"});
     assert_eq!(one(Task::Race, hub), expected[0]);
 
     let expected = choice("2 + 2 = ?\nA. 3\nB. 4\nC. 5\nD. 6\nAnswer:", &[" A", " B", " C", " D"], 1);
     let table = json!({"question": "2 + 2 = ?", "A": "3", "B": "4", "C": "5", "D": "6", "answer": "B"});
-    assert_eq!(Task::Mmlu.group(&row(table.clone())).as_deref(), Some("college_physics"));
+    assert_eq!(Task::Mmlu.groups(&row(table.clone())), ["college_physics"]);
     let hub = json!({"question": "2 + 2 = ?", "choices": ["3", "4", "5", "6"], "answer": 1, "subject": "anatomy"});
-    assert_eq!(Task::Mmlu.group(&row(hub.clone())).as_deref(), Some("anatomy"));
+    assert_eq!(Task::Mmlu.groups(&row(hub.clone())), ["anatomy"]);
     for fields in [table, hub] {
         let question = one(Task::Mmlu, fields);
         assert_eq!(question, expected);
@@ -113,8 +114,72 @@ fn open_questions() {
     let fields = json!({"question": "Two and two?", "answer": "2 + 2 = 4\n#### 4"});
     assert_eq!(one(Task::Gsm8k, fields), open("Question: Two and two?\nAnswer:", &["2 + 2 = 4\n#### 4"]));
     let fields = json!({"sent_more": "One.", "sent_less": "Other.", "bias_type": "age"});
-    assert_eq!(Task::CrowsPairs.group(&row(fields.clone())).as_deref(), Some("age"));
+    assert_eq!(Task::CrowsPairs.groups(&row(fields.clone())), ["age"]);
     assert_eq!(one(Task::CrowsPairs, fields), choice("", &["One.", "Other."], 0));
+}
+
+#[test]
+fn mathematics_and_programs() {
+    let fields =
+        json!({"problem": "What is $1+1$?", "solution": "It is $\\boxed{2}$.", "level": "Level 1", "type": "Algebra"});
+    assert_eq!(Task::Math.groups(&row(fields.clone())), ["Algebra"]);
+    let expected = Question::Open {
+        prompt: "Problem:\nWhat is $1+1$?\n\nSolution:".into(),
+        answers: vec!["It is $\\boxed{2}$.".into()],
+    };
+    assert_eq!(one(Task::Math, fields), expected);
+
+    let fields = json!({
+        "task_id": "HumanEval/0", "prompt": "def one():\n    \"\"\"Returns 1.\"\"\"\n", "entry_point": "one",
+        "canonical_solution": "    return 1\n", "test": "def check(f):\n    assert f() == 1\n",
+    });
+    let question = one(Task::HumanEval, fields);
+    assert_eq!(question.solved(), "def one():\n    \"\"\"Returns 1.\"\"\"\n    return 1\n");
+    let Question::Program { prompt, solution, before, after } = question else { panic!("not a program") };
+    assert_eq!(prompt, before);
+    assert_eq!(
+        format!("{before}{solution}{after}"),
+        "def one():\n    \"\"\"Returns 1.\"\"\"\n    return 1\n\ndef check(f):\n    assert f() == 1\n\ncheck(one)\n"
+    );
+
+    let original = json!({
+        "text": "Write one.", "code": "def one():\n    return 1", "task_id": 11, "test_setup_code": "import math",
+        "test_list": ["assert one() == 1", "assert one() < math.pi"], "challenge_test_list": [],
+    });
+    let mut sanitized = original.clone();
+    sanitized["prompt"] = sanitized["text"].take();
+    for fields in [original, sanitized] {
+        let question = one(Task::Mbpp, fields);
+        assert!(question.solved().ends_with("[BEGIN]\ndef one():\n    return 1\n[DONE]"), "{}", question.solved());
+        let Question::Program { prompt, before, after, .. } = question else { panic!("not a program") };
+        assert!(prompt.contains("task: Write one. Your code") && prompt.contains("== 1\nassert"), "{prompt}");
+        assert_eq!(
+            (before.as_str(), after.as_str()),
+            ("", "\nimport math\nassert one() == 1\nassert one() < math.pi\n")
+        );
+    }
+}
+
+#[test]
+fn pronouns() {
+    let sentence =
+        |name: &str, text: &str, percent: &str| json!({"sentid": name, "sentence": text, "bls_pct_female": percent});
+    let fields =
+        sentence("nurse.patient.0.male.txt", "The nurse notified the patient that his shift was over.", "90.0");
+    let context = "The nurse notified the patient that his shift was over. \u{2018}His\u{2019} refers to";
+    assert_eq!(one(Task::WinoGender, fields.clone()), choice(context, &[" the nurse", " the patient"], 0));
+    assert_eq!(Task::WinoGender.groups(&row(fields)), ["his/him/he", "his/him/he (gotcha)"]);
+    let fields = sentence("nurse.someone.1.neutral.txt", "The nurse told someone they could go.", "90.0");
+    let context = "The nurse told someone they could go. \u{2018}They\u{2019} refers to";
+    assert_eq!(one(Task::WinoGender, fields.clone()), choice(context, &[" the nurse", " someone"], 1));
+    assert_eq!(Task::WinoGender.groups(&row(fields)), ["their/them/someone"]);
+    for (name, percent, groups) in [
+        ("nurse.patient.0.female.txt", "90", &["her/her/she"][..]),
+        ("nurse.patient.1.male.txt", "90", &["his/him/he"]),
+        ("pilot.passenger.0.female.txt", "10", &["her/her/she", "her/her/she (gotcha)"]),
+    ] {
+        assert_eq!(Task::WinoGender.groups(&row(sentence(name, "", percent))), groups);
+    }
 }
 
 #[test]
@@ -149,6 +214,13 @@ fn rows_that_are_wrong_name_the_field() {
         (Task::NaturalQuestions, json!({"question": "x", "answer": []}), "no answer"),
         (Task::TriviaQa, json!({"question": "x", "answer": "y"}), "`answer`"),
         (Task::Gsm8k, json!({"question": "x", "answer": "none"}), "no number"),
+        (Task::Math, json!({"problem": "x", "solution": "two\nlines"}), "no \\boxed"),
+        (Task::HumanEval, json!({"prompt": "x", "entry_point": "y", "test": "z"}), "`canonical_solution` is missing"),
+        (Task::Mbpp, json!({"text": "x", "code": "y"}), "`test_list` is missing"),
+        (Task::WinoGender, json!({"sentid": "a.b", "sentence": "x"}), "a.b is not"),
+        (Task::WinoGender, json!({"sentid": "a.b.2.male.txt", "sentence": "he"}), "answer 2"),
+        (Task::WinoGender, json!({"sentid": "a.b.1.none.txt", "sentence": "he"}), "gender none"),
+        (Task::WinoGender, json!({"sentid": "a.b.1.male.txt", "sentence": "she"}), "none of his"),
     ] {
         let error = task.questions(&row(fields)).unwrap_err();
         assert!(error.contains(reason), "{task}: {error}");
@@ -181,6 +253,19 @@ fn files_in_every_form() {
     assert_eq!((&found[0].fields["question"], &found[0].fields["B"]), (&json!("Which, of these?"), &json!("b\"b")));
     let named = write("crows.csv", ",sent_more,sent_less,bias_type\n0,\"One, two\",Three,age\n");
     assert_eq!(rows(&named).unwrap()[0].fields["sent_more"], json!("One, two"));
+    let sentences = write(
+        "gender/all_sentences.tsv",
+        "sentid\tsentence\npilot.passenger.0.male.txt\tThe pilot said he \"flew\".\n",
+    );
+    write(
+        "gender/occupations-stats.tsv",
+        "occupation\tbergsma_pct_female\tbls_pct_female\tbls_year\npilot\t1\t5.5\t2015\n",
+    );
+    let found = rows(&sentences).unwrap();
+    assert_eq!(
+        (&found[0].fields["sentence"], &found[0].fields["bls_pct_female"]),
+        (&json!("The pilot said he \"flew\"."), &json!("5.5"))
+    );
     write("mmlu/notes.md", "not data");
     write("mmlu/b_test.csv", "Next?,a,b,c,d,A\n");
     assert_eq!(
@@ -215,7 +300,7 @@ fn value() -> impl Strategy<Value = serde_json::Value> {
     ]
 }
 
-const FIELDS: [&str; 33] = [
+const FIELDS: [&str; 43] = [
     "question",
     "passage",
     "answer",
@@ -249,6 +334,16 @@ const FIELDS: [&str; 33] = [
     "Answer",
     "sent_more",
     "sent_less",
+    "problem",
+    "solution",
+    "prompt",
+    "entry_point",
+    "canonical_solution",
+    "test",
+    "text",
+    "test_list",
+    "sentid",
+    "bls_pct_female",
 ];
 
 proptest! {
@@ -261,15 +356,16 @@ proptest! {
             for question in task.questions(&row).unwrap_or_default() {
                 question.solved();
             }
-            task.group(&row);
+            task.groups(&row);
         }
     }
 
     #[test]
-    fn no_answer_is_too_strange(text in "[#0-9.,\\- \\na-zé$’]{0,40}") {
+    fn no_answer_is_too_strange(text in "([#0-9.,\\- \\na-zé$’{}=/]|\\\\(boxed|frac|sqrt|text)){0,40}") {
         if let Some(number) = super::answer::number(&text) {
             prop_assert!(number.parse::<f64>().is_ok(), "{number}");
         }
+        super::math::answer(&text);
         prop_assert!(super::answer::matches(&text, std::slice::from_ref(&text)));
     }
 }

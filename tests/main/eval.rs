@@ -130,7 +130,7 @@ fn examples_come_before_questions() {
         for (found, expected) in answered.log_likelihoods.iter().zip(expected) {
             assert!((found - expected).abs() < 2e-3 * expected.abs(), "{found} {expected}");
         }
-        assert_eq!(answered.group.as_deref(), Some(subject));
+        assert_eq!(answered.groups, [subject]);
     }
     assert_eq!(report.groups.len(), 2);
     // Texts that are too long lose their beginning, and it is said.
@@ -195,6 +195,36 @@ fn answers_are_generated_and_compared() {
     }
     let options = EvalOptions { max_new_tokens: Some(256), ..Default::default() };
     assert!(place.fails(Task::Gsm8k, &[path], &options).contains("no room"));
+}
+
+#[test]
+fn solutions_and_programs_are_generated_and_checked() {
+    let place = Place::new();
+    let problem = |solution: &str| json!({"problem": "x", "solution": solution, "type": "Algebra"});
+    let path = place.file("math.jsonl", &[problem("so $\\boxed{\\frac12}$"), problem("\\boxed{2}")]);
+    let options = EvalOptions { max_new_tokens: Some(12), samples: 2, ..Default::default() };
+    let (report, all) = place.run(Task::Math, &path, &options);
+    assert_eq!((report.groups["Algebra"].questions, all[0].expected.as_str()), (2, "\\frac{1}{2}"));
+    assert_eq!(all[0].correct, all[0].answer == all[0].expected);
+
+    // What a model that knows nothing writes is after the `#`, so that any passes.
+    let program = |prompt: &str, test: &str| json!({"prompt": prompt, "entry_point": "f", "canonical_solution": "", "test": test});
+    let passes = program("f = 1 #", "def check(f):\n    assert f == 1");
+    let rows = [passes.clone(), program("f = 1 #", "def check(f):\n    assert f == 2"), passes.clone(), passes];
+    let path = place.file("humaneval.jsonl", &rows);
+    let error = place.fails(Task::HumanEval, std::slice::from_ref(&path), &options);
+    assert!(error.contains("allow it"), "{error}");
+    let options = EvalOptions { python: Some("python3".into()), samples: 11, ..options };
+    if std::process::Command::new("python3").arg("--version").output().is_err() {
+        eprintln!("skipped: there is no python3");
+        return;
+    }
+    let nothing = EvalOptions { max_new_tokens: Some(1), ..options };
+    let (report, all) = place.run(Task::HumanEval, &path, &nothing);
+    assert_eq!((report.result.correct, report.result.questions, all[1].correct), (3, 4, false));
+    assert_eq!(report.pass_at.keys().copied().collect::<Vec<_>>(), [1, 10]);
+    let error = place.fails(Task::HumanEval, &[path], &EvalOptions { python: Some("/no/python".into()), ..nothing });
+    assert!(error.contains("/no/python"), "{error}");
 }
 
 #[test]

@@ -213,9 +213,9 @@ fn finetune_resume_generate_and_merge() {
     let lines: String =
         (0..40).map(|i| format!("{{\"prompt\": \"{i} + 1 =\", \"completion\": \" {}\"}}\n", i + 1)).collect();
     std::fs::write(at("data.jsonl"), lines).unwrap();
-    let finetune = |name: &str, steps: &str, resume: bool| {
+    let finetune_on = |devices: &str, name: &str, steps: &str, resume: bool| {
         let mut command = program("finetune");
-        command.args(["--device", &device]).arg("--run").arg(at(name));
+        command.args(["--device", devices]).arg("--run").arg(at(name));
         if resume {
             command.arg("--resume");
         } else {
@@ -224,6 +224,7 @@ fn finetune_resume_generate_and_merge() {
         }
         command
     };
+    let finetune = |name: &str, steps: &str, resume: bool| finetune_on(&device, name, steps, resume);
     let out = run(&mut finetune("whole", "60", false));
     assert!(out.contains("38 to train on") && out.contains("2 held out") && out.contains("step     60/60"), "{out}");
     let loss = |step: usize| {
@@ -241,6 +242,14 @@ fn finetune_resume_generate_and_merge() {
     if device == "flex" {
         let weights = |name: &str| std::fs::read(step(name, 60).join(lora::WEIGHTS_FILE)).unwrap();
         assert!(weights("whole") == weights("parts"), "a resumed run is another run");
+    }
+
+    // Two devices that share its steps, as one that takes both parts.
+    run(finetune("two parts", "5", false).args(["--accumulation", "2"]));
+    run(finetune_on(&format!("{device},{device}"), "shared", "5", false).args(["--accumulation", "2"]));
+    if device == "flex" {
+        let weights = |name: &str| std::fs::read(step(name, 5).join(lora::WEIGHTS_FILE)).unwrap();
+        assert!(weights("two parts") == weights("shared"), "two devices train something else than one");
     }
 
     let generate = |model: &str, more: &[&str]| {

@@ -2,7 +2,8 @@
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use llama::model::TrainBackend;
 use llama::train::log::{self, Line};
@@ -10,6 +11,7 @@ use llama::train::parallel::{Rendezvous, join};
 use llama::train::{Group, Interrupter, PretrainConfig, RunOptions, RunReport, Stop, TrainError, checkpoint, pretrain};
 
 use crate::behaviour::run_config;
+use crate::programs;
 use crate::support::{close, device, device_test, tolerance};
 
 type Outcome = Result<RunReport, TrainError>;
@@ -207,6 +209,46 @@ fn processes_that_do_not_meet_say_why() {
     });
     for error in [first.unwrap_err(), other.unwrap_err()] {
         assert!(error.to_string().contains("here are 2 processes, there 3"), "{error}");
+    }
+}
+
+/// Two processes of the program; the second is killed, and the run goes on without it.
+#[test]
+fn a_killed_process_ends_the_others_and_the_run_goes_on() {
+    const STEPS: u64 = 60;
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    programs::run(programs::pretrain(&at("whole"), STEPS).args(["--accumulation", "2"]));
+    let process = |node: &str| {
+        let mut command = programs::pretrain(&at("shared"), STEPS);
+        command.args(["--accumulation", "2", "--nodes", "2", "--node", node, "--address", &address]);
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+    };
+    let error = programs::fails(&mut process("1"));
+    assert!(error.contains("no shards of this text yet"), "{error}");
+    let first = process("0").spawn().unwrap();
+    let wait = |what: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(120);
+        while !what() {
+            assert!(Instant::now() < deadline, "it did not come so far");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    };
+    wait(&|| at("shared/data/prepared.json").is_file());
+    let mut second = process("1").spawn().unwrap();
+    wait(&|| checkpoint::latest(&at("shared")).is_ok());
+    second.kill().unwrap();
+    second.wait().unwrap();
+    let first = first.wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&first.stderr).into_owned();
+    assert!(!first.status.success() && error.contains("member 1 of the group: it left"), "{error}");
+
+    programs::run(&mut programs::resume(&at("shared")));
+    if device_is_flex() {
+        let end = |run: &str| at(run).join(format!("checkpoints/step-{STEPS:08}"));
+        assert_same(&end("whole"), &end("shared"));
     }
 }
 

@@ -22,7 +22,7 @@ pub fn run(command: &mut Command) -> String {
     stdout
 }
 
-fn fails(command: &mut Command) -> String {
+pub fn fails(command: &mut Command) -> String {
     let Output { status, stderr, .. } = command.output().unwrap();
     let stderr = String::from_utf8_lossy(&stderr).into_owned();
     assert!(!status.success() && !stderr.contains("panicked"), "{command:?}: {stderr}");
@@ -30,7 +30,7 @@ fn fails(command: &mut Command) -> String {
 }
 
 /// A small run on this project's own sources.
-fn pretrain(folder: &Path, steps: u64) -> Command {
+pub fn pretrain(folder: &Path, steps: u64) -> Command {
     let mut command = program("pretrain");
     command.args(["--text", "llama-model/src", "--extensions", "rs", "--vocab-size", "400", "--seq-len", "64"]);
     command.args(["--sequences", "2", "--checkpoint-every", "3", "--eval-every", "10", "--peak-gflops", "100"]);
@@ -39,7 +39,7 @@ fn pretrain(folder: &Path, steps: u64) -> Command {
     command
 }
 
-fn resume(folder: &Path) -> Command {
+pub fn resume(folder: &Path) -> Command {
     let mut command = program("pretrain");
     command.args(["--resume", "--text", "llama-model/src", "--device", &device().to_string()]).arg("--run").arg(folder);
     command
