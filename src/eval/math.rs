@@ -90,9 +90,11 @@ fn fractions(text: &str) -> String {
         out += "\\frac";
         let mut chars = part.chars();
         match (chars.next(), chars.next()) {
-            (Some(a), Some(b)) if a != '{' && b != '{' => out += &format!("{{{a}}}{{{b}}}{}", chars.as_str()),
-            (Some(a), Some('{')) if a != '{' => out += &format!("{{{a}}}{{{}", chars.as_str()),
-            _ => out += part,
+            (Some('{'), _) => out += part,
+            (Some(a), Some('{')) => out += &format!("{{{a}}}{{{}", chars.as_str()),
+            (Some(a), Some(b)) => out += &format!("{{{a}}}{{{b}}}{}", chars.as_str()),
+            // Not a fraction: all stays as it is.
+            _ => return text.to_string(),
         }
     }
     out

@@ -1,4 +1,4 @@
-//! The evaluation of section 3: common sense, closed-book questions, reading, mathematics, MMLU, bias, and perplexity.
+//! The evaluation of sections 3 and 5: common sense, closed-book questions, reading, mathematics, code, MMLU, bias, and perplexity.
 //!
 //! [`evaluate`] asks a model the questions of a [`Task`] and scores them as the paper says:
 //!

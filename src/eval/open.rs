@@ -26,8 +26,8 @@ pub(super) fn generate(
     let python = match (&reading, &options.python) {
         (Reading::Program, None) => {
             return Err(Error::Evaluation(format!(
-                "{task} runs the programs that the model writes, which may do all that you may: allow it where that does no harm, in a \
-                 container for example"
+                "{task} runs the programs that the model writes, which may do all that you may: where that does no harm, in a container \
+                 for example, name a Python (--execute)"
             )));
         }
         (_, python) => python.clone().unwrap_or_default(),
