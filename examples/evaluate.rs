@@ -29,7 +29,7 @@ struct Args {
     /// The benchmark
     #[arg(long, requires = "data", required_unless_present = "perplexity", help = format!("The benchmark: {}", Task::ALL.map(|task| task.to_string()).join(", ")))]
     task: Option<Task>,
-    /// Its files (.jsonl, .json, .csv, .tsv, also .gz, .zst and .bz2) or folders, as its authors publish them or with the fields they have
+    /// Its files (.jsonl, .json, .csv, .tsv, also .gz, .zst and .bz2, .parquet) or folders, as its authors publish them or with the fields they have
     /// on the Hugging Face hub
     #[arg(long, num_args = 1.., requires = "task")]
     data: Vec<PathBuf>,
@@ -60,7 +60,7 @@ struct Args {
     /// A file for every question with its answer, as JSON lines
     #[arg(long)]
     log: Option<PathBuf>,
-    /// Text to predict instead: files or folders (.txt, .md, .jsonl, also .gz and .zst)
+    /// Text to predict instead: files or folders (.txt, .md, .jsonl, also .gz and .zst, .parquet)
     #[arg(long, num_args = 1.., conflicts_with = "task")]
     perplexity: Vec<PathBuf>,
     /// Tokens of the windows that a text is predicted in [default: the model's context, at most 2048]

@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Parser)]
 #[command(about, long_about = None)]
 struct Args {
-    /// Files or folders with text (.txt, .md, .jsonl, also .gz and .zst) [default: the Rust sources of this project's
+    /// Files or folders with text (.txt, .md, .jsonl, also .gz and .zst, .parquet) [default: the Rust sources of this project's
     /// dependencies, in cargo's folder]
     #[arg(long, num_args = 1..)]
     text: Vec<PathBuf>,

@@ -29,7 +29,7 @@ struct Cli {
 
 #[derive(Args)]
 struct Text {
-    /// Files or folders with text (.txt, .md, .jsonl, also .gz and .zst) [default: the Rust sources of this project's
+    /// Files or folders with text (.txt, .md, .jsonl, also .gz and .zst, .parquet) [default: the Rust sources of this project's
     /// dependencies]
     #[arg(long, num_args = 1..)]
     text: Vec<PathBuf>,

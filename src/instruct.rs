@@ -1,27 +1,28 @@
 //! Examples for fine-tuning, from files: conversations, instructions, prompts with their completions, or plain text.
 //!
-//! | a line of JSON has | is trained on | as |
+//! | a line of JSON, or a row of Parquet, has | is trained on | as |
 //! | --- | --- | --- |
 //! | `messages`: a list of `role` and `content` | what the assistant says | the checkpoint's chat template |
 //! | `instruction`, perhaps `input`, and `output` | the output | a conversation of two turns, or Alpaca's text where there is no template |
 //! | `prompt` and `completion` | the completion | text as it is |
 //! | `text` | everything | a document |
 //!
-//! Files that are not JSON lines are documents. Both may be compressed.
+//! Other files are documents. All but Parquet may be compressed.
 
 use std::path::{Path, PathBuf};
 
 use llama_data::DataError;
 use llama_data::examples::Example;
 use llama_data::input::{self, Limits};
-use llama_data::source::Sources;
+use llama_data::read::ParquetRows;
+use llama_data::source::{Sources, inner_extension};
 use llama_data::tokenizer::Codec;
 use llama_model::generate::common_prefix;
 use serde::Deserialize;
 
 use crate::text::{Message, TextError, conversation};
 
-/// One line.
+/// One line or row.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Line {
@@ -51,13 +52,14 @@ enum Line {
 pub fn read(paths: &[PathBuf], codec: &Codec, seq_len: usize) -> Result<Vec<Example>, TextError> {
     let mut examples = Vec::new();
     for file in Sources::new(paths).files()? {
-        let name = file.path.file_name().unwrap_or_default().to_string_lossy().to_string();
-        if name.contains(".jsonl") || name.ends_with(".json") {
-            read_lines(&file.path, codec, seq_len, &mut examples)?;
-            continue;
-        }
-        for document in file.documents()? {
-            pieces(&document?.text, codec, seq_len, &mut examples);
+        match inner_extension(&file.path).as_str() {
+            "jsonl" | "json" => read_lines(&file.path, codec, seq_len, &mut examples)?,
+            "parquet" => read_rows(&file.path, codec, seq_len, &mut examples)?,
+            _ => {
+                for document in file.documents()? {
+                    pieces(&document?.text, codec, seq_len, &mut examples);
+                }
+            }
         }
     }
     Ok(examples)
@@ -71,24 +73,45 @@ fn read_lines(path: &Path, codec: &Codec, seq_len: usize, examples: &mut Vec<Exa
         if line.trim().is_empty() {
             continue;
         }
-        let wrong = "a line must have `messages`, `instruction` and `output`, `prompt` and `completion`, or `text`";
         let line = serde_json::from_str(&line).map_err(|error| match error.is_data() {
-            true => at(wrong.into()),
+            true => at(format!("a line {MUST_HAVE}")),
             false => at(error.to_string()),
         })?;
-        let named = |error: TextError| match error {
-            TextError::Template(reason) => {
-                TextError::Template(format!("{}, line {}: {reason}", path.display(), index + 1))
-            }
-            error => error,
-        };
-        match line {
-            Line::Text { text } => pieces(&text, codec, seq_len, examples),
-            Line::Messages { messages } => examples.push(answers(&messages, codec).map_err(named)?),
-            Line::Completion { prompt, completion } => examples.push(completed(&prompt, &completion, codec)),
-            Line::Instruction { instruction, input, output } => {
-                examples.push(instructed(&instruction, &input, &output, codec).map_err(named)?);
-            }
+        let named = |error: TextError| named(error, path, &format!("line {}", index + 1));
+        add(line, codec, seq_len, examples).map_err(named)?;
+    }
+    Ok(())
+}
+
+fn read_rows(path: &Path, codec: &Codec, seq_len: usize, examples: &mut Vec<Example>) -> Result<(), TextError> {
+    for (index, row) in ParquetRows::open(path)?.enumerate() {
+        let place = format!("row {}", index + 1);
+        let wrong = |reason: String| DataError::format(path, format!("{place}: {reason}"));
+        let row = row.map_err(|broken| wrong(broken.reason))?;
+        let row = serde_json::from_value(row.into()).map_err(|_| wrong(format!("a row {MUST_HAVE}")))?;
+        add(row, codec, seq_len, examples).map_err(|error| named(error, path, &place))?;
+    }
+    Ok(())
+}
+
+const MUST_HAVE: &str = "must have `messages`, `instruction` and `output`, `prompt` and `completion`, or `text`";
+
+/// A template's error with the file and the place in it.
+fn named(error: TextError, path: &Path, place: &str) -> TextError {
+    match error {
+        TextError::Template(reason) => TextError::Template(format!("{}, {place}: {reason}", path.display())),
+        error => error,
+    }
+}
+
+/// Adds the examples of a line.
+fn add(line: Line, codec: &Codec, seq_len: usize, examples: &mut Vec<Example>) -> Result<(), TextError> {
+    match line {
+        Line::Text { text } => pieces(&text, codec, seq_len, examples),
+        Line::Messages { messages } => examples.push(answers(&messages, codec)?),
+        Line::Completion { prompt, completion } => examples.push(completed(&prompt, &completion, codec)),
+        Line::Instruction { instruction, input, output } => {
+            examples.push(instructed(&instruction, &input, &output, codec)?);
         }
     }
     Ok(())
@@ -198,6 +221,16 @@ mod tests {
         assert!(pieces.iter().all(|piece| piece.tokens.len() <= 9));
         let text = examples("a.txt", "0123456789", &codec).unwrap();
         assert_eq!(text, pieces);
+    }
+
+    #[test]
+    fn rows_of_a_table_are_as_lines() {
+        let hub = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hub");
+        let codec = codec();
+        let found = read(&[hub.join("chat.parquet")], &codec, 8).unwrap();
+        assert_eq!(found.iter().map(|example| trained(example, &codec)).collect::<Vec<_>>(), ["2</s>", " 4</s>"]);
+        let error = read(&[hub.join("arc.parquet")], &codec, 8).unwrap_err().to_string();
+        assert!(error.contains("arc.parquet") && error.contains("row 1") && error.contains("messages"), "{error}");
     }
 
     #[test]

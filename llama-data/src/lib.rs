@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | dumps to cleaned documents and token shards (paper, section 2.1) | [`pipeline`], of [`read`], [`clean`], [`filter`] and [`dedup`] |
 //! | which source when (paper, table 1) | [`mixture`] |
-//! | text files, folders, JSONL (also compressed) to documents | [`source`] |
+//! | text files, folders, JSONL (also compressed), Parquet to documents | [`source`] |
 //! | documents to token ids (paper, section 2.1, "Tokenizer") | [`tokenizer`] |
 //! | token ids to files with a checked header | [`shard`] |
 //! | clean text to shards in one call | [`prepare`] |

@@ -1,4 +1,4 @@
-//! Documents from plain text, folders and JSONL, each also compressed (`.gz`, `.zst`, `.bz2`).
+//! Documents from plain text, folders, JSONL, each also compressed (`.gz`, `.zst`, `.bz2`), and Parquet.
 
 use std::collections::BTreeMap;
 use std::io::BufRead;
@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::DataError;
 use crate::input::Limits;
+use crate::read::{Broken, Format};
 
 /// A text with the place it came from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,11 +33,11 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// Text, Markdown and JSONL at `paths`.
+    /// Text, Markdown, JSONL and Parquet at `paths`.
     pub fn new(paths: impl IntoIterator<Item = impl Into<PathBuf>>) -> Self {
         Self {
             paths: paths.into_iter().map(Into::into).collect(),
-            extensions: ["txt", "md", "jsonl"].map(String::from).into(),
+            extensions: ["txt", "md", "jsonl", "parquet"].map(String::from).into(),
         }
     }
 
@@ -93,12 +94,19 @@ pub struct SourceFile {
 }
 
 impl SourceFile {
-    /// The file's documents: one for each line of JSONL, else one.
+    /// The file's documents: one for each line of JSONL and each row of Parquet, else one.
     ///
     /// # Errors
-    /// [`DataError::Io`], or [`DataError::Format`] for text that is not UTF-8 and lines that are not
-    /// `{"text": "..."}`.
+    /// [`DataError::Io`], or [`DataError::Format`] for text that is not UTF-8 and lines and rows that have no string
+    /// `text`.
     pub fn documents(&self) -> Result<Box<dyn Iterator<Item = Result<Document, DataError>>>, DataError> {
+        if inner_extension(&self.path) == "parquet" {
+            let path = self.path.clone();
+            let rows = Format::Parquet.read(&path, Limits::default())?;
+            let named =
+                move |broken: Broken| DataError::format(&path, format!("row {}: {}", broken.offset + 1, broken.reason));
+            return Ok(Box::new(rows.map(move |row| row.map_err(&named))));
+        }
         let reader = crate::input::open(&self.path, Limits::default())?;
         if inner_extension(&self.path) == "jsonl" {
             return Ok(Box::new(JsonLines { reader, path: self.path.clone(), line: 0 }));

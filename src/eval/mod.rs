@@ -12,8 +12,8 @@
 //! | WinoGender | whom the pronoun refers to, by lower perplexity | it is who is meant |
 //! | CrowS-Pairs | the sentence of lower perplexity | (the share of stereotypical ones) |
 //!
-//! [`perplexity()`] is for any text. Files are those that the benchmarks' authors publish, or their rows in JSON lines with the fields they
-//! have on the Hugging Face hub.
+//! [`perplexity()`] is for any text. Files are those that the benchmarks' authors publish, or tables and
+//! JSON lines with the fields that they have on the Hugging Face hub.
 
 mod answer;
 mod fields;

@@ -1,4 +1,4 @@
-//! Rows of benchmark files: JSON lines, JSON, and tables with commas or tabs.
+//! Rows of benchmark files: JSON lines, JSON, tables with commas or tabs, and Parquet.
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use llama_data::DataError;
 use llama_data::input::{self, Limits};
+use llama_data::read::ParquetRows;
 use llama_data::source::{Sources, inner_extension};
 use serde_json::{Map, Value};
 
@@ -25,7 +26,7 @@ pub(super) struct Row {
 const MMLU: [&str; 6] = ["question", "A", "B", "C", "D", "answer"];
 
 /// Endings of the files that are read, below a compression's. RACE's articles are JSON in files of text.
-const ENDINGS: [&str; 5] = ["jsonl", "json", "txt", "csv", "tsv"];
+const ENDINGS: [&str; 6] = ["jsonl", "json", "txt", "csv", "tsv", "parquet"];
 
 /// All rows of a file, or of the files in a folder and below it, in the order of their names.
 pub(super) fn rows(path: &Path) -> Result<Vec<Row>, DataError> {
@@ -36,6 +37,15 @@ pub(super) fn rows(path: &Path) -> Result<Vec<Row>, DataError> {
 
 fn file_rows(path: &Path) -> Result<Vec<Row>, DataError> {
     let wrong = |reason: String| DataError::format(path, reason);
+    let kind = inner_extension(path);
+    if kind == "parquet" {
+        let rows = ParquetRows::open(path)?.enumerate().map(|(index, row)| {
+            let place = format!("row {}", index + 1);
+            let fields = row.map_err(|broken| wrong(format!("{place}: {}", broken.reason)))?;
+            Ok(Row { fields, stem: stem(path), path: path.into(), place })
+        });
+        return rows.collect();
+    }
     let mut text = String::new();
     let mut reader = input::open(path, Limits::default())?;
     reader.read_to_string(&mut text).map_err(|error| DataError::io(path, error))?;
@@ -45,7 +55,7 @@ fn file_rows(path: &Path) -> Result<Vec<Row>, DataError> {
         _ => Err(wrong(format!("{}: not a JSON object", place()))),
     };
     let mut found: Vec<(Map<String, Value>, String)> = Vec::new();
-    match inner_extension(path).as_str() {
+    match kind.as_str() {
         "jsonl" => {
             for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
                 let place = || format!("line {}", index + 1);
@@ -96,10 +106,14 @@ fn file_rows(path: &Path) -> Result<Vec<Row>, DataError> {
     }
     add_labels(path, &mut found)?;
     add_occupations(path, &mut found)?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let stem = name.split('.').next().unwrap_or_default().to_string();
-    let row = |(fields, place)| Row { fields, stem: stem.clone(), path: path.into(), place };
+    let row = |(fields, place)| Row { fields, stem: stem(path), path: path.into(), place };
     Ok(found.into_iter().map(row).collect())
+}
+
+/// A file's name without endings.
+fn stem(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.split('.').next().unwrap_or_default().to_string()
 }
 
 /// Share of women in an occupation, where WinoGender's rows have it from the file beside them.

@@ -273,13 +273,22 @@ fn files_in_every_form() {
         ["anatomy_test", "anatomy_test", "b_test"]
     );
 
+    // As the hub has it: a table with a structure of lists.
+    let hub = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hub/arc.parquet");
+    let found = rows(&hub).unwrap();
+    assert_eq!((found.len(), found[1].place.as_str(), found[1].stem.as_str()), (2, "row 2", "arc"));
+    let expected = choice("Question: What is hot?\nAnswer:", &[" ice", " fire"], 1);
+    assert_eq!(Task::Arc.questions(&found[0]).unwrap(), [expected]);
+
     let trivia = write("trivia.json", "{\"Data\": [{\"Question\": \"x\"}], \"Version\": 1}");
     assert_eq!(rows(&trivia).unwrap()[0].fields["Question"], json!("x"));
     let list = write("list.json", "[{\"question\": \"x\"}, 3]");
     assert!(rows(&list).unwrap_err().to_string().contains("entry 2: not a JSON object"));
     let broken = write("broken.jsonl", "{\"a\": 1}\n{");
     assert!(rows(&broken).unwrap_err().to_string().contains("line 2"));
-    let other = write("data.parquet", "PAR1");
+    let damaged = write("data.parquet", "PAR1");
+    assert!(rows(&damaged).unwrap_err().to_string().contains("data.parquet"));
+    let other = write("data.arrow", "ARROW1");
     assert!(rows(&other).unwrap_err().to_string().contains(".jsonl"));
     assert!(rows(&folder.path().join("nothing.jsonl")).unwrap_err().to_string().contains("nothing.jsonl"));
 }

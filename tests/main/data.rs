@@ -5,15 +5,17 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use llama::data::DataError;
 use llama::data::clean::html::Html;
 use llama::data::clean::latex::Arxiv;
 use llama::data::clean::wikitext::Wikipedia;
 use llama::data::clean::{Clean, Tally};
 use llama::data::input::Limits;
 use llama::data::read::Format;
+use llama::data::source::{Document, Sources};
 
 use crate::programs::{program, run};
-use crate::support::data;
+use crate::support::{data, fixture};
 
 /// Dumps in small, in the forms they come in, and a configuration that names them all.
 fn dumps(folder: &Path) -> PathBuf {
@@ -114,6 +116,24 @@ fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
         }
     }
     found
+}
+
+#[test]
+fn tables_of_the_hub_are_text() {
+    let read = |name: &str| -> Result<Vec<Document>, DataError> {
+        let files = Sources::new([fixture("hub").join(name)]).files()?;
+        files[0].documents()?.collect()
+    };
+    let documents = read("text.parquet").unwrap();
+    assert_eq!(
+        documents.iter().map(|document| document.text.as_str()).collect::<Vec<_>>(),
+        ["One text.", "Another, ä."]
+    );
+    assert_eq!((documents[0].meta["url"].as_str(), documents[1].meta.get("url")), ("http://a", None));
+    let error = read("zstd.parquet").unwrap_err().to_string();
+    assert!(error.contains("zstd.parquet") && error.to_lowercase().contains("zstd"), "{error}");
+    let error = read("arc.parquet").unwrap_err().to_string();
+    assert!(error.contains("row 1") && error.contains("`text`"), "{error}");
 }
 
 #[test]

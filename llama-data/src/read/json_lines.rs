@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::BufRead;
 use std::path::PathBuf;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{Record, broken_record, too_long};
 use crate::input::{Line, Lines};
@@ -46,12 +46,16 @@ impl Iterator for JsonLines {
     }
 }
 
+fn parse(line: &[u8], origin: impl Fn() -> String) -> Result<Document, String> {
+    match serde_json::from_slice(line).map_err(|error| error.to_string())? {
+        Value::Object(object) => document(object, origin),
+        _ => Err("not a JSON object".into()),
+    }
+}
+
 /// A document from an object with a string `text` or `content`. Other strings, also those of a nested `meta` or `metadata`, become
 /// its metadata; what else there is, is dropped.
-fn parse(line: &[u8], origin: impl Fn() -> String) -> Result<Document, String> {
-    let Value::Object(mut object) = serde_json::from_slice(line).map_err(|error| error.to_string())? else {
-        return Err("not a JSON object".into());
-    };
+pub(super) fn document(mut object: Map<String, Value>, origin: impl Fn() -> String) -> Result<Document, String> {
     let text = match (object.remove("text"), object.remove("content")) {
         (Some(Value::String(text)), _) | (None, Some(Value::String(text))) => text,
         _ => return Err("there is no string `text` or `content`".into()),

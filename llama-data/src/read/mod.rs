@@ -5,21 +5,25 @@
 //! | --- | --- | --- |
 //! | `text` | plain text | the file |
 //! | `jsonl` | JSON lines: C4, RedPajama, the output of this crate | a line with a string `text` or `content`; other strings become metadata |
+//! | `parquet` | tables of the Hugging Face hub | a row with a string `text` or `content`, alike |
 //! | `warc` | CommonCrawl WARC and WET | a `conversion` record, or the text of an HTML `response` |
 //! | `mediawiki` | Wikipedia's `pages-articles` export | the wikitext of an article |
 //! | `stackexchange` | a site's `Posts.xml` | a question with its answers, as HTML |
 //! | `latex` | arXiv's tars, or folders with `.tex` files | a paper, its `\input` files in place |
 //! | `code` | source trees | a file, with the licence of its package |
 //!
-//! Every format may be compressed by gzip, zstd or bzip2.
+//! Every format but `parquet`, which compresses by itself, may be compressed by gzip, zstd or bzip2.
 
 mod code;
 mod json_lines;
 mod latex;
 mod mediawiki;
+mod parquet;
 mod stackexchange;
 mod warc;
 mod xml;
+
+pub use parquet::ParquetRows;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -42,6 +46,8 @@ pub enum Format {
     Text,
     /// JSON lines.
     Jsonl,
+    /// Parquet.
+    Parquet,
     /// CommonCrawl's WARC and WET.
     Warc,
     /// MediaWiki's XML export.
@@ -59,7 +65,7 @@ pub enum Format {
 pub struct Broken {
     /// The file.
     pub path: PathBuf,
-    /// Where in its unpacked bytes the record begins.
+    /// Where in its unpacked bytes the record begins; of Parquet, its row.
     pub offset: u64,
     /// What is wrong with it.
     pub reason: String,
@@ -83,6 +89,7 @@ impl Format {
         match self {
             Self::Text => &["txt", "md"],
             Self::Jsonl => &["jsonl", "json", "ndjson"],
+            Self::Parquet => &["parquet"],
             Self::Warc => &["warc", "wet"],
             Self::MediaWiki | Self::StackExchange => &["xml"],
             Self::Latex => &["tex", "tar"],
@@ -95,8 +102,10 @@ impl Format {
     /// # Errors
     /// [`DataError::Io`] if it cannot be opened.
     pub fn read(self, path: &Path, limits: Limits) -> Result<Records, DataError> {
-        if self == Self::Latex {
-            return latex::read(path, limits);
+        match self {
+            Self::Latex => return latex::read(path, limits),
+            Self::Parquet => return Ok(Box::new(parquet::documents(path, limits.record)?)),
+            _ => {}
         }
         let lines = Lines::new(input::open(path, limits)?, limits.record);
         let path = path.to_path_buf();
@@ -106,7 +115,9 @@ impl Format {
             Self::MediaWiki => Box::new(mediawiki::MediaWiki::new(path, lines)),
             Self::StackExchange => Box::new(stackexchange::Questions::new(path, lines)),
             Self::Code => Box::new(std::iter::once_with(move || code::read(&path, limits))),
-            Self::Text | Self::Latex => Box::new(std::iter::once_with(move || whole_file(&path, limits))),
+            Self::Text | Self::Latex | Self::Parquet => {
+                Box::new(std::iter::once_with(move || whole_file(&path, limits)))
+            }
         })
     }
 }
@@ -163,12 +174,14 @@ pub(crate) mod tests {
         /// Nor do damaged files of its format.
         #[test]
         fn damaged_files_are_read_to_their_end(
-            format in 0usize..5,
+            format in 0usize..6,
             changes in proptest::collection::vec((proptest::num::usize::ANY, proptest::num::u8::ANY), 1..8),
             compress: bool,
         ) {
             use std::io::Write;
+            let table = parquet::tests::sample();
             let (format, sample): (_, &[u8]) = [
+                (Format::Parquet, table.as_slice()),
                 (Format::Jsonl, b"{\"text\": \"one\", \"meta\": {\"a\": \"b\"}}\n{\"content\": \"two\"}\n".as_slice()),
                 (Format::Warc, b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: 4\r\n\r\ntext\r\n\r\nWARC/1.0\r\nWARC-Type: response\r\nContent-Length: 54\r\n\r\nHTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>a</p>\r\n\r\n"),
                 (Format::MediaWiki, b"<page>\n<title>A &amp; B</title>\n<ns>0</ns>\n<revision><text xml:space=\"preserve\">[[a|b]] {{c}}</text></revision>\n</page>\n"),
@@ -199,7 +212,7 @@ pub(crate) mod tests {
                 b"{\"text\": \"", &[0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 3], b"BZh91AY&SY", &[0x28, 0xb5, 0x2f, 0xfd],
             ];
             let all = [starts[start], &bytes].concat();
-            for format in [Format::Text, Format::Jsonl, Format::Warc, Format::MediaWiki, Format::StackExchange, Format::Latex, Format::Code] {
+            for format in [Format::Text, Format::Jsonl, Format::Parquet, Format::Warc, Format::MediaWiki, Format::StackExchange, Format::Latex, Format::Code] {
                 read_bytes(format, "input.tar", &all);
             }
         }
