@@ -13,11 +13,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, RunState};
 use crate::config::{CONFIG_VERSION, Fixed, validate_run};
-use crate::pretrain::{check_same_everywhere, check_same_run, check_shares, launch, report};
+use crate::pretrain::{check_same_everywhere, check_same_run, check_shares, launch, peak_flops, report};
 use crate::strategy::{Place, Plan, Save};
 use crate::{
     AdamW, BatchConfig, Group, LossScale, OptimizerConfig, Pretrainer, RunConfig, RunOptions, RunReport,
-    ScheduleConfig, TrainError, measure_peak_flops,
+    ScheduleConfig, TrainError,
 };
 
 /// A fine-tuning run.
@@ -166,10 +166,7 @@ pub fn finetune<B: TrainBackend>(
         run,
         // The backward has no gradients of the frozen weights.
         flops_per_token: 2.0 * config.model.flops_per_token(config.batch.seq_len).forward(),
-        peak_flops: config
-            .run
-            .peak_flops
-            .unwrap_or_else(|| measure_peak_flops::<B::InnerBackend>(device, config.compute.precision)),
+        peak_flops: peak_flops::<B>(&config.run, config.compute.precision, device, &group),
     };
     let saved = config.clone();
     let save: Save<B> = Arc::new(move |model, optimizer, place| {

@@ -12,7 +12,7 @@ use burn::train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy};
 use llama_data::loader::Sequences;
 use llama_data::mixture::Mixture;
 use llama_data::tokenizer::Tokenizer;
-use llama_model::{Llama, TrainBackend};
+use llama_model::{Llama, Precision, TrainBackend};
 
 use crate::checkpoint::{self, Restored, RunState, TOKENIZER_FILE};
 use crate::config::Fixed;
@@ -130,10 +130,7 @@ pub fn pretrain<B: TrainBackend>(
         schedule: config.schedule.clone(),
         run: config.run.clone(),
         flops_per_token: config.model.flops_per_token(config.batch.seq_len).training(),
-        peak_flops: config
-            .run
-            .peak_flops
-            .unwrap_or_else(|| measure_peak_flops::<B::InnerBackend>(device, config.compute.precision)),
+        peak_flops: peak_flops::<B>(&config.run, compute.precision, device, &group),
     };
     let saved = config.clone();
     let save: Save<B> = Arc::new(move |model, optimizer, place| {
@@ -172,6 +169,20 @@ pub(crate) fn check_shares(batch: &BatchConfig, group: &Group) -> Result<(), Tra
             "batch.accumulation",
             format!("is {accumulation}, which {count} devices cannot share alike: choose a multiple of {count}"),
         )),
+    }
+}
+
+/// What the utilisation is measured by: measured itself, if nobody has said it, by the member that shows it.
+pub(crate) fn peak_flops<B: TrainBackend>(
+    run: &RunConfig,
+    precision: Precision,
+    device: &B::Device,
+    group: &Group,
+) -> f64 {
+    match run.peak_flops {
+        Some(peak) => peak,
+        None if group.leads() => measure_peak_flops::<B::InnerBackend>(device, precision),
+        None => f64::INFINITY,
     }
 }
 

@@ -23,6 +23,14 @@ device_test! {
             assert_eq!(tokens.len(), 12);
             assert_eq!(generate(std::slice::from_ref(prompt), vec![])[0], *tokens);
         }
+        // What all begin with is read once, where it is long.
+        let beginning: Vec<u32> = tokens(40, 7).iter().map(|&t| t as u32).collect();
+        let longer: Vec<Vec<u32>> = prompts.iter().map(|prompt| [&beginning[..], prompt].concat()).collect();
+        for prompts in [longer.clone(), vec![longer[0].clone(); 3]] {
+            for (prompt, tokens) in prompts.iter().zip(generate(&prompts, vec![])) {
+                assert_eq!(generate(std::slice::from_ref(prompt), vec![])[0], tokens);
+            }
+        }
         // A stop token ends its row before it, and the others go on.
         let stop = together[1][4];
         let stopped = generate(&prompts, vec![stop]);

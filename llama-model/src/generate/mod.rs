@@ -1,7 +1,7 @@
 //! Generation: the engine speaks token ids, text lives at the edge.
 //!
-//! Prompts of different lengths run as one batch in the way of the released code: the prefix that all have is read
-//! first, and from then on a row whose prompt has not ended takes its next prompt token instead of a sampled one.
+//! Prompts of different lengths run as one batch in the way of the released code: as many tokens as the shortest has are
+//! read first (what all begin with only once, for all of them), and from then on a row whose prompt has not ended takes its next prompt token instead of a sampled one.
 //! All rows are thus always at the same position and no padding exists.
 //!
 //! [`Generation`] is the engine. A [`Session`] keeps what one generation has read for the next, as in a conversation;
@@ -201,8 +201,25 @@ impl<'a, B: LlamaBackend> Generation<'a, B> {
         Ok(generated)
     }
 
+    /// Reads what all prompts begin with once, where that saves more than a pass of its own costs.
+    fn read_shared(&mut self) -> Result<(), ModelError> {
+        let Some((first, others)) = self.rows.split_first() else { return Ok(()) };
+        let shared = |row: &Row| common_prefix(&first.prompt, &row.prompt).min(row.prompt.len() - 1);
+        let shared = others.iter().map(shared).min().unwrap_or(0).min(first.prompt.len() - 1);
+        if shared * others.len() <= PASS {
+            return Ok(());
+        }
+        let mut one = self.cache.empty_like(1, shared);
+        absorb(self.model, &mut one, &first.prompt[..shared], self.options.prefill_chunk, &self.device)?;
+        self.cache.begin_with(&one);
+        Ok(())
+    }
+
     fn step(&mut self) -> Result<Vec<Option<Generated>>, ModelError> {
         // The first pass reads what every prompt has, later ones the token each row got last.
+        if !self.started {
+            self.read_shared()?;
+        }
         let start = self.cache.len();
         let end =
             if self.started { start + 1 } else { self.rows.iter().map(|row| row.prompt.len()).min().unwrap_or(0) };
@@ -233,6 +250,25 @@ impl<'a, B: LlamaBackend> Generation<'a, B> {
         }
         Ok(generated)
     }
+}
+
+/// What a pass over the weights costs, in tokens of a batch.
+const PASS: usize = 64;
+
+/// Reads tokens of one sequence into its cache, in chunks.
+fn absorb<B: LlamaBackend>(
+    model: &Llama<B>,
+    cache: &mut KvCache<B>,
+    tokens: &[u32],
+    chunk: usize,
+    device: &B::Device,
+) -> Result<(), ModelError> {
+    for part in tokens.chunks(chunk) {
+        let ids: Vec<i32> = part.iter().map(|&token| token as i32).collect();
+        let input = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [1, part.len()]), device);
+        model.hidden(input, Some(cache))?;
+    }
+    Ok(())
 }
 
 fn check<B: LlamaBackend>(model: &Llama<B>, prompts: &[Vec<u32>], options: &GenerateOptions) -> Result<(), ModelError> {

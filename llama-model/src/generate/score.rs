@@ -1,14 +1,14 @@
 //! Log-probabilities of given texts, as evaluation needs them: many, short, and beginning alike.
 //!
 //! Texts are sorted, and those next to each other are read in one pass where that costs less than one after the other: what they share
-//! is read once, into a cache of one row that is then repeated, and their rests as a batch, padded at the end, where causal
+//! is read once, into a cache of one row that the others then begin with, and their rests as a batch, padded at the end, where causal
 //! attention does not see it.
 
 use std::ops::Range;
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
 
-use super::common_prefix;
+use super::{PASS, absorb, common_prefix};
 use crate::{KvCache, Llama, LlamaBackend, LlamaConfig, ModelError};
 
 /// A text whose end is to be scored.
@@ -20,8 +20,6 @@ pub struct ScoreRequest {
     pub from: usize,
 }
 
-/// What a pass over the weights costs, in tokens of a batch.
-const PASS: usize = 64;
 /// Tokens of a batch, at most, where it has several rows.
 const BATCH: usize = 1024;
 /// Positions of a batch's cache, at most, where it has several rows.
@@ -175,13 +173,8 @@ impl<'a, B: LlamaBackend> Prefix<'a, B> {
     fn read(&mut self, model: &Llama<B>, tokens: &'a [u32], device: &B::Device) -> Result<(), ModelError> {
         self.cache.truncate(common_prefix(self.tokens, tokens));
         self.tokens = tokens;
-        while self.cache.len() < tokens.len() {
-            let part = &tokens[self.cache.len()..];
-            let part = &part[..part.len().min(CHUNK)];
-            let ids = ints(part.iter().map(|token| *token as usize), device);
-            model.hidden(ids.unsqueeze(), Some(&mut self.cache))?;
-        }
-        Ok(())
+        let kept = self.cache.len();
+        absorb(model, &mut self.cache, &tokens[kept..], CHUNK, device)
     }
 }
 
@@ -206,7 +199,9 @@ fn rests<B: LlamaBackend>(
     if start == 0 {
         return model.hidden(ids, None);
     }
-    model.hidden(ids, Some(&mut prefix.cache.repeat(rows.len(), longest)))
+    let mut cache = prefix.cache.empty_like(rows.len(), longest);
+    cache.begin_with(&prefix.cache);
+    model.hidden(ids, Some(&mut cache))
 }
 
 #[cfg(test)]

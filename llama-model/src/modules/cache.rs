@@ -62,19 +62,32 @@ impl<B: LlamaBackend> KvCache<B> {
         self.layers.iter_mut().for_each(|layer| layer.len = layer.len.min(len));
     }
 
-    /// The cache of one sequence as that of `rows` which begin with it, for up to `capacity` positions.
-    pub(crate) fn repeat(&self, rows: usize, capacity: usize) -> Self {
-        let len = self.len();
-        let repeated = |cache: &Option<Tensor<B, 4>>| {
+    /// An empty cache of the same model.
+    pub(crate) fn empty_like(&self, batch: usize, capacity: usize) -> Self {
+        let zeros = |cache: &Option<Tensor<B, 4>>| {
             let cache = cache.as_ref()?;
             let [_, _, heads, head_dim] = cache.dims();
-            let read = cache.clone().narrow(1, 0, len).repeat_dim(0, rows);
-            let zeros = Tensor::zeros([rows, capacity, heads, head_dim], &cache.device());
-            Some(zeros.slice_assign([0..rows, 0..len], read))
+            Some(Tensor::zeros([batch, capacity, heads, head_dim], &cache.device()))
         };
         let layer =
-            |layer: &LayerCache<B>| LayerCache { keys: repeated(&layer.keys), values: repeated(&layer.values), len };
-        Self { layers: self.layers.iter().map(layer).collect(), batch: rows, capacity }
+            |layer: &LayerCache<B>| LayerCache { keys: zeros(&layer.keys), values: zeros(&layer.values), len: 0 };
+        Self { layers: self.layers.iter().map(layer).collect(), batch, capacity }
+    }
+
+    /// Lets every sequence begin with the one of another cache.
+    pub(crate) fn begin_with(&mut self, one: &Self) {
+        let (rows, len) = (self.batch, one.len());
+        let begin = |cache: &mut Option<Tensor<B, 4>>, one: &Option<Tensor<B, 4>>| {
+            if let (Some(all), Some(one)) = (cache.take(), one) {
+                let read = one.clone().narrow(1, 0, len).repeat_dim(0, rows);
+                *cache = Some(all.slice_assign([0..rows, 0..len], read));
+            }
+        };
+        for (layer, one) in self.layers.iter_mut().zip(&one.layers) {
+            begin(&mut layer.keys, &one.keys);
+            begin(&mut layer.values, &one.values);
+            layer.len = len;
+        }
     }
 
     /// Whether `[batch, seq_len]` new tokens fit.
