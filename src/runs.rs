@@ -50,7 +50,9 @@ impl Display for Devices {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.write_str(&self.devices.iter().map(Device::to_string).collect::<Vec<_>>().join(", "))?;
         match &self.rendezvous {
-            Some(Rendezvous { node, nodes, .. }) => write!(f, " in process {node} of {nodes}"),
+            Some(Rendezvous { node, nodes, address, .. }) => {
+                write!(f, " in process {node} of {nodes}, which meet at {address}")
+            }
             None => Ok(()),
         }
     }
