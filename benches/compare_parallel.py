@@ -12,7 +12,7 @@ median step of the best of several runs, memory the most that one process had.
 import argparse, json, os, shutil, statistics, subprocess, sys, tempfile, threading, time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from compare_torch import KEEP_MEMORY, torch_model, torch_optimizer
+from compare_torch import ADAMW, KEEP_MEMORY, torch_model
 
 ADDRESS = "127.0.0.1:29511"
 
@@ -32,10 +32,9 @@ def torch_run(shape, mode, processes, steps):
         dist.init_process_group("gloo")
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if mode == "divided":
-        optimizer = ZeroRedundancyOptimizer(
-            model.parameters(), torch.optim.AdamW, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **ADAMW)
     else:
-        optimizer = torch_optimizer(model.parameters())
+        optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
 
     def loss_of(x, y):
         return F.cross_entropy(model(x).view(-1, vocab), y.view(-1))

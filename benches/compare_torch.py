@@ -28,6 +28,7 @@ GPU_SIZES = {
     "350m": (1024, 24, 16, 16, 2816, 32000, 2048, 8, False),
     "1.1b": (2048, 24, 16, 16, 5632, 32000, 2048, 4, False),
 }
+ADAMW = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 << 20),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1",
@@ -100,12 +101,6 @@ def torch_model(shape, device):
     return model
 
 
-def torch_optimizer(parameters):
-    import torch
-
-    return torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-
 def torch_step(size, compiled, steps, precision, device):
     import torch
     import torch.nn.functional as F
@@ -114,7 +109,7 @@ def torch_step(size, compiled, steps, precision, device):
     vocab, seq_len, batch = shape[5:8]
     torch.set_num_threads(os.cpu_count())
     model = torch_model(shape, device)
-    optimizer = torch_optimizer(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
 
     def loss_of(x, y):
         return F.cross_entropy(model(x).view(-1, vocab), y.view(-1))

@@ -87,7 +87,7 @@ fn read_rows(path: &Path, codec: &Codec, seq_len: usize, examples: &mut Vec<Exam
     for (index, row) in ParquetRows::open(path)?.enumerate() {
         let place = format!("row {}", index + 1);
         let wrong = |reason: String| DataError::format(path, format!("{place}: {reason}"));
-        let row = row.map_err(|broken| wrong(broken.reason))?;
+        let row = row.map_err(DataError::from)?;
         let row = serde_json::from_value(row.into()).map_err(|_| wrong(format!("a row {MUST_HAVE}")))?;
         add(row, codec, seq_len, examples).map_err(|error| named(error, path, &place))?;
     }

@@ -51,7 +51,6 @@ pub fn set<T: Clone>(field: &mut T, value: &Option<T>) {
 /// Where a run computes.
 #[derive(Args)]
 pub struct DeviceArgs {
-    /// Where to compute; several with commas between them share the micro-batches of each step
     #[arg(long = "device", default_value = "flex", help = format!("Where to compute: {}; several with commas between them share the micro-batches of each step", Device::choices().join(", ")))]
     devices: Devices,
     /// Processes that share the steps, perhaps on several machines that trust their network

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::DataError;
 use crate::input::Limits;
-use crate::read::{Broken, Format};
+use crate::read::Format;
 
 /// A text with the place it came from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,11 +101,8 @@ impl SourceFile {
     /// `text`.
     pub fn documents(&self) -> Result<Box<dyn Iterator<Item = Result<Document, DataError>>>, DataError> {
         if inner_extension(&self.path) == "parquet" {
-            let path = self.path.clone();
-            let rows = Format::Parquet.read(&path, Limits::default())?;
-            let named =
-                move |broken: Broken| DataError::format(&path, format!("row {}: {}", broken.offset + 1, broken.reason));
-            return Ok(Box::new(rows.map(move |row| row.map_err(&named))));
+            let rows = Format::Parquet.read(&self.path, Limits::default())?;
+            return Ok(Box::new(rows.map(|row| row.map_err(DataError::from))));
         }
         let reader = crate::input::open(&self.path, Limits::default())?;
         if inner_extension(&self.path) == "jsonl" {

@@ -149,8 +149,9 @@ pub(crate) fn save_with<C: Serialize>(
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
     let temporary = builder.prefix(TEMPORARY).tempdir_in(&folder).map_err(|error| TrainError::io(&folder, error))?;
     let at = |name: &str| temporary.path().join(name);
-    write_model(temporary.path())?;
+    // First, so that the host has not both at a time.
     weights::save_tensors(&at(OPTIMIZER_FILE), optimizer.moments)?;
+    write_model(temporary.path())?;
     let json = serde_json::to_string_pretty(state).expect("every field has a JSON form") + "\n";
     weights::write_atomic(&at(STATE_FILE), json.as_bytes())?;
     sync_folder(temporary.path())?;

@@ -104,7 +104,8 @@ fn texts(
     let mut texts = Vec::new();
     while texts.len() < samples {
         let part = TOGETHER.min(samples - texts.len());
-        let options = GenerateOptions { seed: options.seed + (texts.len() / TOGETHER) as u64, ..options.clone() };
+        let options =
+            GenerateOptions { seed: options.seed.wrapping_add((texts.len() / TOGETHER) as u64), ..options.clone() };
         let steps = engine.generate(&vec![prompt.clone(); part], options)?;
         texts.extend(engine.texts(steps, &vec![true; part], stops)?);
     }

@@ -26,14 +26,14 @@ open(end, 'w').close()
 
 /// Whether each program ends without an error, several at a time. They run as this user may: it is for the caller to do this where they can do no harm.
 pub(super) fn pass(python: &Path, programs: &[String]) -> io::Result<Vec<bool>> {
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(programs.len()).max(1);
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(programs.len());
     thread::scope(|scope| {
         let part = |first: usize| {
             scope.spawn(move || {
                 programs[first..].iter().step_by(threads).map(|program| passes(python, program)).collect()
             })
         };
-        let parts: Vec<_> = (0..threads.min(programs.len())).map(part).collect();
+        let parts: Vec<_> = (0..threads).map(part).collect();
         let join = |part: thread::ScopedJoinHandle<'_, io::Result<Vec<bool>>>| {
             part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };

@@ -40,9 +40,7 @@ fn file_rows(path: &Path) -> Result<Vec<Row>, DataError> {
     let kind = inner_extension(path);
     if kind == "parquet" {
         let rows = ParquetRows::open(path)?.enumerate().map(|(index, row)| {
-            let place = format!("row {}", index + 1);
-            let fields = row.map_err(|broken| wrong(format!("{place}: {}", broken.reason)))?;
-            Ok(Row { fields, stem: stem(path), path: path.into(), place })
+            Ok(Row { fields: row?, stem: stem(path), path: path.into(), place: format!("row {}", index + 1) })
         });
         return rows.collect();
     }

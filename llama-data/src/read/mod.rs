@@ -77,6 +77,12 @@ impl fmt::Display for Broken {
     }
 }
 
+impl From<Broken> for DataError {
+    fn from(broken: Broken) -> Self {
+        Self::format(&broken.path, broken.reason)
+    }
+}
+
 /// A document, or what could not be read as one.
 pub type Record = Result<Document, Broken>;
 

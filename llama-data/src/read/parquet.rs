@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use super::{Broken, Records, broken_record, json_lines, too_long};
 use crate::DataError;
 
-/// The rows of a file as JSON objects, without the fields that are null.
+/// The rows of a file as JSON objects, without the fields that are null. What is wrong with one is told with its number.
 pub struct ParquetRows {
     path: PathBuf,
     /// None after an error: what comes after it cannot be told.
@@ -49,10 +49,14 @@ impl Iterator for ParquetRows {
             other => {
                 self.rows = None;
                 let reason = other.err().unwrap_or_else(|| "not a row of fields".into());
-                Some(Err(Broken { path: self.path.clone(), offset, reason }))
+                Some(Err(broken_row(&self.path, offset, reason)))
             }
         }
     }
+}
+
+fn broken_row(path: &Path, offset: u64, reason: String) -> Broken {
+    Broken { path: path.into(), offset, reason: format!("row {}: {reason}", offset + 1) }
 }
 
 /// The reader panics at some damaged files.
@@ -75,7 +79,7 @@ pub(super) fn documents(path: &Path, limit: usize) -> Result<Records, DataError>
             Ok(_) => too_long(limit),
             Err(reason) => reason,
         };
-        Err(Broken { path: path.clone(), offset, reason })
+        Err(broken_row(&path, offset, reason))
     })))
 }
 

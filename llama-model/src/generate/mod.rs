@@ -1,7 +1,8 @@
 //! Generation: the engine speaks token ids, text lives at the edge.
 //!
 //! Prompts of different lengths run as one batch in the way of the released code: as many tokens as the shortest has are
-//! read first (what all begin with only once, for all of them), and from then on a row whose prompt has not ended takes its next prompt token instead of a sampled one.
+//! read first (what all begin with only once, for all of them), and from then on a row whose prompt has not ended takes its
+//! next prompt token instead of a sampled one.
 //! All rows are thus always at the same position and no padding exists.
 //!
 //! [`Generation`] is the engine. A [`Session`] keeps what one generation has read for the next, as in a conversation;
@@ -216,10 +217,10 @@ impl<'a, B: LlamaBackend> Generation<'a, B> {
     }
 
     fn step(&mut self) -> Result<Vec<Option<Generated>>, ModelError> {
-        // The first pass reads what every prompt has, later ones the token each row got last.
         if !self.started {
             self.read_shared()?;
         }
+        // The first pass reads what every prompt has, later ones the token each row got last.
         let start = self.cache.len();
         let end =
             if self.started { start + 1 } else { self.rows.iter().map(|row| row.prompt.len()).min().unwrap_or(0) };
@@ -255,6 +256,14 @@ impl<'a, B: LlamaBackend> Generation<'a, B> {
 /// What a pass over the weights costs, in tokens of a batch.
 const PASS: usize = 64;
 
+/// Rows of one length as a tensor.
+fn input<'t, B: LlamaBackend>(rows: impl ExactSizeIterator<Item = &'t [u32]>, device: &B::Device) -> Tensor<B, 2, Int> {
+    let count = rows.len();
+    let ids: Vec<i32> = rows.flatten().map(|&token| token as i32).collect();
+    let len = ids.len() / count.max(1);
+    Tensor::from_data(TensorData::new(ids, [count, len]), device)
+}
+
 /// Reads tokens of one sequence into its cache, in chunks.
 fn absorb<B: LlamaBackend>(
     model: &Llama<B>,
@@ -264,9 +273,7 @@ fn absorb<B: LlamaBackend>(
     device: &B::Device,
 ) -> Result<(), ModelError> {
     for part in tokens.chunks(chunk) {
-        let ids: Vec<i32> = part.iter().map(|&token| token as i32).collect();
-        let input = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [1, part.len()]), device);
-        model.hidden(input, Some(cache))?;
+        model.hidden(input(std::iter::once(part), device), Some(cache))?;
     }
     Ok(())
 }
@@ -308,9 +315,7 @@ fn read<B: LlamaBackend>(
     loop {
         // The last chunk has all whose logits are wanted.
         let end = if len - start <= chunk.max(count) { len } else { (start + chunk).min(len - count) };
-        let ids: Vec<i32> = rows.iter().flat_map(|row| row[start..end].iter().map(|&token| token as i32)).collect();
-        let input = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [rows.len(), end - start]), device);
-        let hidden = model.hidden(input, Some(cache))?;
+        let hidden = model.hidden(input(rows.iter().map(|row| &row[start..end]), device), Some(cache))?;
         if end == len {
             let last = hidden.narrow(1, end - start - count, count);
             let logits = model.head(last).into_data().convert::<f32>();

@@ -194,6 +194,9 @@ fn call(rendezvous: &Rendezvous, devices: usize, deadline: Instant) -> io::Resul
     say(&mut stream, &Hello { version: VERSION, node, nodes, devices, port: listener.local_addr()?.port() })?;
     stream.set_read_timeout(Some(deadline.saturating_duration_since(Instant::now()).max(INTRODUCTION)))?;
     match hear(&stream)? {
+        Answer::Welcome(table) if table.nodes.len() != nodes => {
+            Err(io::Error::other(format!("it knows {} processes, not {nodes}", table.nodes.len())))
+        }
         Answer::Welcome(mut table) => {
             // As it was reached from here.
             table.nodes[0].address = stream.peer_addr()?;
