@@ -106,7 +106,7 @@ impl Decoding {
         let begin = || {
             let options = GenerateOptions { max_new_tokens: steps, sampling: Sampling::greedy(), ..Default::default() };
             let prompt = std::slice::from_ref(&prompt);
-            let mut generation = Generation::new(&model, config, prompt, options, device).expect("it fits");
+            let mut generation = Generation::new(&model, prompt, options).expect("it fits");
             let start = Instant::now();
             generation.next();
             (generation, start.elapsed())

@@ -260,7 +260,6 @@ impl BackendTask for Open<'_> {
 impl Open<'_> {
     fn on<B: LlamaBackend>(self, device: B::Device) -> Result<Box<dyn Placed>, Error> {
         let Self { checkpoint, options, progress } = self;
-        let config = checkpoint.config().clone();
         let model = load::<B>(&checkpoint, options.weights, &device, progress)?;
         let model = match &options.adapter {
             Some(folder) => Adapters::open(&adapter_path(folder))?.apply(model)?,
@@ -269,7 +268,7 @@ impl Open<'_> {
         let precision = options.precision.unwrap_or_else(|| options.weights.precision::<B>(&device));
         precision.check::<B>(&device)?;
         let model = model.with_compute(Compute { precision, ..Default::default() });
-        Ok(Box::new(OnDevice { model, config, device }))
+        Ok(Box::new(OnDevice(model)))
     }
 }
 
@@ -287,15 +286,11 @@ pub(crate) fn load<B: LlamaBackend>(
     model
 }
 
-struct OnDevice<B: LlamaBackend> {
-    model: Llama<B>,
-    config: LlamaConfig,
-    device: B::Device,
-}
+struct OnDevice<B: LlamaBackend>(Llama<B>);
 
 impl<B: LlamaBackend> Placed for OnDevice<B> {
     fn generate(&self, prompts: &[Vec<u32>], options: GenerateOptions) -> Result<Steps<'_>, ModelError> {
-        Ok(Box::new(Generation::new(&self.model, &self.config, prompts, options, &self.device)?))
+        Ok(Box::new(Generation::new(&self.0, prompts, options)?))
     }
 
     fn speculate<'a>(
@@ -308,16 +303,15 @@ impl<B: LlamaBackend> Placed for OnDevice<B> {
         let Some(draft) = draft.as_any().downcast_ref::<Self>() else {
             return Err(ModelError::Generation("the draft must be on the model's device".into()));
         };
-        let (target, draft) = ((&self.model, &self.config), (&draft.model, &draft.config));
-        Ok(Box::new(Speculation::new(target, draft, guesses, prompt, options, &self.device)?))
+        Ok(Box::new(Speculation::new(&self.0, &draft.0, guesses, prompt, options)?))
     }
 
     fn score(&self, requests: &[ScoreRequest]) -> Result<Vec<Vec<f32>>, ModelError> {
-        generate::score(&self.model, &self.config, requests, &self.device)
+        generate::score(&self.0, requests)
     }
 
     fn session(&self, capacity: usize) -> Result<Box<dyn Growing + '_>, ModelError> {
-        let session = Session::new(&self.config, capacity, &self.device)?;
+        let session = Session::new(&self.0, capacity)?;
         Ok(Box::new(Text { on: self, session: Some(session), capacity }))
     }
 
@@ -335,7 +329,7 @@ struct Text<'a, B: LlamaBackend> {
 
 impl<B: LlamaBackend> Text<'_, B> {
     fn take(&mut self) -> Result<Session<B>, ModelError> {
-        let new = || Session::new(&self.on.config, self.capacity, &self.on.device);
+        let new = || Session::new(&self.on.0, self.capacity);
         self.session.take().map_or_else(new, Ok)
     }
 }
@@ -343,7 +337,7 @@ impl<B: LlamaBackend> Text<'_, B> {
 impl<B: LlamaBackend> Growing for Text<'_, B> {
     fn generate(&mut self, prompt: Vec<u32>, options: GenerateOptions) -> Result<Steps<'_>, ModelError> {
         let session = self.take()?;
-        let generation = Generation::in_session(&self.on.model, session, prompt, options, &self.on.device)?;
+        let generation = Generation::in_session(&self.on.0, session, prompt, options)?;
         Ok(Box::new(Turn { generation: Some(generation), session: &mut self.session }))
     }
 }

@@ -36,7 +36,7 @@
 //!
 //! let prompt = tokenizer.encode_document("Hello", false, &mut Default::default());
 //! let options = GenerateOptions { max_new_tokens: 4, sampling: Sampling::greedy(), ..Default::default() };
-//! let tokens = Generation::new(&model, &config, &[prompt], options, &device)?.finish()?;
+//! let tokens = Generation::new(&model, &[prompt], options)?.finish()?;
 //! println!("{}", tokenizer.decode(&tokens[0]));
 //! # }
 //! # Ok::<(), llama::model::ModelError>(())

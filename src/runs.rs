@@ -15,7 +15,7 @@ use llama_train::{FinetuneConfig, Group, PretrainConfig, RunOptions, RunReport, 
 
 use crate::{Error, engine};
 
-/// The devices of a run. Several share the micro-batches of each step; see [`parallel`].
+/// The devices of a run. Several share the micro-batches of each step, or divide the model; see [`parallel`].
 ///
 /// ```
 /// let both: llama::Devices = "flex,flex".parse()?;
@@ -28,11 +28,13 @@ pub struct Devices {
     pub devices: Vec<Device>,
     /// Where it meets the other processes of the run, if there are any.
     pub rendezvous: Option<Rendezvous>,
+    /// How many consecutive devices divide a model among them; 1 if each has the whole of it.
+    pub tensor_parallel: usize,
 }
 
 impl From<Device> for Devices {
     fn from(device: Device) -> Self {
-        Self { devices: vec![device], rendezvous: None }
+        Self { devices: vec![device], rendezvous: None, tensor_parallel: 1 }
     }
 }
 
@@ -42,18 +44,19 @@ impl FromStr for Devices {
     /// Devices by name, with commas between them.
     fn from_str(names: &str) -> Result<Self, ModelError> {
         let devices = names.split(',').map(|name| name.trim().parse()).collect::<Result<_, _>>()?;
-        Ok(Self { devices, rendezvous: None })
+        Ok(Self { devices, rendezvous: None, tensor_parallel: 1 })
     }
 }
 
 impl Display for Devices {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.write_str(&self.devices.iter().map(Device::to_string).collect::<Vec<_>>().join(", "))?;
-        match &self.rendezvous {
-            Some(Rendezvous { node, nodes, address, .. }) => {
-                write!(f, " in process {node} of {nodes}, which meet at {address}")
-            }
-            None => Ok(()),
+        if let Some(Rendezvous { node, nodes, address, .. }) = &self.rendezvous {
+            write!(f, " in process {node} of {nodes}, which meet at {address}")?;
+        }
+        match self.tensor_parallel {
+            1 => Ok(()),
+            count => write!(f, "; {count} devices divide a model"),
         }
     }
 }
@@ -70,8 +73,9 @@ impl Devices {
         options: RunOptions,
         member: impl Fn(Device, Group, RunOptions) -> Result<RunReport, Error> + Sync,
     ) -> Result<RunReport, Error> {
-        let mut members =
-            self.devices.iter().copied().zip(parallel::join(self.devices.len(), self.rendezvous.as_ref())?);
+        let groups = parallel::join(self.devices.len(), self.rendezvous.as_ref())?.into_iter();
+        let groups = groups.map(|group| group.dividing_models(self.tensor_parallel)).collect::<Result<Vec<_>, _>>()?;
+        let mut members = self.devices.iter().copied().zip(groups);
         let Some((device, group)) = members.next() else {
             return Err(ModelError::Config { field: "devices", reason: "must name one at least".into() }.into());
         };

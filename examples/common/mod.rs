@@ -62,6 +62,9 @@ pub struct DeviceArgs {
     /// Where they meet: host and port of the first
     #[arg(long)]
     address: Option<String>,
+    /// Devices that divide a model among them, each with a part of every layer; pretraining only
+    #[arg(long, default_value_t = 1)]
+    tensor_parallel: usize,
 }
 
 impl DeviceArgs {
@@ -70,7 +73,8 @@ impl DeviceArgs {
             bail!("--node counts from 0 to --nodes less one: {} of {} is none", self.node, self.nodes);
         }
         let rendezvous = |address: &String| Rendezvous::new(address, self.node, self.nodes);
-        Ok(Devices { rendezvous: self.address.as_ref().map(rendezvous), ..self.devices.clone() })
+        let (rendezvous, tensor_parallel) = (self.address.as_ref().map(rendezvous), self.tensor_parallel);
+        Ok(Devices { rendezvous, tensor_parallel, ..self.devices.clone() })
     }
 }
 

@@ -179,6 +179,20 @@ impl LlamaConfig {
         Self { d_ff, ..self }
     }
 
+    /// Checks that the model can be divided among `count` devices; see [`shard`](crate::shard).
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] names the first field that is no multiple of `count`.
+    pub fn check_shards(&self, count: usize) -> Result<(), ModelError> {
+        for (field, value) in [("n_kv_heads", self.n_kv_heads), ("n_heads", self.n_heads), ("d_ff", self.d_ff)] {
+            if !value.is_multiple_of(count) {
+                let reason = format!("is {value}, which {count} devices cannot divide alike");
+                return Err(ModelError::Config { field, reason });
+            }
+        }
+        Ok(())
+    }
+
     /// Checks that the fields describe a model.
     ///
     /// # Errors

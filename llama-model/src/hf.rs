@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use burn::tensor::TensorData;
 use serde_json::{Value, json};
 
 use crate::formats::{Checkpoint, Format};
@@ -27,10 +28,23 @@ pub fn load<B: LlamaBackend>(folder: &Path, device: &B::Device) -> Result<(Llama
 /// # Errors
 /// [`ModelError::Io`].
 pub fn save<B: LlamaBackend>(model: &Llama<B>, config: &LlamaConfig, folder: &Path) -> Result<(), ModelError> {
+    save_whole(model, config, folder, |_, part| Ok(part))
+}
+
+/// As [`save`], for a model that may be divided; see [`weights::save_whole`].
+///
+/// # Errors
+/// As there.
+pub fn save_whole<B: LlamaBackend, E: From<ModelError>>(
+    model: &Llama<B>,
+    config: &LlamaConfig,
+    folder: &Path,
+    whole: impl Fn(&str, TensorData) -> Result<TensorData, E>,
+) -> Result<(), E> {
     std::fs::create_dir_all(folder).map_err(|error| ModelError::io(folder, error))?;
-    weights::save_model(model, &folder.join(WEIGHTS_FILE))?;
+    weights::save_whole(model, model.team().shard(), &folder.join(WEIGHTS_FILE), whole)?;
     let json = format!("{:#}\n", to_json(config));
-    weights::write_atomic(&folder.join(CONFIG_FILE), json.as_bytes())
+    Ok(weights::write_atomic(&folder.join(CONFIG_FILE), json.as_bytes())?)
 }
 
 /// Reads a `config.json`, of transformers 5 (`rope_parameters`) or older (`rope_theta`, `rope_scaling`).

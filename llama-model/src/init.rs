@@ -8,6 +8,7 @@ use rand_distr::{Distribution, StandardNormal};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::backend::LlamaBackend;
+use crate::shard::{Shard, Split};
 
 /// Standard deviation of the weights.
 const STD: f64 = 0.02;
@@ -18,12 +19,14 @@ pub(crate) struct Init<'a, B: LlamaBackend> {
     seed: Option<u64>,
     n_layers: usize,
     path: String,
+    /// The part of each matrix that is made.
+    shard: Shard,
     device: &'a B::Device,
 }
 
 impl<'a, B: LlamaBackend> Init<'a, B> {
-    pub(crate) fn new(seed: Option<u64>, n_layers: usize, device: &'a B::Device) -> Self {
-        Self { seed, n_layers, path: String::new(), device }
+    pub(crate) fn new(seed: Option<u64>, n_layers: usize, shard: Shard, device: &'a B::Device) -> Self {
+        Self { seed, n_layers, path: String::new(), shard, device }
     }
 
     pub(crate) fn device(&self) -> &'a B::Device {
@@ -46,7 +49,8 @@ impl<'a, B: LlamaBackend> Init<'a, B> {
     }
 
     pub(crate) fn normal(&self, dims: [usize; 2], std: f64) -> Param<Tensor<B, 2>> {
-        let Some(seed) = self.seed else { return self.zeros(dims) };
+        let split = Split::of(&self.weight());
+        let Some(seed) = self.seed else { return self.zeros(split.part_dims(dims, self.shard.count)) };
         let mut rng = ChaCha8Rng::seed_from_u64(self.hash(seed));
         let values: Vec<f32> = (0..dims[0] * dims[1])
             .map(|_| {
@@ -54,7 +58,7 @@ impl<'a, B: LlamaBackend> Init<'a, B> {
                 z * std as f32
             })
             .collect();
-        self.param(Tensor::from_data(TensorData::new(values, dims), self.device))
+        self.param(Tensor::from_data(split.cut(TensorData::new(values, dims), self.shard), self.device))
     }
 
     pub(crate) fn uniform(&self, dims: [usize; 2], bound: f64) -> Param<Tensor<B, 2>> {
@@ -79,6 +83,11 @@ impl<'a, B: LlamaBackend> Init<'a, B> {
     }
 
     fn hash(&self, seed: u64) -> u64 {
-        xxh3_64_with_seed(format!("{}.weight", self.path).as_bytes(), seed)
+        xxh3_64_with_seed(self.weight().as_bytes(), seed)
+    }
+
+    /// The path of the parameter.
+    fn weight(&self) -> String {
+        format!("{}.weight", self.path)
     }
 }

@@ -11,6 +11,7 @@
 //! | section 2.2, rotary embeddings | [`RotaryEmbedding`] |
 //! | section 2.4, causal attention without stored weights | [`LlamaBackend::causal_attention`], [`Attention`] |
 //! | section 2.4, backward by hand | [`backend`] |
+//! | section 2.4, model and sequence parallelism | [`shard`] |
 //! | table 2, model sizes | [`LlamaConfig`] |
 //!
 //! ```
@@ -37,6 +38,7 @@ pub mod generate;
 pub mod hf;
 pub mod lora;
 pub mod modules;
+pub mod shard;
 pub mod weights;
 
 mod compute;

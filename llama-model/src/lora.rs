@@ -16,6 +16,7 @@ use crate::formats::Weights;
 use crate::init::Init;
 use crate::modules::Adapter;
 use crate::names::{file_name, model_path};
+use crate::shard::Shard;
 use crate::weights::{TensorFile, save_tensors, write_atomic};
 use crate::{Linear, Llama, LlamaBackend, ModelError};
 
@@ -80,11 +81,11 @@ impl<B: LlamaBackend> Llama<B> {
     /// The model with its parameters frozen and new adapters, which are drawn from `seed`. Their result is zero at first.
     ///
     /// # Errors
-    /// As [`LoraConfig::validate`].
+    /// As [`LoraConfig::validate`], and [`ModelError::Config`] for a part of a model that is divided.
     pub fn with_adapters(self, config: &LoraConfig, seed: u64) -> Result<Self, ModelError> {
         config.validate()?;
-        let device = self.norm.weight.device();
-        let init = Init::new(Some(seed), self.layers.len(), &device);
+        let device = self.device();
+        let init = Init::new(Some(seed), self.layers.len(), Shard::WHOLE, &device);
         let scale = config.alpha / config.rank as f64;
         self.attach(|path, stem, linear| {
             let target = config.targets.iter().any(|target| stem.ends_with(&format!(".{target}")));
@@ -97,6 +98,10 @@ impl<B: LlamaBackend> Llama<B> {
         self,
         mut make: impl FnMut(&str, &str, &Linear<B>) -> Result<Option<Adapter<B>>, ModelError>,
     ) -> Result<Self, ModelError> {
+        if !self.team.is_alone() {
+            let reason = "are for models that are whole on each device, and this one is divided".into();
+            return Err(ModelError::Config { field: "adapters", reason });
+        }
         let mut model = self.no_grad();
         for (layer, block) in model.layers.iter_mut().enumerate() {
             for (name, linear) in block.linears_mut() {
@@ -268,8 +273,8 @@ impl Adapters {
     /// # Errors
     /// Those of reading them, and [`ModelError::UnexpectedTensor`] for layers that the model does not have.
     pub fn apply<B: LlamaBackend>(&self, model: Llama<B>) -> Result<Llama<B>, ModelError> {
-        let device = model.norm.weight.device();
-        let init = Init::new(Some(0), model.layers.len(), &device);
+        let device = model.device();
+        let init = Init::new(Some(0), model.layers.len(), Shard::WHOLE, &device);
         let mut unused: BTreeSet<String> = self.file.names();
         let model = model.attach(|path, stem, linear| {
             let dims = linear.dims();

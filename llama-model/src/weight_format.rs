@@ -91,7 +91,7 @@ impl<B: LlamaBackend> Llama<B> {
     /// [`ModelError::Config`] for a format that the device does not have, and for blocks where a matrix has rows that are not a
     /// multiple of 32 long.
     pub fn with_weights(mut self, format: WeightFormat) -> Result<Self, ModelError> {
-        format.check::<B>(&self.norm.weight.device())?;
+        format.check::<B>(&self.device())?;
         for Slot { weight, quantized, .. } in self.slots() {
             if let Some(matrix) = quantized.take() {
                 *weight = Param::initialized(weight.id, matrix.dense());

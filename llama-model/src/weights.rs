@@ -20,6 +20,7 @@ use safetensors::tensor::{Dtype, Metadata, SafeTensors, View};
 
 use crate::formats::TensorInfo;
 pub use crate::names::{file_name, model_path};
+use crate::shard::{Shard, Split};
 use crate::{LlamaBackend, ModelError};
 
 /// Keeps the path of the parameter being visited.
@@ -32,20 +33,34 @@ impl PathStack {
     }
 }
 
-/// Calls a function for every float parameter, in the module's fixed order.
-///
-/// The function gets the path, the parameter and its value as a flat tensor with the value's shape beside it.
-pub fn visit_params<B: Backend, M: Module<B>>(module: &M, visit: impl FnMut(&str, Tensor<B, 1>, &[usize])) {
+/// The value of a parameter, whatever its rank.
+pub struct ParamValue {
+    /// Its shape.
+    pub dims: Vec<usize>,
+    /// Its type.
+    pub dtype: DType,
+    read: Box<dyn Fn() -> TensorData>,
+}
+
+impl ParamValue {
+    /// A copy on the host.
+    pub fn to_data(&self) -> TensorData {
+        (self.read)()
+    }
+}
+
+/// Calls a function for every float parameter, in the module's fixed order, with its path and its value.
+pub fn visit_params<B: Backend, M: Module<B>>(module: &M, visit: impl FnMut(&str, ParamValue)) {
     struct Visitor<F> {
         stack: PathStack,
         visit: F,
     }
-    impl<B: Backend, F: FnMut(&str, Tensor<B, 1>, &[usize])> ModuleVisitor<B> for Visitor<F> {
+    impl<B: Backend, F: FnMut(&str, ParamValue)> ModuleVisitor<B> for Visitor<F> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
             let value = param.val();
-            let dims = value.dims();
-            let len: usize = dims.iter().product();
-            (self.visit)(&self.stack.path(), value.reshape([len]), &dims);
+            let (dims, dtype) = (value.dims().to_vec(), value.dtype());
+            let read = Box::new(move || value.to_data());
+            (self.visit)(&self.stack.path(), ParamValue { dims, dtype, read });
         }
         fn enter_module(&mut self, name: &str, _: &str) {
             self.stack.0.push(name.to_string());
@@ -171,57 +186,87 @@ pub fn save_tensors(path: &Path, tensors: BTreeMap<String, TensorData>) -> Resul
     })
 }
 
-/// A tensor that is read when its turn to be written comes.
-struct LazyTensor<'a, F> {
-    dtype: DType,
-    dims: Vec<usize>,
-    read: F,
-    error: &'a RefCell<Option<ModelError>>,
+/// A tensor of a file, which is made when its turn to be written comes.
+pub struct Streamed<'a, E = ModelError> {
+    /// Its name in the file.
+    pub name: String,
+    /// Its shape.
+    pub dims: Vec<usize>,
+    /// Its type.
+    pub dtype: DType,
+    /// Makes it, once.
+    pub read: Box<dyn Fn() -> Result<TensorData, E> + 'a>,
 }
 
-impl<F: Fn() -> Result<TensorData, ModelError>> View for LazyTensor<'_, F> {
-    fn dtype(&self) -> Dtype {
-        file_dtype(self.dtype)
+/// As [`save_tensors`], for tensors that are made one by one, in the order of their names where they have one type.
+///
+/// # Errors
+/// As there, and those of making the tensors.
+pub fn save_streamed<E: From<ModelError>>(path: &Path, tensors: Vec<Streamed<'_, E>>) -> Result<(), E> {
+    struct Lazy<'a, E> {
+        tensor: Streamed<'a, E>,
+        path: &'a Path,
+        error: &'a RefCell<Option<E>>,
     }
-    fn shape(&self) -> &[usize] {
-        &self.dims
-    }
-    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
-        if self.error.borrow().is_some() {
-            return Vec::new().into();
+    impl<E: From<ModelError>> Lazy<'_, E> {
+        fn make(&self) -> Result<TensorData, E> {
+            let (data, Streamed { name, dims, .. }) = ((self.tensor.read)()?, &self.tensor);
+            match data.shape[..] == dims[..] {
+                true => Ok(data),
+                false => Err(ModelError::TensorShape {
+                    path: self.path.into(),
+                    name: name.clone(),
+                    expected: dims.clone(),
+                    found: data.shape.to_vec(),
+                }
+                .into()),
+            }
         }
-        let data = (self.read)().unwrap_or_else(|error| {
-            self.error.borrow_mut().get_or_insert(error);
-            TensorData::new(Vec::<f32>::new(), [0])
-        });
-        data.as_bytes().to_vec().into()
     }
-    fn data_len(&self) -> usize {
-        self.dims.iter().product::<usize>() * self.dtype.size()
+    impl<E: From<ModelError>> View for Lazy<'_, E> {
+        fn dtype(&self) -> Dtype {
+            file_dtype(self.tensor.dtype)
+        }
+        fn shape(&self) -> &[usize] {
+            &self.tensor.dims
+        }
+        fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+            // After an error the file is given up.
+            if self.error.borrow().is_some() {
+                return Vec::new().into();
+            }
+            match self.make() {
+                Ok(data) => data.as_bytes().to_vec().into(),
+                Err(error) => {
+                    *self.error.borrow_mut() = Some(error);
+                    Vec::new().into()
+                }
+            }
+        }
+        fn data_len(&self) -> usize {
+            self.tensor.dims.iter().product::<usize>() * self.tensor.dtype.size()
+        }
     }
-}
-
-/// As [`save_tensors`], for tensors of one dtype that are made one by one: name, shape and a function for each.
-pub(crate) fn save_streamed<F: Fn() -> Result<TensorData, ModelError>>(
-    path: &Path,
-    dtype: DType,
-    tensors: Vec<(String, Vec<usize>, F)>,
-) -> Result<(), ModelError> {
     let error = RefCell::new(None);
-    let lazy = |(name, dims, read)| (name, LazyTensor { dtype, dims, read, error: &error });
-    let tensors: Vec<_> = tensors.into_iter().map(lazy).collect();
-    replace(path, |file| {
+    let named = tensors.into_iter().map(|tensor| (tensor.name.clone(), Lazy { tensor, path, error: &error }));
+    let tensors: Vec<_> = named.collect();
+    let written = replace(path, |file| {
         // What transformers asks of a file that PyTorch reads.
         let metadata = Some(HashMap::from([("format".to_string(), "pt".to_string())]));
         let written = safetensors::serialize_to_file(tensors, metadata, file.path());
-        if let Some(error) = error.take() {
-            return Err(error);
+        if error.borrow().is_some() {
+            // Not to be put into place; the error that is told is the one above.
+            return Err(ModelError::format(path, "incomplete"));
         }
         written.map_err(|error| match error {
             SafeTensorError::IoError(error) => ModelError::io(path, error),
             error => ModelError::format(path, error),
         })
-    })
+    });
+    match error.into_inner() {
+        Some(error) => Err(error),
+        None => Ok(written?),
+    }
 }
 
 /// Writes a file beside its place, flushes it to the disk and renames it into place.
@@ -321,18 +366,37 @@ impl TensorFile {
     }
 }
 
-/// Writes a module's parameters under their file names, in the dtype they have.
+/// Writes a module's parameters under their file names, in the dtype they have, one by one.
 ///
 /// # Errors
 /// [`ModelError::Io`].
 pub fn save_model<B: LlamaBackend, M: Module<B>>(module: &M, path: &Path) -> Result<(), ModelError> {
-    let mut tensors = BTreeMap::new();
-    visit_params(module, |name, value, dims| {
-        let mut data = value.into_data();
-        data.shape = dims.to_vec().into();
-        tensors.insert(file_name(name).unwrap_or_else(|| name.to_string()), data);
+    save_whole(module, Shard::WHOLE, path, |_, part| Ok(part))
+}
+
+/// As [`save_model`], for a module that is a part of the one in the file: `whole` makes the whole of a parameter of a part, in the order
+/// of [`file_name`]s.
+///
+/// # Errors
+/// As there, and those of `whole`.
+pub fn save_whole<B: LlamaBackend, M: Module<B>, E: From<ModelError>>(
+    module: &M,
+    shard: Shard,
+    path: &Path,
+    whole: impl Fn(&str, TensorData) -> Result<TensorData, E>,
+) -> Result<(), E> {
+    let mut tensors = Vec::new();
+    let whole = &whole;
+    visit_params(module, |param, value| {
+        let param = param.to_string();
+        tensors.push(Streamed {
+            name: file_name(&param).unwrap_or_else(|| param.clone()),
+            dims: Split::of(&param).whole_dims(&value.dims, shard.count),
+            dtype: value.dtype,
+            read: Box::new(move || whole(&param, value.to_data())),
+        });
     });
-    save_tensors(path, tensors)
+    save_streamed(path, tensors)
 }
 
 /// Reads a module's parameters, all of them and no others, converted to the backend's default float.
@@ -341,8 +405,17 @@ pub fn save_model<B: LlamaBackend, M: Module<B>>(module: &M, path: &Path) -> Res
 /// [`ModelError::MissingTensor`], [`ModelError::UnexpectedTensor`], [`ModelError::TensorShape`], and those of
 /// [`TensorFile::open`].
 pub fn load_model<B: LlamaBackend, M: Module<B>>(module: M, path: &Path) -> Result<M, ModelError> {
+    load_part(module, Shard::WHOLE, path)
+}
+
+/// As [`load_model`], for a module that is a part of the one in the file.
+///
+/// # Errors
+/// As there.
+pub fn load_part<B: LlamaBackend, M: Module<B>>(module: M, shard: Shard, path: &Path) -> Result<M, ModelError> {
     struct Load {
         file: TensorFile,
+        shard: Shard,
         unused: BTreeSet<String>,
         error: Option<ModelError>,
     }
@@ -350,8 +423,9 @@ pub fn load_model<B: LlamaBackend, M: Module<B>>(module: M, path: &Path) -> Resu
         fn map<const D: usize>(&mut self, path: &str, value: Tensor<B, D>) -> Tensor<B, D> {
             let name = file_name(path).unwrap_or_else(|| path.to_string());
             self.unused.remove(&name);
-            match self.file.tensor(&name, &value.dims()) {
-                Ok(data) => Tensor::from_data(data, &value.device()),
+            let split = Split::of(path);
+            match self.file.tensor(&name, &split.whole_dims(&value.dims(), self.shard.count)) {
+                Ok(data) => Tensor::from_data(split.cut(data, self.shard), &value.device()),
                 Err(error) => {
                     self.error.get_or_insert(error);
                     value
@@ -362,7 +436,7 @@ pub fn load_model<B: LlamaBackend, M: Module<B>>(module: M, path: &Path) -> Resu
     let file = TensorFile::open(path)?;
     // Some exporters write the rotary frequencies, which follow from the configuration.
     let unused = file.names().into_iter().filter(|name| !name.ends_with("rotary_emb.inv_freq")).collect();
-    let mut load = Load { file, unused, error: None };
+    let mut load = Load { file, shard, unused, error: None };
     let module = map_params(module, &mut load);
     match (load.error, load.unused.pop_first()) {
         (Some(error), _) => Err(error),

@@ -13,18 +13,19 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use llama_data::loader::Rank;
 use llama_data::tokenizer::Tokenizer;
+use llama_model::shard::Split;
 use llama_model::weights::{self, TensorFile};
 use llama_model::{Llama, ModelError, TrainBackend, hf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::optimizer::Moment;
+use crate::parallel::{self, Piece, Snapshot};
 use crate::strategy::Place;
-use crate::{
-    AdamW, LossScale, OptimizerConfig, OptimizerState, PretrainConfig, Pretrainer, RunConfig, TrainError, parallel,
-};
+use crate::{AdamW, Group, LossScale, OptimizerConfig, PretrainConfig, Pretrainer, RunConfig, TrainError};
 
 /// Name of the tokenizer in checkpoints and data folders.
 pub const TOKENIZER_FILE: &str = "tokenizer.model";
@@ -120,21 +121,20 @@ pub fn latest(run: &Path) -> Result<PathBuf, TrainError> {
 /// # Errors
 /// [`TrainError::Io`], for example on a full disk; checkpoints that were there stay.
 pub fn save<B: TrainBackend>(
-    model: &Pretrainer<B>,
-    optimizer: OptimizerState,
+    snapshot: &Snapshot<B>,
     state: &RunState,
     tokenizer: &Tokenizer,
 ) -> Result<PathBuf, TrainError> {
-    save_with(&state.config.run, optimizer, state, |folder| {
-        hf::save(&model.llama, &state.config.model, folder)?;
+    save_with(&state.config.run, snapshot, state, |folder| {
+        snapshot.save_model(&state.config.model, folder)?;
         Ok(tokenizer.save(&folder.join(TOKENIZER_FILE))?)
     })
 }
 
 /// As [`save`], for the files of a model that `write_model` puts into a folder.
-pub(crate) fn save_with<C: Serialize>(
+pub(crate) fn save_with<B: TrainBackend, C: Serialize>(
     run: &RunConfig,
-    optimizer: OptimizerState,
+    snapshot: &Snapshot<B>,
     state: &RunState<C>,
     write_model: impl FnOnce(&Path) -> Result<(), TrainError>,
 ) -> Result<PathBuf, TrainError> {
@@ -149,8 +149,7 @@ pub(crate) fn save_with<C: Serialize>(
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
     let temporary = builder.prefix(TEMPORARY).tempdir_in(&folder).map_err(|error| TrainError::io(&folder, error))?;
     let at = |name: &str| temporary.path().join(name);
-    // First, so that the host has not both at a time.
-    weights::save_tensors(&at(OPTIMIZER_FILE), optimizer.moments)?;
+    snapshot.save_moments(&at(OPTIMIZER_FILE))?;
     write_model(temporary.path())?;
     let json = serde_json::to_string_pretty(state).expect("every field has a JSON form") + "\n";
     weights::write_atomic(&at(STATE_FILE), json.as_bytes())?;
@@ -218,42 +217,53 @@ pub(crate) fn load_state_of<C: DeserializeOwned>(folder: &Path) -> Result<RunSta
 /// # Errors
 /// As [`load_state`], and those of reading weights: a file that is truncated, or not of this model.
 pub fn load<B: TrainBackend>(folder: &Path, device: &B::Device) -> Result<Restored<B>, TrainError> {
-    load_for(folder, Rank::ONLY, device)
+    load_for(folder, &Arc::new(Group::alone()), device)
 }
 
-/// As [`load`], with the moments that a rank has.
+/// As [`load`], what a member of a group has of it.
 pub(crate) fn load_for<B: TrainBackend>(
     folder: &Path,
-    rank: Rank,
+    group: &Arc<Group>,
     device: &B::Device,
 ) -> Result<Restored<B>, TrainError> {
     let state = load_state(folder)?;
-    let llama = state.config.model.init::<B>(state.config.seed, device)?;
-    let llama = weights::load_model(llama, &folder.join(hf::WEIGHTS_FILE))?;
-    let optimizer = load_optimizer(folder, state.config.optimizer.clone(), state.updates, &llama, rank, device)?;
+    let llama = state.config.model.init_in::<B>(&group.team(), state.config.seed, device)?;
+    let llama = weights::load_part(llama, group.shard(), &folder.join(hf::WEIGHTS_FILE))?;
+    let optimizer = load_optimizer(folder, state.config.optimizer.clone(), state.updates, &llama, group, device)?;
     let model = Pretrainer::new(llama, state.config.compute, state.config.optimizer.z_loss);
     Ok(Restored { model, optimizer, state })
 }
 
-/// Reads the moments that a rank has of a model's parameters.
+/// Reads the moments that a member has of a model's parameters.
 pub(crate) fn load_optimizer<B: TrainBackend>(
     folder: &Path,
     config: OptimizerConfig,
     updates: u64,
     model: &Llama<B>,
-    rank: Rank,
+    group: &Group,
     device: &B::Device,
 ) -> Result<AdamW<B>, TrainError> {
     let path = folder.join(OPTIMIZER_FILE);
     let file = TensorFile::open(&path)?;
-    let params = if updates == 0 { Vec::new() } else { parallel::owned(model, rank) };
-    let params = params.into_iter().map(|param| (param.path, param.len));
-    Ok(AdamW::from_tensors(config, updates, params, device, |name, len| {
-        file.tensor(name, &[len]).map_err(|error| match error {
-            ModelError::MissingTensor { path, name } => {
-                ModelError::format(path, format!("the moment `{name}` is missing"))
-            }
-            error => error,
-        })
-    })?)
+    let pieces = if updates == 0 { Vec::new() } else { parallel::owned(model, group) };
+    let read = |moment: Moment, piece: &Piece| {
+        let (split, shard) = (Split::of(&piece.path), piece.shard(group.shard().count));
+        let dims = split.whole_dims(&piece.dims, shard.count);
+        let mut data = file.tensor(&moment.name(&piece.path), &[dims.iter().product()])?;
+        data.shape = dims.into();
+        let mut part = split.cut(data, shard);
+        part.shape = [piece.len()].into();
+        Ok(part)
+    };
+    let both = |piece: Piece| {
+        let moments = [read(Moment::First, &piece)?, read(Moment::Second, &piece)?];
+        Ok((piece.path, moments))
+    };
+    let optimizer = AdamW::from_moments(config, updates, pieces.into_iter().map(both), device);
+    optimizer.map_err(|error| match error {
+        ModelError::MissingTensor { path, name } => {
+            TrainError::format(&path, format!("the moment `{name}` is missing"))
+        }
+        error => error.into(),
+    })
 }

@@ -134,7 +134,14 @@ pub fn finetune<B: TrainBackend>(
     options: RunOptions,
 ) -> Result<(Llama<B::InnerBackend>, RunReport), TrainError> {
     config.validate()?;
+    let group = Arc::new(group);
     check_shares(&config.batch, &group)?;
+    if group.shard().count > 1 {
+        return Err(TrainError::config(
+            "tensor_parallel",
+            "is for pretraining: adapters need the whole model on each device",
+        ));
+    }
     config.compute.precision.check::<B>(device)?;
     let folder = &config.run.folder;
     std::fs::create_dir_all(folder).map_err(|error| TrainError::io(folder, error))?;
@@ -144,7 +151,7 @@ pub fn finetune<B: TrainBackend>(
             check_same_run(config.fixed(), state.config.fixed())?;
             let llama = Adapters::open(checkpoint)?.apply(base)?;
             let (optimizer, updates) = (config.optimizer.clone(), state.updates);
-            let optimizer = checkpoint::load_optimizer(checkpoint, optimizer, updates, &llama, group.rank(), device)?;
+            let optimizer = checkpoint::load_optimizer(checkpoint, optimizer, updates, &llama, &group, device)?;
             (llama, optimizer, state.place())
         }
         None => {
@@ -169,10 +176,10 @@ pub fn finetune<B: TrainBackend>(
         peak_flops: peak_flops::<B>(&config.run, config.compute.precision, device, &group),
     };
     let saved = config.clone();
-    let save: Save<B> = Arc::new(move |model, optimizer, place| {
-        let state = RunState::new::<B>(place, optimizer.updates, saved.clone());
-        checkpoint::save_with(&saved.run, optimizer, &state, |folder| {
-            Ok(lora::save(&model.llama, &saved.lora, &saved.base.to_string_lossy(), folder)?)
+    let save: Save<B> = Arc::new(move |snapshot, place| {
+        let state = RunState::new::<B>(place, snapshot.updates(), saved.clone());
+        checkpoint::save_with(&saved.run, snapshot, &state, |folder| {
+            Ok(lora::save(&snapshot.model.llama, &saved.lora, &saved.base.to_string_lossy(), folder)?)
         })?;
         Ok(())
     });

@@ -41,7 +41,7 @@ pub use finetune::{FinetuneConfig, finetune};
 pub use gradients::GradientList;
 pub use loader::TokenLoader;
 pub use loss_scale::LossScale;
-pub use optimizer::{AdamW, OptimizerState};
+pub use optimizer::{AdamW, Moment};
 pub use parallel::Group;
 pub use peak::measure_peak_flops;
 pub use pretrain::{Display, RunOptions, RunReport, pretrain};

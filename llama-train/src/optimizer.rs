@@ -10,7 +10,7 @@ use burn::tensor::{Tensor, TensorData};
 use llama_model::backend::AdamWStep;
 use llama_model::backend::ops::{primitive, tensor};
 use llama_model::weights::{self, ParamMap};
-use llama_model::{LlamaBackend, ModelError, TrainBackend};
+use llama_model::{LlamaBackend, TrainBackend};
 
 use crate::{GradientList, OptimizerConfig};
 
@@ -23,13 +23,23 @@ pub struct AdamW<B: TrainBackend> {
     moments: BTreeMap<String, Moments<B::InnerBackend>>,
 }
 
-/// What an optimizer goes on from.
-#[derive(Clone, Debug)]
-pub struct OptimizerState {
-    /// Updates made.
-    pub updates: u64,
-    /// The moments by name, `<path>.m` and `<path>.v`, flat.
-    pub moments: BTreeMap<String, TensorData>,
+/// Which moment of a gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// The mean.
+    First,
+    /// The mean of squares.
+    Second,
+}
+
+impl Moment {
+    /// Its name in a file: `<path>.m` or `<path>.v`.
+    pub fn name(self, path: &str) -> String {
+        match self {
+            Self::First => format!("{path}.m"),
+            Self::Second => format!("{path}.v"),
+        }
+    }
 }
 
 /// First and second moment of a parameter, flat.
@@ -76,31 +86,30 @@ impl<B: TrainBackend> AdamW<B> {
         (self.config.clip / (norm + 1e-6)).min(1.0)
     }
 
-    /// Its state on the host, for a checkpoint.
-    pub fn state(&self) -> OptimizerState {
-        let both = |(path, Moments { m, v }): (&String, &Moments<B::InnerBackend>)| {
-            [(format!("{path}.m"), m.to_data()), (format!("{path}.v"), v.to_data())]
-        };
-        OptimizerState { updates: self.step, moments: self.moments.iter().flat_map(both).collect() }
+    /// A moment of a parameter, flat, on the host. None before its first update.
+    pub fn moment(&self, moment: Moment, path: &str) -> Option<TensorData> {
+        let Moments { m, v } = self.moments.get(path)?;
+        Some(match moment {
+            Moment::First => m.to_data(),
+            Moment::Second => v.to_data(),
+        })
     }
 
-    /// The optimizer of a checkpoint: moments of the parameters with these paths and lengths, after `step` updates.
+    /// The optimizer of a checkpoint, after `step` updates: both moments, flat, of parameters by path.
     ///
     /// # Errors
-    /// Those of `read`, which gets a name as in [`OptimizerState::moments`] and a length.
-    pub fn from_tensors(
+    /// Those of reading the moments.
+    pub fn from_moments<E>(
         config: OptimizerConfig,
         step: u64,
-        params: impl IntoIterator<Item = (String, usize)>,
+        moments: impl IntoIterator<Item = Result<(String, [TensorData; 2]), E>>,
         device: &B::Device,
-        read: impl Fn(&str, usize) -> Result<TensorData, ModelError>,
-    ) -> Result<Self, ModelError> {
-        let mut moments = BTreeMap::new();
-        for (path, len) in params {
-            let part = |part: &str| Ok(Tensor::from_data(read(&format!("{path}.{part}"), len)?, device));
-            let both = Moments { m: part("m")?, v: part("v")? };
-            moments.insert(path, both);
-        }
+    ) -> Result<Self, E> {
+        let place = |(path, both): (String, [TensorData; 2])| {
+            let [m, v] = both.map(|data| Tensor::from_data(data, device));
+            (path, Moments { m, v })
+        };
+        let moments = moments.into_iter().map(|read| read.map(place)).collect::<Result<_, E>>()?;
         Ok(Self { config, step, moments })
     }
 }

@@ -76,7 +76,7 @@ pub struct RunReport {
 
 /// Runs a configuration, or goes on with it from a checkpoint: then training ends as if it had never stopped, on a CPU
 /// bit for bit. Every member of a group calls it, with the same configuration and checkpoint. Returns the trained model, without
-/// autodiff.
+/// autodiff; of one that is divided, the member's part.
 ///
 /// # Errors
 /// Everything that can be wrong with configuration, data, files and other members. What was written before stays.
@@ -87,6 +87,7 @@ pub fn pretrain<B: TrainBackend>(
     options: RunOptions,
 ) -> Result<(Llama<B::InnerBackend>, RunReport), TrainError> {
     config.validate()?;
+    let group = Arc::new(group);
     check_shares(&config.batch, &group)?;
     config.compute.precision.check::<B>(device)?;
     let tokenizer = Tokenizer::load(&config.data.folder.join(TOKENIZER_FILE))?;
@@ -111,13 +112,13 @@ pub fn pretrain<B: TrainBackend>(
     let z_loss = config.optimizer.z_loss;
     let (model, optimizer, place) = match options.resume_from {
         Some(checkpoint) => {
-            let Restored { model, optimizer, state } = checkpoint::load_for::<B>(checkpoint, group.rank(), device)?;
+            let Restored { model, optimizer, state } = checkpoint::load_for::<B>(checkpoint, &group, device)?;
             check_same_run(config.fixed(), state.config.fixed())?;
             // What is kept for the backward may change with a resume.
             (Pretrainer::new(model.llama, compute, z_loss), optimizer, state.place())
         }
         None => {
-            let llama = config.model.init::<B>(config.seed, device)?;
+            let llama = config.model.init_in::<B>(&group.team(), config.seed, device)?;
             let micro_batch = (config.batch.sequences * config.batch.seq_len) as u64;
             let place = Place { loss_scale: LossScale::new(compute.precision, micro_batch), ..Default::default() };
             (Pretrainer::new(llama, compute, z_loss), AdamW::new(config.optimizer.clone()), place)
@@ -133,9 +134,9 @@ pub fn pretrain<B: TrainBackend>(
         peak_flops: peak_flops::<B>(&config.run, compute.precision, device, &group),
     };
     let saved = config.clone();
-    let save: Save<B> = Arc::new(move |model, optimizer, place| {
-        let state = RunState::new::<B>(place, optimizer.updates, saved.clone());
-        checkpoint::save(model, optimizer, &state, &tokenizer)?;
+    let save: Save<B> = Arc::new(move |snapshot, place| {
+        let state = RunState::new::<B>(place, snapshot.updates(), saved.clone());
+        checkpoint::save(snapshot, &state, &tokenizer)?;
         Ok(())
     });
     let (data, leads) = (train.clone(), group.leads());
@@ -162,14 +163,17 @@ pub(crate) fn report(
 
 /// A step's micro-batches must be the same number for every member.
 pub(crate) fn check_shares(batch: &BatchConfig, group: &Group) -> Result<(), TrainError> {
-    let (accumulation, count) = (batch.accumulation, group.rank().count);
-    match (accumulation as u64).is_multiple_of(count) {
-        true => Ok(()),
-        false => Err(TrainError::config(
-            "batch.accumulation",
-            format!("is {accumulation}, which {count} devices cannot share alike: choose a multiple of {count}"),
-        )),
+    let (accumulation, count, parts) = (batch.accumulation, group.replica().count, group.shard().count);
+    if !(accumulation as u64).is_multiple_of(count) {
+        let who = if parts > 1 { format!("{count} groups of {parts} devices") } else { format!("{count} devices") };
+        let reason = format!("is {accumulation}, which {who} cannot share alike: choose a multiple of {count}");
+        return Err(TrainError::config("batch.accumulation", reason));
     }
+    if batch.sequences * batch.seq_len < parts {
+        let reason = format!("times batch.seq_len is less than a token for each of {parts} devices");
+        return Err(TrainError::config("batch.sequences", reason));
+    }
+    Ok(())
 }
 
 /// What the utilisation is measured by: measured itself, if nobody has said it, by the member that shows it.
@@ -196,6 +200,7 @@ pub(crate) fn check_same_everywhere(
 ) -> Result<(), TrainError> {
     let mut parts = fixed;
     parts.push(("data", data));
+    parts.push(("tensor_parallel", group.shard().count.to_string()));
     parts.push(("the step to go on from", step.to_string()));
     parts.push(("run.eval_every", run.eval_every.to_string()));
     parts.push(("run.checkpoint_every", run.checkpoint_every.to_string()));
@@ -212,12 +217,12 @@ pub(crate) fn launch<B: TrainBackend>(
     save: Save<B>,
     train: Arc<dyn Sequences>,
     valid: Arc<dyn Sequences>,
-    group: Group,
+    group: Arc<Group>,
     options: RunOptions,
 ) -> Result<(Llama<B::InnerBackend>, Outcome), TrainError> {
     let Plan { batch, schedule, run, .. } = plan.clone();
     let per_step = (batch.sequences * batch.accumulation) as u64;
-    let rank = group.rank();
+    let rank = group.replica();
     let train = TokenLoader::new(train, rank, batch.sequences, place.step * per_step, schedule.steps * per_step);
     let valid_batch = batch.sequences.min(valid.sequences() as usize);
     let end = valid.sequences().min(run.eval_batches * valid_batch as u64);

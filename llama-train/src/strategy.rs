@@ -14,10 +14,10 @@ use llama_data::loader::TokenBatch;
 use llama_model::TrainBackend;
 
 use crate::log::{Line, MetricsFile};
-use crate::parallel::Parallel;
+use crate::parallel::{Parallel, Snapshot};
 use crate::{
-    AdamW, BatchConfig, GradientList, Group, LossScale, OptimizerState, Pretrainer, RunConfig, ScheduleConfig,
-    StepOutput, TrainError, WarmupCosine,
+    AdamW, BatchConfig, GradientList, Group, LossScale, Pretrainer, RunConfig, ScheduleConfig, StepOutput, TrainError,
+    WarmupCosine,
 };
 
 /// Steps in a row without a finite loss and gradient after which a run gives up.
@@ -61,8 +61,8 @@ pub struct Place {
     pub loss_scale: Option<LossScale>,
 }
 
-/// Writes a checkpoint of model and optimizer.
-pub type Save<B> = Arc<dyn Fn(&Pretrainer<B>, OptimizerState, Place) -> Result<(), TrainError> + Send + Sync>;
+/// Writes a checkpoint of model and optimizer; the member of a group that leads is asked to.
+pub type Save<B> = Arc<dyn Fn(&Snapshot<B>, Place) -> Result<(), TrainError> + Send + Sync>;
 
 /// Owns model, optimizer and step of a run, so that updates are in place: a `Learner` clones its model for every update.
 pub struct StepStrategy<B: TrainBackend> {
@@ -76,7 +76,7 @@ pub struct StepStrategy<B: TrainBackend> {
 struct Start<B: TrainBackend> {
     optimizer: AdamW<B>,
     place: Place,
-    group: Group,
+    group: Arc<Group>,
 }
 
 /// How a run ended.
@@ -88,9 +88,10 @@ pub(crate) struct Outcome {
 }
 
 impl<B: TrainBackend> StepStrategy<B> {
-    /// A strategy that goes on from a place with an optimizer. The learner's model must be the one of that place, and the
-    /// loaders must begin at its data position with the batches of the group's rank.
-    pub fn new(plan: Plan, save: Save<B>, optimizer: AdamW<B>, place: Place, group: Group) -> Self {
+    /// A strategy that goes on from a place with an optimizer. The learner's model must be the one of that place, or the part of it
+    /// that the member has, and the loaders must begin at its data position with the batches of the group's
+    /// [`replica`](Group::replica).
+    pub fn new(plan: Plan, save: Save<B>, optimizer: AdamW<B>, place: Place, group: Arc<Group>) -> Self {
         let start = Start { optimizer, place, group };
         Self { plan, save, start: Mutex::new(Some(start)), outcome: Arc::default() }
     }
@@ -206,8 +207,8 @@ impl<B: TrainBackend> Run<'_, B> {
         if let Some(model) = &mut self.model {
             model.loss_scale = loss_scale;
         }
-        let count = self.parallel.group.rank().count;
-        for _ in 0..self.strategy.plan.batch.accumulation as u64 / count {
+        let replicas = self.parallel.group.replica().count;
+        for _ in 0..self.strategy.plan.batch.accumulation as u64 / replicas {
             let before = Instant::now();
             let batch = next_batch().ok_or_else(|| DataError::Loader("it has no more batches".into()))?;
             waited += before.elapsed();
@@ -249,7 +250,8 @@ impl<B: TrainBackend> Run<'_, B> {
         let seconds = start.elapsed().as_secs_f64();
         output.tokens_per_second = output.positions as f64 / seconds;
         let Plan { flops_per_token, peak_flops, .. } = self.strategy.plan;
-        output.mfu = output.tokens_per_second * flops_per_token / (peak_flops * count as f64);
+        output.mfu =
+            output.tokens_per_second * flops_per_token / (peak_flops * self.parallel.group.rank().count as f64);
         output.data_wait = waited.as_secs_f64() / seconds;
         output.memory = memory_stats::memory_stats().map_or(0.0, |stats| stats.physical_mem as f64);
         Ok(Some(output))
@@ -270,8 +272,8 @@ impl<B: TrainBackend> Run<'_, B> {
 
     fn save(&self) -> Result<(), TrainError> {
         let model = self.model.as_ref().expect("the model is only away during an update");
-        let state = self.parallel.gather(self.optimizer.state())?;
-        if self.parallel.group.leads() { (self.strategy.save)(model, state, self.place) } else { Ok(()) }
+        let snapshot = Snapshot { model, optimizer: &self.optimizer, parallel: &self.parallel };
+        if self.parallel.group.leads() { (self.strategy.save)(&snapshot, self.place) } else { snapshot.send() }
     }
 
     fn item(&self, output: StepOutput, lr: Option<f64>) -> TrainingItem<StepOutput> {

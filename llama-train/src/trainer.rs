@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::tensor::{ElementConversion, Int, Tensor, TensorData};
 use burn::train::metric::{Adaptor, ItemLazy};
 use burn::train::{InferenceStep, TrainOutput, TrainStep};
-use llama_data::loader::TokenBatch;
+use llama_data::loader::{NO_TARGET, TokenBatch};
 use llama_model::{Compute, Llama, LlamaBackend, ModelError, TrainBackend};
 
 /// A model in training.
@@ -54,17 +54,24 @@ impl<B: LlamaBackend> Pretrainer<B> {
         Self { llama: llama.with_compute(compute), z_loss, loss_scale: 1.0 }
     }
 
-    /// Summed loss of a batch, `[1]`.
+    /// Summed loss of a batch, `[1]`; of a model that is divided, that of the rows which are here.
     ///
     /// # Errors
     /// If the sequences are longer than the model's.
     pub fn loss(&self, batch: &TokenBatch, z_loss: f64) -> Result<Tensor<B, 1>, ModelError> {
-        let device = self.llama.norm.weight.device();
+        let device = self.llama.device();
         let upload = |ids: &Vec<i32>| {
             Tensor::<B, 2, Int>::from_data(TensorData::new(ids.clone(), [batch.batch, batch.seq_len]), &device)
         };
         let starts = batch.starts.as_ref().map(upload);
         self.llama.document_loss(upload(&batch.inputs), upload(&batch.targets), starts, z_loss)
+    }
+
+    /// Of the rows whose losses this model gives.
+    fn counts(&self, batch: &TokenBatch) -> StepOutput {
+        let targets = &batch.targets[self.llama.rows(batch.targets.len())];
+        let tokens = targets.iter().filter(|target| **target != NO_TARGET).count();
+        StepOutput { tokens: tokens as u64, positions: targets.len() as u64, ..Default::default() }
     }
 }
 
@@ -84,7 +91,7 @@ impl<B: TrainBackend> TrainStep for Pretrainer<B> {
             factor => loss.clone().mul_scalar(factor).backward(),
         };
         let loss_sum = loss.into_scalar().elem();
-        let output = StepOutput { loss_sum, ..counts(&batch) };
+        let output = StepOutput { loss_sum, ..self.counts(&batch) };
         TrainOutput::new(self, grads, output)
     }
 }
@@ -97,12 +104,8 @@ impl<B: LlamaBackend> InferenceStep for Pretrainer<B> {
     /// As the training step.
     fn step(&self, batch: TokenBatch) -> StepOutput {
         let loss = self.loss(&batch, 0.0).expect("the configuration was checked");
-        StepOutput { loss_sum: loss.into_scalar().elem(), ..counts(&batch) }
+        StepOutput { loss_sum: loss.into_scalar().elem(), ..self.counts(&batch) }
     }
-}
-
-fn counts(batch: &TokenBatch) -> StepOutput {
-    StepOutput { tokens: batch.tokens() as u64, positions: batch.positions() as u64, ..Default::default() }
 }
 
 impl ItemLazy for StepOutput {

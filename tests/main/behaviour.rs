@@ -72,7 +72,7 @@ fn new_model<B: TrainBackend>(config: &LlamaConfig, device: &B::Device) -> (Pret
 
 fn parameters<B: TrainBackend>(model: &Pretrainer<B>) -> Vec<f64> {
     let mut all = Vec::new();
-    weights::visit_params(&model.llama, |_, value, _| all.extend(floats(value)));
+    weights::visit_params(&model.llama, |_, value| all.extend(value.to_data().iter::<f64>()));
     all
 }
 
@@ -149,7 +149,7 @@ device_test! {
         let ids = [tokens(24, 0), tokens(24, 1)].concat();
         let full = model.forward(upload(ids.clone(), [2, 24], &device), None).unwrap();
         for chunks in [vec![10, 1, 1, 12], vec![1; 24], vec![24]] {
-            let mut cache = KvCache::new(&config, 2, 24, &device).unwrap();
+            let mut cache = KvCache::new(&model, 2, 24).unwrap();
             let mut start = 0;
             let mut parts = Vec::new();
             for len in chunks {
@@ -172,7 +172,7 @@ device_test! {
             let logits = |format| {
                 let model = config.init::<B::InnerBackend>(1, &device).unwrap().with_weights(format).unwrap();
                 let whole = floats(model.forward(upload(ids.clone(), [1, 12], &device), None).unwrap());
-                let mut cache = KvCache::new(&config, 1, 12, &device).unwrap();
+                let mut cache = KvCache::new(&model, 1, 12).unwrap();
                 let step = |id: &i32| model.forward(upload(vec![*id], [1, 1], &device), Some(&mut cache)).unwrap();
                 let steps = floats(Tensor::cat(ids.iter().map(step).collect(), 1));
                 close(&format!("{format}: decoding"), &steps, &whole, tolerance(2e-3, 1.0) * scale(&whole));
@@ -207,7 +207,7 @@ device_test! {
     fn a_full_cache_and_a_long_sequence_are_errors<B>(device) {
         let config = small();
         let model = config.init::<B::InnerBackend>(1, &device).unwrap();
-        let mut cache = KvCache::new(&config, 1, 8, &device).unwrap();
+        let mut cache = KvCache::new(&model, 1, 8).unwrap();
         let run = |len: usize, cache: Option<&mut KvCache<B::InnerBackend>>| {
             model.forward(upload(tokens(len, 0), [1, len], &device), cache).map(|_| ())
         };
@@ -218,8 +218,8 @@ device_test! {
         cache.clear();
         run(8, Some(&mut cache)).unwrap();
         assert!(matches!(run(257, None), Err(ModelError::SequenceTooLong { len: 257, max: 256 })));
-        assert!(matches!(KvCache::<B>::new(&config, 1, 257, &device), Err(ModelError::SequenceTooLong { .. })));
-        let mut wide = KvCache::new(&config, 2, 8, &device).unwrap();
+        assert!(matches!(KvCache::new(&model, 1, 257), Err(ModelError::SequenceTooLong { .. })));
+        let mut wide = KvCache::new(&model, 2, 8).unwrap();
         assert!(matches!(run(1, Some(&mut wide)), Err(ModelError::CacheMismatch { .. })));
     }
 }

@@ -5,7 +5,8 @@ use burn::backend::{Autodiff, Flex};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
 use llama::model::backend::ops::primitive;
-use llama::model::backend::{BlockWeights, ops};
+use llama::model::backend::{BlockSpec, BlockWeights, ops};
+use llama::model::shard::Team;
 use llama::model::{Compute, LlamaBackend, LlamaConfig, Precision, Recompute, TrainBackend};
 use llama::train::GradientList;
 
@@ -49,8 +50,11 @@ fn block<B: LlamaBackend>(x: &[Tensor<B, 1>], seq_len: usize, compute: Compute) 
         })
         .collect();
     let Ok(weights) = <[_; 9]>::try_from(weights) else { unreachable!("nine weights") };
-    let input = x[0].clone().reshape([BATCH, seq_len, D_MODEL]);
-    ops::block(input, BlockWeights::from(weights), tables, None, EPS, compute).flatten(0, 2)
+    let input: Tensor<B, 3> = x[0].clone().reshape([BATCH, seq_len, D_MODEL]);
+    let [cos, sin] = tables.map(primitive);
+    let (batch, head_dim, team) = (BATCH, HEAD_DIM, Team::default());
+    let spec = BlockSpec { cos, sin, starts: None, batch, seq_len, head_dim, eps: EPS, compute, team };
+    ops::block(input, BlockWeights::from(weights), spec).flatten(0, 2)
 }
 
 /// The same from the single operations.

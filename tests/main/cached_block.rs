@@ -8,7 +8,8 @@ use llama::model::backend::block::cached;
 use llama::model::backend::ops::{primitive, tensor};
 use llama::model::backend::{Bits, BlockCache, BlockSpec, BlockWeights, Matrix, ops};
 use llama::model::modules::Quantized;
-use llama::model::{Compute, LlamaBackend, Precision, WeightFormat};
+use llama::model::shard::Team;
+use llama::model::{Compute, LlamaBackend, WeightFormat};
 
 use crate::support::{close, device_test, floats, noise, scale, tolerance};
 
@@ -82,6 +83,13 @@ impl Case {
         };
         [table(f64::cos), table(f64::sin)]
     }
+
+    fn spec<B: Backend>(&self, device: &B::Device) -> BlockSpec<B> {
+        let [cos, sin] = self.tables::<B>(device).map(primitive);
+        let Self { batch, seq_len, head_dim, .. } = *self;
+        let (compute, team) = (Compute::default(), Team::default());
+        BlockSpec { cos, sin, starts: None, batch, seq_len, head_dim, eps: EPS, compute, team }
+    }
 }
 
 fn random<B: Backend, const D: usize>(dims: [usize; D], seed: u64, device: &B::Device) -> Tensor<B, D> {
@@ -137,27 +145,18 @@ fn check<B: LlamaBackend>(case: Case, format: WeightFormat, device: &B::Device) 
         unreachable!("nine weights")
     };
     let weights = BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 };
-    let (found, cache) = ops::cached_block(
-        case.input::<B>(device),
-        weights,
-        case.cache::<B>(device),
-        case.tables::<B>(device),
-        EPS,
-        Precision::F32,
-    );
+    let (found, cache) =
+        ops::cached_block(case.input::<B>(device), weights, case.cache::<B>(device), case.spec::<B>(device));
 
     let Ok(plain) = <[_; 9]>::try_from(plain) else { unreachable!("nine weights") };
     let BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 } = BlockWeights::from(plain);
     let [wq, wk, wv, wo, w1, w2, w3] = [wq, wk, wv, wo, w1, w2, w3].map(Matrix::Floats);
     let weights = BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 };
-    let [cos, sin] = case.tables::<Flex>(&on_host).map(primitive);
-    let Case { batch, seq_len, head_dim, .. } = case;
-    let compute = Compute::default();
-    let spec = BlockSpec { cos, sin, starts: None, batch, seq_len, head_dim, eps: EPS, compute };
+    let spec = case.spec::<Flex>(&on_host);
     let input = primitive(case.input::<Flex>(&on_host).flatten::<2>(0, 1));
     let (expected, expected_cache) = cached::<Flex>(input, weights, case.cache::<Flex>(&on_host), &spec);
 
-    assert_eq!(cache.len, case.past + seq_len, "{what}");
+    assert_eq!(cache.len, case.past + case.seq_len, "{what}");
     let pairs = [
         ("result", floats(found), floats(tensor::<Flex, 2>(expected))),
         ("keys", floats(tensor::<B, 4>(cache.keys)), floats(tensor::<Flex, 4>(expected_cache.keys))),

@@ -28,7 +28,7 @@ device_test! {
         tokenizer.save(&folder.path().join("tokenizer.model")).unwrap();
         let engine = Engine::open(folder.path(), crate::support::device()).unwrap();
         let prompts: Vec<Vec<u32>> = ["fn main", "a longer one"].map(|text| engine.codec().encode_prompt(text)).into();
-        let expected = Generation::new(&model, &config, &prompts, greedy(9), &device).unwrap().finish().unwrap();
+        let expected = Generation::new(&model, &prompts, greedy(9)).unwrap().finish().unwrap();
 
         let mut found = vec![Vec::new(); 2];
         for step in engine.generate(&prompts, greedy(9)).unwrap() {

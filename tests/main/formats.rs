@@ -237,7 +237,7 @@ device_test! {
             let checkpoint = Checkpoint::open(&path).unwrap();
             let model = checkpoint.load::<B::InnerBackend>(WeightFormat::F32, &device, |_| ()).unwrap();
             let options = GenerateOptions { max_new_tokens: expected.len(), sampling: Sampling::greedy(), ..Default::default() };
-            let found = Generation::new(&model, checkpoint.config(), &[vec![1]], options, &device).unwrap().finish().unwrap();
+            let found = Generation::new(&model, &[vec![1]], options).unwrap().finish().unwrap();
             assert_eq!(found[0], expected, "{}", path.display());
             if let Ok(codec) = llama::text::codec(&path) {
                 // The first token's space is the one that encoding puts before a text.

@@ -16,7 +16,7 @@ device_test! {
         let generate = |prompts: &[Vec<u32>], stop_tokens: Vec<u32>| {
             let options =
                 GenerateOptions { max_new_tokens: 12, sampling: Sampling::greedy(), stop_tokens, ..Default::default() };
-            Generation::new(&model, &config, prompts, options, &device).unwrap().finish().unwrap()
+            Generation::new(&model, prompts, options).unwrap().finish().unwrap()
         };
         let together = generate(&prompts, vec![]);
         for (prompt, tokens) in prompts.iter().zip(&together) {
@@ -49,7 +49,7 @@ device_test! {
         let options = |prefill_chunk| GenerateOptions {
             max_new_tokens: 6, sampling: Sampling::greedy(), prefill_chunk, log_probs: true, ..Default::default()
         };
-        let expected: Vec<Generated> = Generation::new(&model, &config, std::slice::from_ref(&prompt), options(512), &device)
+        let expected: Vec<Generated> = Generation::new(&model, std::slice::from_ref(&prompt), options(512))
             .unwrap()
             .flat_map(|step| step.unwrap().into_iter().flatten())
             .collect();
@@ -63,15 +63,15 @@ device_test! {
         close("log-probabilities", &found, losses, tolerance(1e-5, 1.0));
 
         for chunk in [1, 4, 20, 21] {
-            let found = Generation::new(&model, &config, std::slice::from_ref(&prompt), options(chunk), &device).unwrap().finish();
+            let found = Generation::new(&model, std::slice::from_ref(&prompt), options(chunk)).unwrap().finish();
             assert_eq!(found.unwrap()[0], ids, "in chunks of {chunk}");
         }
         // A conversation: the same tokens, whether its beginning is read again or not.
-        let mut session = Session::new(&config, 32, &device).unwrap();
+        let mut session = Session::new(&model, 32).unwrap();
         for (turn, len) in [(1, 12), (2, 21), (3, 15), (4, 21)] {
             let part = prompt[..len].to_vec();
-            let alone = Generation::new(&model, &config, std::slice::from_ref(&part), options(8), &device).unwrap().finish().unwrap();
-            let mut generation = Generation::in_session(&model, session, part, options(8), &device).unwrap();
+            let alone = Generation::new(&model, std::slice::from_ref(&part), options(8)).unwrap().finish().unwrap();
+            let mut generation = Generation::in_session(&model, session, part, options(8)).unwrap();
             let found: Vec<u32> = generation.by_ref().flat_map(|step| step.unwrap()[0]).map(|new| new.token).collect();
             assert_eq!(found, alone[0], "turn {turn}");
             session = generation.into_session();
@@ -85,16 +85,15 @@ device_test! {
         let config = LlamaConfig { max_seq_len: 48, ..small() };
         let model = config.init::<B::InnerBackend>(5, &device).unwrap();
         let draft_config = LlamaConfig { n_layers: 1, ..config.clone() };
-        let drafts = [(config.init(5, &device).unwrap(), &config), (draft_config.init(6, &device).unwrap(), &draft_config)];
+        let drafts = [config.init(5, &device).unwrap(), draft_config.init(6, &device).unwrap()];
         let prompt: Vec<u32> = tokens(7, 3).iter().map(|&t| t as u32).collect();
         let options = |stop_tokens| GenerateOptions {
             max_new_tokens: 17, sampling: Sampling::greedy(), stop_tokens, ..Default::default()
         };
         let expected =
-            Generation::new(&model, &config, std::slice::from_ref(&prompt), options(vec![]), &device).unwrap().finish().unwrap();
+            Generation::new(&model, std::slice::from_ref(&prompt), options(vec![])).unwrap().finish().unwrap();
         let speculate = |draft: usize, guesses, options| {
-            let draft = (&drafts[draft].0, drafts[draft].1);
-            Speculation::new((&model, &config), draft, guesses, prompt.clone(), options, &device)
+            Speculation::new(&model, &drafts[draft], guesses, prompt.clone(), options)
         };
         for (draft, guesses) in [(0, 1), (0, 5), (1, 3), (1, 30)] {
             let found = speculate(draft, guesses, options(vec![])).unwrap().finish().unwrap();
@@ -147,15 +146,10 @@ fn speculation_keeps_the_distribution() {
         let sampling = Sampling { temperature: 1.0, top_p: Some(0.95), ..Sampling::greedy() };
         let options = GenerateOptions { max_new_tokens: 3, sampling, seed, ..Default::default() };
         let prompt = vec![1, 2];
-        let alone = |model| {
-            Generation::new(model, &config, std::slice::from_ref(&prompt), options.clone(), &device)
-                .unwrap()
-                .finish()
-                .unwrap()
-        };
+        let alone =
+            |model| Generation::new(model, std::slice::from_ref(&prompt), options.clone()).unwrap().finish().unwrap();
         let (plain, other) = (alone(&model), alone(&draft));
-        let (target, draft) = ((&model, &config), (&draft, &config));
-        let guessed = Speculation::new(target, draft, 2, prompt.clone(), options.clone(), &device).unwrap();
+        let guessed = Speculation::new(&model, &draft, 2, prompt.clone(), options.clone()).unwrap();
         let guessed = guessed.finish().unwrap();
         for (counts, tokens) in counts.iter_mut().zip([&plain[0], &guessed, &other[0]]) {
             counts[tokens.iter().fold(0, |index, token| 5 * index + *token as usize)] += 1.0;
@@ -174,7 +168,7 @@ device_test! {
         let config = LlamaConfig { max_seq_len: 16, ..small() };
         let model = config.init::<B::InnerBackend>(5, &device).unwrap();
         let options = GenerateOptions { max_new_tokens: 50, sampling: Sampling::greedy(), ..Default::default() };
-        let start = |prompt: &[u32]| Generation::new(&model, &config, &[prompt.to_vec()], options.clone(), &device);
+        let start = |prompt: &[u32]| Generation::new(&model, &[prompt.to_vec()], options.clone());
         let steps: Vec<_> = start(&[1, 2, 3]).unwrap().collect();
         // Positions 3 to 16: the last token needs no place in the cache.
         assert_eq!(steps.iter().filter(|step| step.is_ok()).count(), 14);

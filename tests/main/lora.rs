@@ -52,7 +52,7 @@ device_test! {
         let logits = floats(model.forward(inputs.clone(), None).unwrap());
         close("logits", &logits, &expected, tolerance(2e-5, scale(&expected)));
         // Decoding goes the same way.
-        let mut cache = llama::model::KvCache::new(&base::<B>(WeightFormat::F32, &device).1, 2, 24, &device).unwrap();
+        let mut cache = llama::model::KvCache::new(&model, 2, 24).unwrap();
         let cached = floats(model.forward(inputs.clone(), Some(&mut cache)).unwrap());
         close("cached", &cached, &expected, tolerance(2e-5, scale(&expected)));
 

@@ -23,4 +23,5 @@ mod parallel;
 mod parity;
 mod programs;
 mod support;
+mod tensor_parallel;
 mod tokenizers;

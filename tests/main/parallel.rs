@@ -10,14 +10,14 @@ use llama::train::log::{self, Line};
 use llama::train::parallel::{Rendezvous, join};
 use llama::train::{Group, Interrupter, PretrainConfig, RunOptions, RunReport, Stop, TrainError, checkpoint, pretrain};
 
-use crate::behaviour::run_config;
+use crate::behaviour::{run_config, small};
 use crate::programs;
 use crate::support::{close, device, device_test, tolerance};
 
 type Outcome = Result<RunReport, TrainError>;
 
 /// Lets every member run its configuration, on the same device.
-fn run<B: TrainBackend>(
+pub fn run<B: TrainBackend>(
     groups: Vec<Group>,
     device: &B::Device,
     member: impl Fn(u64) -> (PretrainConfig, Option<PathBuf>, Interrupter) + Sync,
@@ -37,7 +37,7 @@ fn run<B: TrainBackend>(
 }
 
 /// A run of `count` members, from a checkpoint or from its beginning, in a folder of its own.
-fn together<B: TrainBackend>(
+pub fn together<B: TrainBackend>(
     config: &PretrainConfig,
     device: &B::Device,
     groups: Vec<Group>,
@@ -54,7 +54,7 @@ fn together<B: TrainBackend>(
     reports.into_iter().next().unwrap()
 }
 
-fn losses(run: &Path) -> Vec<f64> {
+pub fn losses(run: &Path) -> Vec<f64> {
     let lines = log::read(&run.join(log::METRICS_FILE)).unwrap();
     let loss = |line| match line {
         Line::Train { loss, .. } | Line::Valid { loss, .. } => Some(loss),
@@ -63,7 +63,7 @@ fn losses(run: &Path) -> Vec<f64> {
     lines.into_iter().filter_map(loss).collect()
 }
 
-fn assert_same(a: &Path, b: &Path) {
+pub fn assert_same(a: &Path, b: &Path) {
     for file in ["model.safetensors", "optimizer.safetensors"] {
         let read = |folder: &Path| std::fs::read(folder.join(file)).unwrap();
         assert!(read(a) == read(b), "{file} differs");
@@ -213,17 +213,45 @@ fn processes_that_do_not_meet_say_why() {
     }
 }
 
-/// Two processes of the program; the second is killed, and the run goes on without it.
+/// Steps of the run that a process is killed in.
+const STEPS: u64 = 60;
+
 #[test]
 fn a_killed_process_ends_the_others_and_the_run_goes_on() {
-    const STEPS: u64 = 60;
     let folder = tempfile::tempdir().unwrap();
-    let at = |name: &str| folder.path().join(name);
+    let whole = folder.path().join("whole");
+    let args = ["--accumulation", "2"];
+    programs::run(programs::pretrain(&whole, STEPS).args(args));
+    let shared = killed(folder.path(), &args);
+    if device_is_flex() {
+        assert_same(&last(&whole), &shared);
+    }
+}
+
+/// The other is missed inside the model.
+#[test]
+fn a_killed_process_with_a_part_of_the_model_ends_the_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = PretrainConfig::preset("tiny").unwrap();
+    config.model = small();
+    config.data.folder = folder.path().join("shared/data");
+    let file = folder.path().join("config.toml");
+    std::fs::write(&file, config.to_toml()).unwrap();
+    let last = killed(folder.path(), &["--config", file.to_str().unwrap(), "--tensor-parallel", "2"]);
+    assert!(last.is_dir());
+}
+
+fn last(run: &Path) -> PathBuf {
+    run.join(format!("checkpoints/step-{STEPS:08}"))
+}
+
+/// Lets two processes of the program share a run, kills the second, goes on without it, and returns the last checkpoint.
+fn killed(folder: &Path, args: &[&str]) -> PathBuf {
+    let at = |name: &str| folder.join(name);
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-    programs::run(programs::pretrain(&at("whole"), STEPS).args(["--accumulation", "2"]));
     let process = |node: &str| {
         let mut command = programs::pretrain(&at("shared"), STEPS);
-        command.args(["--accumulation", "2", "--nodes", "2", "--node", node, "--address", &address]);
+        command.args(args).args(["--nodes", "2", "--node", node, "--address", &address]);
         command.stdout(Stdio::null()).stderr(Stdio::piped());
         command
     };
@@ -247,12 +275,9 @@ fn a_killed_process_ends_the_others_and_the_run_goes_on() {
     assert!(!first.status.success() && error.contains("member 1 of the group: it left"), "{error}");
 
     programs::run(&mut programs::resume(&at("shared")));
-    if device_is_flex() {
-        let end = |run: &str| at(run).join(format!("checkpoints/step-{STEPS:08}"));
-        assert_same(&end("whole"), &end("shared"));
-    }
+    last(&at("shared"))
 }
 
-fn device_is_flex() -> bool {
+pub fn device_is_flex() -> bool {
     device().to_string() == "flex"
 }

@@ -64,7 +64,12 @@ pub fn stored(path: &str, name: &str) -> Vec<f64> {
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let view = tensors.tensor(name).unwrap_or_else(|error| panic!("{path}: {name}: {error}"));
     assert_eq!(view.dtype(), safetensors::Dtype::F32, "{path}: {name}");
-    view.data().chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect()
+    f32s(view.data())
+}
+
+/// Floats in a file.
+pub fn f32s(bytes: &[u8]) -> Vec<f64> {
+    bytes.chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect()
 }
 
 /// Integers of a tensor in a fixture, with its shape.

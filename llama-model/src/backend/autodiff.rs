@@ -275,8 +275,9 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
                 }
             }
         }
-        let BlockSpec { cos, sin, starts, batch, seq_len, head_dim, eps, compute } = spec;
-        let spec = BlockSpec { cos: cos.primitive, sin: sin.primitive, starts, batch, seq_len, head_dim, eps, compute };
+        let BlockSpec { cos, sin, starts, batch, seq_len, head_dim, eps, compute, team } = spec;
+        let (cos, sin) = (cos.primitive, sin.primitive);
+        let spec = BlockSpec { cos, sin, starts, batch, seq_len, head_dim, eps, compute, team };
         let [w0, w1, w2, w3, w4, w5, w6, w7, w8] = weights.clone().map(|weight| weight.node).into_array();
         let weights = weights.map(|weight| weight.primitive);
         let nodes = [x.node, w0, w1, w2, w3, w4, w5, w6, w7, w8];

@@ -6,7 +6,8 @@
 //! out = h + w2 · swiglu(w1 · m, w3 · m)                              with m = rms_norm(h)
 //! ```
 //!
-//! Written once on backend primitives, for all backends.
+//! Written once on backend primitives, for all backends. Of a model that is divided, `n` and `m` are gathered before the products that read them, and what
+//! `wo` and `w2` give is summed; see [`mod@crate::shard`].
 
 use burn::tensor::TensorMetadata;
 use burn::tensor::backend::Backend;
@@ -14,6 +15,7 @@ use burn::tensor::ops::{FloatTensor, IntTensor};
 
 use super::ops::cast;
 use super::{AttentionSaved, AttentionSpec, LlamaBackend, Matrix};
+use crate::shard::{Pending, Team};
 use crate::{Compute, Precision, Recompute};
 
 /// The nine parameters of a block, or one thing for each of them; the gains of its norms may be of another type.
@@ -76,7 +78,7 @@ pub struct BlockSpec<B: Backend> {
     pub sin: FloatTensor<B>,
     /// First token of each token's document, `[batch, seq_len]`; none lets a token attend to the documents before its own.
     pub starts: Option<IntTensor<B>>,
-    /// Sequences; `x` has `batch · seq_len` rows.
+    /// Sequences; `x` has `batch · seq_len` rows, or this member's part of them.
     pub batch: usize,
     /// Tokens of a sequence.
     pub seq_len: usize,
@@ -86,6 +88,19 @@ pub struct BlockSpec<B: Backend> {
     pub eps: f64,
     /// Precision, and what is kept.
     pub compute: Compute,
+    /// Who has the other parts of a model that is divided.
+    pub team: Team,
+}
+
+impl<B: Backend> BlockSpec<B> {
+    /// Rows of all members, of which this one has some; for what only products read.
+    fn begin_gather(&self, x: FloatTensor<B>) -> Pending<B> {
+        self.team.begin_gather(x, self.batch * self.seq_len, self.compute.precision)
+    }
+
+    fn gather(&self, x: FloatTensor<B>) -> FloatTensor<B> {
+        self.team.end(self.begin_gather(x))
+    }
 }
 
 /// The keys and values of a block, `[batch, capacity, n_kv_heads, head_dim]` each.
@@ -135,28 +150,26 @@ impl<B: LlamaBackend> Activations<B> {
         let rotary = |x| B::rotary(x, spec.cos.clone(), spec.sin.clone(), false);
 
         let attention_norm = norm::<B>(x.clone(), &weights.attention_norm, spec);
-        let [q, k, v] =
-            project::<B, 3>(&attention_norm.0, [&weights.wq, &weights.wk, &weights.wv], precision).map(heads);
+        let n = spec.gather(attention_norm.0.clone());
+        let [q, k, v] = project::<B, 3>(&n, [&weights.wq, &weights.wk, &weights.wv], precision).map(heads);
         let (q, k) = (rotary(q), rotary(k));
         let attention_spec = AttentionSpec::new(head_dim, precision);
         let (out, lse) = B::causal_attention(q.clone(), k.clone(), v.clone(), spec.starts.clone(), attention_spec);
         let attention = AttentionSaved { q, k, v, starts: spec.starts.clone(), out, lse, spec: attention_spec };
-        let h = add::<B>(B::project(attention.rows(), weights.wo.clone(), precision), x);
+        let back = B::project(attention.rows(), weights.wo.clone(), precision);
+        let h = add::<B>(spec.team.scatter_sum::<B>(back), x);
 
         let ffn_norm = norm::<B>(h.clone(), &weights.ffn_norm, spec);
-        let [gate, up] = project::<B, 2>(&ffn_norm.0, [&weights.w1, &weights.w3], precision);
+        let m = spec.gather(ffn_norm.0.clone());
+        let [gate, up] = project::<B, 2>(&m, [&weights.w1, &weights.w3], precision);
         let product = Some(B::swiglu(gate.clone(), up.clone()));
         Self { attention_norm: Some(attention_norm), attention, h, ffn_norm: Some(ffn_norm), gate, up, product }
     }
 
-    /// The SwiGLU product, as it is or made again.
-    fn product(&self) -> FloatTensor<B> {
-        self.product.clone().unwrap_or_else(|| B::swiglu(self.gate.clone(), self.up.clone()))
-    }
-
     fn output(&self, weights: &Weights<B>, spec: &BlockSpec<B>) -> FloatTensor<B> {
-        let back = B::project(self.product(), weights.w2.clone(), spec.compute.precision);
-        add::<B>(back, self.h.clone())
+        let product = self.product.clone().expect("the forward makes it");
+        let back = B::project(product, weights.w2.clone(), spec.compute.precision);
+        add::<B>(spec.team.scatter_sum::<B>(back), self.h.clone())
     }
 }
 
@@ -213,7 +226,7 @@ pub fn cached<B: LlamaBackend>(
     cache: BlockCache<B>,
     spec: &BlockSpec<B>,
 ) -> (FloatTensor<B>, BlockCache<B>) {
-    let &BlockSpec { batch, seq_len, head_dim, eps, ref compute, .. } = spec;
+    let &BlockSpec { batch, seq_len, head_dim, eps, ref compute, ref team, .. } = spec;
     let precision = compute.precision;
     let BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 } = weights;
     let heads = |x: FloatTensor<B>| {
@@ -230,12 +243,12 @@ pub fn cached<B: LlamaBackend>(
     let spec = AttentionSpec::new(head_dim, precision);
     let out = B::cached_attention(rotary(q), cache.keys.clone(), cache.values.clone(), cache.len, spec);
     let [out] = Matrix::project_all(rows::<B>(out), [wo], precision);
-    let h = add::<B>(out, x);
+    let h = add::<B>(team.sum::<B>(out), x);
 
     let (m, _) = B::rms_norm(h.clone(), ffn_norm, eps);
     let [gate, up] = Matrix::project_all(m, [w1, w3], precision);
     let [back] = Matrix::project_all(B::swiglu(gate, up), [w2], precision);
-    (add::<B>(back, h), cache)
+    (add::<B>(team.sum::<B>(back), h), cache)
 }
 
 /// The matrices as products read them.
@@ -291,22 +304,31 @@ pub fn backward<B: LlamaBackend>(
         let weights = operands::<B>(weights.clone(), spec);
         (Activations::new(x.clone(), &weights, spec), weights)
     });
-    // The feed-forward network, from its end.
-    let d_out = B::operand(grad.clone(), precision);
-    let [w2] = gradients::<B, 1>([(wanted.w2, &d_out)], inner.product(), precision);
     let Activations { attention_norm, attention, h, ffn_norm, gate, up, product } = inner;
-    drop(product);
+    // What other members have is on its way while what is here is computed.
+
+    // The feed-forward network, from its end.
+    let d_out = spec.begin_gather(B::operand(grad.clone(), precision));
+    let (m, inv_rms) = ffn_norm.unwrap_or_else(|| norm::<B>(h.clone(), &weights.ffn_norm, spec));
+    let m = spec.begin_gather(m);
+    let product = product.unwrap_or_else(|| B::swiglu(gate.clone(), up.clone()));
+    let d_out = spec.team.end(d_out);
+    let [w2] = gradients::<B, 1>([(wanted.w2, &d_out)], product, precision);
     let d_product = input(&[(&d_out, &weights.w2)], gate.dtype());
     let (d_gate, d_up) = B::swiglu_backward(gate, up, d_product);
     drop(d_out);
-    let (m, inv_rms) = ffn_norm.unwrap_or_else(|| norm::<B>(h.clone(), &weights.ffn_norm, spec));
+    let m = spec.team.end(m);
+    let d_m = spec.team.begin_scatter_sum::<B>(input(&[(&d_gate, &weights.w1), (&d_up, &weights.w3)], h.dtype()));
     let [w1, w3] = gradients::<B, 2>([(wanted.w1, &d_gate), (wanted.w3, &d_up)], m, precision);
-    let d_m = input(&[(&d_gate, &weights.w1), (&d_up, &weights.w3)], h.dtype());
     drop((d_gate, d_up));
+    let d_m = spec.team.end(d_m);
     let (d_h, ffn_norm) = B::rms_norm_backward(h, weights.ffn_norm.clone(), inv_rms, d_m, Some(grad));
 
     // Attention.
-    let d_rows = B::operand(d_h.clone(), precision);
+    let d_rows = spec.begin_gather(B::operand(d_h.clone(), precision));
+    let (n, inv_rms) = attention_norm.unwrap_or_else(|| norm::<B>(x.clone(), &weights.attention_norm, spec));
+    let n = spec.begin_gather(n);
+    let d_rows = spec.team.end(d_rows);
     let [wo] = gradients::<B, 1>([(wanted.wo, &d_rows)], attention.rows(), precision);
     let d_out = input(&[(&d_rows, &weights.wo)], attention.out.dtype());
     drop(d_rows);
@@ -314,9 +336,12 @@ pub fn backward<B: LlamaBackend>(
     let [d_q, d_k, d_v] = B::causal_attention_backward(attention, d_out);
     let turn_back = |d| rows::<B>(B::rotary(d, spec.cos.clone(), spec.sin.clone(), true));
     let (d_q, d_k, d_v) = (turn_back(d_q), turn_back(d_k), rows::<B>(d_v));
-    let (n, inv_rms) = attention_norm.unwrap_or_else(|| norm::<B>(x.clone(), &weights.attention_norm, spec));
-    let [wq, wk, wv] = gradients::<B, 3>([(wanted.wq, &d_q), (wanted.wk, &d_k), (wanted.wv, &d_v)], n, precision);
+    let n = spec.team.end(n);
     let d_n = input(&[(&d_q, &weights.wq), (&d_k, &weights.wk), (&d_v, &weights.wv)], x.dtype());
+    let d_n = spec.team.begin_scatter_sum::<B>(d_n);
+    let [wq, wk, wv] = gradients::<B, 3>([(wanted.wq, &d_q), (wanted.wk, &d_k), (wanted.wv, &d_v)], n, precision);
+    drop((d_q, d_k, d_v));
+    let d_n = spec.team.end(d_n);
     let (d_x, attention_norm) = B::rms_norm_backward(x, weights.attention_norm.clone(), inv_rms, d_n, Some(d_h));
 
     let norms = [wanted.attention_norm.then_some(attention_norm), wanted.ffn_norm.then_some(ffn_norm)];

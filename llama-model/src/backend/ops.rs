@@ -2,10 +2,10 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
-use burn::tensor::{DType, Int, Tensor, TensorMetadata, TensorPrimitive};
+use burn::tensor::{DType, Int, Shape, Tensor, TensorMetadata, TensorPrimitive};
 
 use super::{AttentionSpec, BlockCache, BlockSpec, BlockWeights, LlamaBackend, LossSpec, Matrix, QuantizedWeight};
-use crate::{Compute, Precision};
+use crate::Precision;
 
 /// A primitive as a tensor.
 pub fn tensor<B: Backend, const D: usize>(primitive: FloatTensor<B>) -> Tensor<B, D> {
@@ -191,61 +191,57 @@ pub fn swiglu<B: LlamaBackend, const D: usize>(gate: Tensor<B, D>, up: Tensor<B,
     tensor::<B, 2>(B::swiglu(primitive(fold(gate)), primitive(fold(up)))).reshape(dims)
 }
 
-/// A whole transformer block; see [`mod@super::block`].
+/// A whole transformer block, or the part of it that a member of a team has; see [`mod@super::block`].
 ///
 /// # Shapes
-/// `x [batch, seq_len, d_model]`, `cos` and `sin` `[seq_len, head_dim / 2]`, `starts [batch, seq_len]`, result as `x`.
+/// `x [.., d_model]` with `spec.batch · spec.seq_len` rows, or the member's part of them, result as `x`.
 ///
 /// # Panics
-/// If the tables or the starts do not fit the sequence or the weights each other.
-pub fn block<B: LlamaBackend>(
-    x: Tensor<B, 3>,
+/// If `x`, the tables or the starts do not fit the sequences, or the weights each other.
+pub fn block<B: LlamaBackend, const D: usize>(
+    x: Tensor<B, D>,
     weights: BlockWeights<FloatTensor<B>>,
-    [cos, sin]: [Tensor<B, 2>; 2],
-    starts: Option<Tensor<B, 2, Int>>,
-    eps: f64,
-    compute: Compute,
-) -> Tensor<B, 3> {
-    let dims = x.dims();
-    let [batch, seq_len, _] = dims;
-    let [positions, half] = cos.dims();
-    assert_eq!(positions, seq_len, "block: the rotary table has another length than the sequence");
-    let (cos, sin) = (primitive(cos), primitive(sin));
-    let starts = starts.map(|starts| {
-        assert_eq!(starts.dims(), [batch, seq_len], "block: a start for each token");
-        starts.into_primitive()
-    });
-    let spec = BlockSpec { cos, sin, starts, batch, seq_len, head_dim: 2 * half, eps, compute };
-    tensor::<B, 2>(B::block(primitive(fold(x)), weights, spec)).reshape(dims)
+    spec: BlockSpec<B>,
+) -> Tensor<B, D> {
+    let BlockSpec { batch, seq_len, .. } = spec;
+    let (dims, x) = (x.dims(), fold(x));
+    assert_eq!(x.dims()[0], spec.team.shard().range(batch * seq_len).len(), "block: rows of other sequences");
+    check_tables(&spec);
+    if let Some(starts) = &spec.starts {
+        assert_eq!(starts.shape(), Shape::new([batch, seq_len]), "block: a start for each token");
+    }
+    tensor::<B, 2>(B::block(primitive(x), weights, spec)).reshape(dims)
 }
 
-/// A whole transformer block that continues the sequences of a cache; see [`LlamaBackend::cached_block`].
+/// A whole transformer block that continues the sequences of a cache, or the part of it that a member of a team has; see
+/// [`LlamaBackend::cached_block`].
 ///
 /// # Shapes
-/// `x [batch, seq_len, d_model]`, `cos` and `sin` `[seq_len, head_dim / 2]`, result as `x`.
+/// `x [batch, seq_len, d_model]`, result as `x`.
 ///
 /// # Panics
-/// If the tables do not fit the sequence, or the cache has no room for it.
+/// If `x` or the tables do not fit the sequences, or the cache has no room for them.
 pub fn cached_block<B: LlamaBackend>(
     x: Tensor<B, 3>,
     weights: BlockWeights<Matrix<B>, FloatTensor<B>>,
     cache: BlockCache<B>,
-    [cos, sin]: [Tensor<B, 2>; 2],
-    eps: f64,
-    precision: Precision,
+    spec: BlockSpec<B>,
 ) -> (Tensor<B, 3>, BlockCache<B>) {
+    let BlockSpec { batch, seq_len, .. } = spec;
     let dims = x.dims();
-    let [batch, seq_len, _] = dims;
-    let [positions, half] = cos.dims();
-    assert_eq!(positions, seq_len, "block: the rotary table has another length than the sequence");
+    assert_eq!(dims[..2], [batch, seq_len], "block: rows of other sequences");
+    check_tables(&spec);
     let [of_cache, capacity, _, _] = cache.keys.shape().dims();
     assert_eq!(batch, of_cache, "block: the cache has another number of sequences");
     assert!(cache.len + seq_len <= capacity, "block: {} positions and {seq_len} more exceed {capacity}", cache.len);
-    let compute = Compute { precision, ..Default::default() };
-    let (cos, sin) = (primitive(cos), primitive(sin));
-    let spec = BlockSpec { cos, sin, starts: None, batch, seq_len, head_dim: 2 * half, eps, compute };
     let (out, cache) = B::cached_block(primitive(fold(x)), weights, cache, spec);
     (tensor::<B, 2>(out).reshape(dims), cache)
+}
+
+fn check_tables<B: Backend>(spec: &BlockSpec<B>) {
+    let table = Shape::new([spec.seq_len, spec.head_dim / 2]);
+    assert_eq!(spec.cos.shape(), table, "block: the rotary table has another length than the sequence");
+    assert_eq!(spec.sin.shape(), table, "block: cosine and sine tables differ");
 }
 
 /// Summed cross entropy of the next-token distribution `softmax(hidden · headᵀ)`; see

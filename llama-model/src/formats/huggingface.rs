@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::dtype::FileType;
 use super::{Reader, TensorInfo, Weights, stray};
 use crate::hf::{CONFIG_FILE, WEIGHTS_FILE, load_config, to_json};
-use crate::weights::{self, TensorFile, file_name};
+use crate::weights::{self, Streamed, TensorFile, file_name};
 use crate::{LlamaConfig, ModelError};
 
 const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -119,15 +119,17 @@ fn save_in_shards(
     };
     let mut places = serde_json::Map::new();
     for (index, tensors) in files.iter().enumerate() {
-        let entries = tensors.iter().map(|(path, dims)| {
-            let read = move || Ok(source.weight(path, dims)?.convert_dtype(float));
-            (file_name(path).unwrap_or_else(|| path.clone()), dims.clone(), read)
+        let entries = tensors.iter().map(|(path, dims)| Streamed {
+            name: file_name(path).unwrap_or_else(|| path.clone()),
+            dims: dims.clone(),
+            dtype: float,
+            read: Box::new(move || Ok::<_, ModelError>(source.weight(path, dims)?.convert_dtype(float))),
         });
         let entries: Vec<_> = entries.collect();
-        for (stored, _, _) in &entries {
-            places.insert(stored.clone(), name(index).into());
+        for entry in &entries {
+            places.insert(entry.name.clone(), name(index).into());
         }
-        weights::save_streamed(&folder.join(name(index)), float, entries)?;
+        weights::save_streamed(&folder.join(name(index)), entries)?;
     }
     let index = folder.join(INDEX_FILE);
     if files.len() > 1 {

@@ -31,6 +31,7 @@ use burn::tensor::{DType, Tensor, TensorData};
 pub use dtype::FileType;
 pub use gguf::{GgufFile, Value};
 
+use crate::shard::{Shard, Split, Team};
 use crate::weights::{self, ParamMap};
 use crate::{Llama, LlamaBackend, LlamaConfig, ModelError, WeightFormat};
 
@@ -172,25 +173,53 @@ impl Checkpoint {
         &self,
         format: WeightFormat,
         device: &B::Device,
+        each: impl FnMut(u64),
+    ) -> Result<Llama<B>, ModelError> {
+        self.load_in(&Team::default(), format, device, each)
+    }
+
+    /// The part of the model that a member of a team has; as [`load`](Self::load).
+    ///
+    /// # Errors
+    /// As there, and [`ModelError::Config`] if the model cannot be divided among as many.
+    pub fn load_in<B: LlamaBackend>(
+        &self,
+        team: &Team,
+        format: WeightFormat,
+        device: &B::Device,
         mut each: impl FnMut(u64),
     ) -> Result<Llama<B>, ModelError> {
         format.check::<B>(device)?;
-        let mut model = self.config().init_empty::<B>(device)?;
+        let mut model = self.config().init_empty::<B>(team, device)?;
+        let weights = Parts { whole: self, shard: team.shard() };
         if format.dtype().is_none() {
             // Matrices go from the file to their blocks one by one.
             model.quantize(format, |path, weight| {
-                let data = self.weight(path, &weight.dims())?;
+                let data = weights.weight(path, &weight.dims())?;
                 each(data.num_elements() as u64);
                 Ok(data)
             })?;
         }
-        load_weights(model, self, format.dtype(), each)
+        load_weights(model, &weights, format.dtype(), each)
     }
 }
 
 impl Weights for Checkpoint {
     fn weight(&self, path: &str, dims: &[usize]) -> Result<TensorData, ModelError> {
         self.reader.weight(path, dims)
+    }
+}
+
+/// Weights as a member of a team has them.
+struct Parts<'a> {
+    whole: &'a dyn Weights,
+    shard: Shard,
+}
+
+impl Weights for Parts<'_> {
+    fn weight(&self, path: &str, dims: &[usize]) -> Result<TensorData, ModelError> {
+        let split = Split::of(path);
+        Ok(split.cut(self.whole.weight(path, &split.whole_dims(dims, self.shard.count))?, self.shard))
     }
 }
 
@@ -201,10 +230,8 @@ impl ModelWeights {
     /// Takes them to the host.
     pub fn new<B: Backend, M: Module<B>>(module: &M) -> Self {
         let mut weights = BTreeMap::new();
-        weights::visit_params(module, |path, value, dims| {
-            let mut data = value.into_data();
-            data.shape = dims.to_vec().into();
-            weights.insert(path.to_string(), data);
+        weights::visit_params(module, |path, value| {
+            weights.insert(path.to_string(), value.to_data());
         });
         Self(weights)
     }

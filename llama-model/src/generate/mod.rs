@@ -18,7 +18,7 @@ pub use speculative::Speculation;
 
 use burn::tensor::{Int, Tensor, TensorData};
 
-use crate::{KvCache, Llama, LlamaBackend, LlamaConfig, ModelError};
+use crate::{KvCache, Llama, LlamaBackend, ModelError};
 
 /// What to generate, beside the prompts.
 #[derive(Clone, Debug)]
@@ -86,12 +86,12 @@ pub struct Session<B: LlamaBackend> {
 }
 
 impl<B: LlamaBackend> Session<B> {
-    /// A session with room for `capacity` tokens.
+    /// A session with a model, with room for `capacity` tokens.
     ///
     /// # Errors
     /// [`ModelError::SequenceTooLong`] if the model's context is shorter.
-    pub fn new(config: &LlamaConfig, capacity: usize, device: &B::Device) -> Result<Self, ModelError> {
-        Ok(Self { cache: KvCache::new(config, 1, capacity, device)?, tokens: Vec::new() })
+    pub fn new(model: &Llama<B>, capacity: usize) -> Result<Self, ModelError> {
+        Ok(Self { cache: KvCache::new(model, 1, capacity)?, tokens: Vec::new() })
     }
 
     /// Forgets all that `prompt` does not begin with, and leaves at least one of its tokens to read.
@@ -115,7 +115,6 @@ struct Row {
 pub struct Generation<'a, B: LlamaBackend> {
     model: &'a Llama<B>,
     cache: KvCache<B>,
-    device: B::Device,
     options: GenerateOptions,
     rows: Vec<Row>,
     started: bool,
@@ -128,18 +127,12 @@ impl<'a, B: LlamaBackend> Generation<'a, B> {
     /// # Errors
     /// [`ModelError::Generation`] for no or empty prompts or sampling out of range, [`ModelError::TokenOutOfRange`],
     /// and [`ModelError::SequenceTooLong`] if the longest prompt leaves no room for a token.
-    pub fn new(
-        model: &'a Llama<B>,
-        config: &LlamaConfig,
-        prompts: &[Vec<u32>],
-        options: GenerateOptions,
-        device: &B::Device,
-    ) -> Result<Self, ModelError> {
+    pub fn new(model: &'a Llama<B>, prompts: &[Vec<u32>], options: GenerateOptions) -> Result<Self, ModelError> {
         check(model, prompts, &options)?;
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let capacity = (longest + options.max_new_tokens).min(model.max_seq_len());
-        let cache = KvCache::new(config, prompts.len(), capacity, device)?;
-        Ok(Self::with_cache(model, cache, prompts, options, device))
+        let cache = KvCache::new(model, prompts.len(), capacity)?;
+        Ok(Self::with_cache(model, cache, prompts, options))
     }
 
     /// One generation of a longer text: of the prompt, only what the session has not read yet is read.
@@ -151,21 +144,14 @@ impl<'a, B: LlamaBackend> Generation<'a, B> {
         mut session: Session<B>,
         prompt: Vec<u32>,
         options: GenerateOptions,
-        device: &B::Device,
     ) -> Result<Self, ModelError> {
         let prompts = [prompt];
         check(model, &prompts, &options)?;
         session.keep_prefix_of(&prompts[0]);
-        Ok(Self::with_cache(model, session.cache, &prompts, options, device))
+        Ok(Self::with_cache(model, session.cache, &prompts, options))
     }
 
-    fn with_cache(
-        model: &'a Llama<B>,
-        cache: KvCache<B>,
-        prompts: &[Vec<u32>],
-        options: GenerateOptions,
-        device: &B::Device,
-    ) -> Self {
+    fn with_cache(model: &'a Llama<B>, cache: KvCache<B>, prompts: &[Vec<u32>], options: GenerateOptions) -> Self {
         let row = |(prompt, stream): (&Vec<u32>, u64)| Row {
             prompt: prompt.clone(),
             tokens: Vec::new(),
@@ -173,7 +159,7 @@ impl<'a, B: LlamaBackend> Generation<'a, B> {
             done: options.max_new_tokens == 0,
         };
         let rows = prompts.iter().zip(0..).map(row).collect();
-        Self { model, cache, device: device.clone(), options, rows, started: false, failed: false }
+        Self { model, cache, options, rows, started: false, failed: false }
     }
 
     /// What was read and generated, for the next generation of the same text.
@@ -211,7 +197,7 @@ impl<'a, B: LlamaBackend> Generation<'a, B> {
             return Ok(());
         }
         let mut one = self.cache.empty_like(1, shared);
-        absorb(self.model, &mut one, &first.prompt[..shared], self.options.prefill_chunk, &self.device)?;
+        absorb(self.model, &mut one, &first.prompt[..shared], self.options.prefill_chunk)?;
         self.cache.begin_with(&one);
         Ok(())
     }
@@ -226,7 +212,7 @@ impl<'a, B: LlamaBackend> Generation<'a, B> {
             if self.started { start + 1 } else { self.rows.iter().map(|row| row.prompt.len()).min().unwrap_or(0) };
         let known = self.rows.iter().map(|row| if row.tokens.is_empty() { &row.prompt } else { &row.tokens });
         let known: Vec<&[u32]> = known.map(|tokens| &tokens[start..end]).collect();
-        let logits = read(self.model, &mut self.cache, &known, 1, self.options.prefill_chunk, &self.device)?;
+        let logits = read(self.model, &mut self.cache, &known, 1, self.options.prefill_chunk)?;
         self.started = true;
 
         let mut generated = Vec::with_capacity(self.rows.len());
@@ -270,10 +256,9 @@ fn absorb<B: LlamaBackend>(
     cache: &mut KvCache<B>,
     tokens: &[u32],
     chunk: usize,
-    device: &B::Device,
 ) -> Result<(), ModelError> {
     for part in tokens.chunks(chunk) {
-        model.hidden(input(std::iter::once(part), device), Some(cache))?;
+        model.hidden(input(std::iter::once(part), &model.device()), Some(cache))?;
     }
     Ok(())
 }
@@ -308,14 +293,13 @@ fn read<B: LlamaBackend>(
     rows: &[&[u32]],
     count: usize,
     chunk: usize,
-    device: &B::Device,
 ) -> Result<Vec<f32>, ModelError> {
     let len = rows.first().map_or(0, |row| row.len());
     let mut start = 0;
     loop {
         // The last chunk has all whose logits are wanted.
         let end = if len - start <= chunk.max(count) { len } else { (start + chunk).min(len - count) };
-        let hidden = model.hidden(input(rows.iter().map(|row| &row[start..end]), device), Some(cache))?;
+        let hidden = model.hidden(input(rows.iter().map(|row| &row[start..end]), &model.device()), Some(cache))?;
         if end == len {
             let last = hidden.narrow(1, end - start - count, count);
             let logits = model.head(last).into_data().convert::<f32>();

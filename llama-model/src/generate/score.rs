@@ -9,7 +9,7 @@ use std::ops::Range;
 use burn::tensor::{Int, Tensor, TensorData, activation};
 
 use super::{PASS, absorb, common_prefix};
-use crate::{KvCache, Llama, LlamaBackend, LlamaConfig, ModelError};
+use crate::{KvCache, Llama, LlamaBackend, ModelError};
 
 /// A text whose end is to be scored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,13 +34,8 @@ const LOGITS: usize = 128;
 /// # Errors
 /// [`ModelError::Generation`] if nothing comes before `from`, [`ModelError::TokenOutOfRange`], and
 /// [`ModelError::SequenceTooLong`] if more tokens come before the last than the model's context has.
-pub fn score<B: LlamaBackend>(
-    model: &Llama<B>,
-    config: &LlamaConfig,
-    requests: &[ScoreRequest],
-    device: &B::Device,
-) -> Result<Vec<Vec<f32>>, ModelError> {
-    let (vocab_size, max) = (model.vocab_size(), model.max_seq_len());
+pub fn score<B: LlamaBackend>(model: &Llama<B>, requests: &[ScoreRequest]) -> Result<Vec<Vec<f32>>, ModelError> {
+    let (vocab_size, max, device) = (model.vocab_size(), model.max_seq_len(), &model.device());
     for ScoreRequest { tokens, from } in requests {
         if *from == 0 || *from > tokens.len() {
             let reason = format!("tokens from {from} of {} cannot be scored: one must come before", tokens.len());
@@ -56,13 +51,13 @@ pub fn score<B: LlamaBackend>(
     let rows = rows(requests);
     let batches = batches(&rows);
     let longest = batches.iter().map(|batch| batch.prefix).max().unwrap_or(0);
-    let mut prefix = Prefix { tokens: &[], cache: KvCache::new(config, 1, longest.max(1), device)? };
+    let mut prefix = Prefix { tokens: &[], cache: KvCache::new(model, 1, longest.max(1))? };
     let mut scores: Vec<Vec<f32>> =
         requests.iter().map(|request| vec![0.0; request.tokens.len() - request.from]).collect();
     for batch in batches {
         let rows = &rows[batch.rows];
-        prefix.read(model, &rows[0].input[..batch.prefix], device)?;
-        let hidden = rests(model, rows, &prefix, device)?;
+        prefix.read(model, &rows[0].input[..batch.prefix])?;
+        let hidden = rests(model, rows, &prefix)?;
         let width = hidden.dims()[1];
         // Where logits are wanted, as places in the flat batch.
         let places: Vec<(usize, usize)> =
@@ -170,21 +165,16 @@ struct Prefix<'a, B: LlamaBackend> {
 }
 
 impl<'a, B: LlamaBackend> Prefix<'a, B> {
-    fn read(&mut self, model: &Llama<B>, tokens: &'a [u32], device: &B::Device) -> Result<(), ModelError> {
+    fn read(&mut self, model: &Llama<B>, tokens: &'a [u32]) -> Result<(), ModelError> {
         self.cache.truncate(common_prefix(self.tokens, tokens));
         self.tokens = tokens;
         let kept = self.cache.len();
-        absorb(model, &mut self.cache, &tokens[kept..], CHUNK, device)
+        absorb(model, &mut self.cache, &tokens[kept..], CHUNK)
     }
 }
 
 /// Hidden states of the rows after their prefix, `[rows, width, d_model]`.
-fn rests<B: LlamaBackend>(
-    model: &Llama<B>,
-    rows: &[Row],
-    prefix: &Prefix<B>,
-    device: &B::Device,
-) -> Result<Tensor<B, 3>, ModelError> {
+fn rests<B: LlamaBackend>(model: &Llama<B>, rows: &[Row], prefix: &Prefix<B>) -> Result<Tensor<B, 3>, ModelError> {
     let start = prefix.tokens.len();
     let longest = rows.iter().map(|row| row.input.len()).max().unwrap_or(0);
     let padded = |row: &Row| {
@@ -195,7 +185,7 @@ fn rests<B: LlamaBackend>(
             .chain(std::iter::repeat_n(0, padding))
             .collect::<Vec<_>>()
     };
-    let ids = ints(rows.iter().flat_map(padded), device).reshape([rows.len(), longest - start]);
+    let ids = ints(rows.iter().flat_map(padded), &model.device()).reshape([rows.len(), longest - start]);
     if start == 0 {
         return model.hidden(ids, None);
     }

@@ -6,7 +6,7 @@
 //! one's; at the first that is not, a token is drawn from `max(0, p - q)` instead.
 
 use super::{GenerateOptions, Generated, Sampler, check, read};
-use crate::{KvCache, Llama, LlamaBackend, LlamaConfig, ModelError};
+use crate::{KvCache, Llama, LlamaBackend, ModelError};
 
 /// A model with what it has read.
 struct Reader<'a, B: LlamaBackend> {
@@ -16,15 +16,9 @@ struct Reader<'a, B: LlamaBackend> {
 
 impl<B: LlamaBackend> Reader<'_, B> {
     /// Reads what it has not read of `tokens`, and returns the logits after each of the last `count`.
-    fn logits(
-        &mut self,
-        tokens: &[u32],
-        count: usize,
-        options: &GenerateOptions,
-        device: &B::Device,
-    ) -> Result<Vec<Vec<f32>>, ModelError> {
+    fn logits(&mut self, tokens: &[u32], count: usize, options: &GenerateOptions) -> Result<Vec<Vec<f32>>, ModelError> {
         let new = &tokens[self.cache.len()..];
-        let logits = read(self.model, &mut self.cache, &[new], count, options.prefill_chunk, device)?;
+        let logits = read(self.model, &mut self.cache, &[new], count, options.prefill_chunk)?;
         Ok(logits.chunks_exact(self.model.vocab_size()).map(<[f32]>::to_vec).collect())
     }
 }
@@ -35,7 +29,6 @@ pub struct Speculation<'a, B: LlamaBackend> {
     draft: Reader<'a, B>,
     /// Tokens that the draft guesses at a time, at most.
     guesses: usize,
-    device: B::Device,
     options: GenerateOptions,
     sampler: Sampler,
     prompt_len: usize,
@@ -51,12 +44,11 @@ impl<'a, B: LlamaBackend> Speculation<'a, B> {
     /// As [`Generation::new`](super::Generation::new), for either model, and [`ModelError::Generation`] if they have
     /// different vocabularies or nothing is to be guessed.
     pub fn new(
-        (target, config): (&'a Llama<B>, &LlamaConfig),
-        (draft, draft_config): (&'a Llama<B>, &LlamaConfig),
+        target: &'a Llama<B>,
+        draft: &'a Llama<B>,
         guesses: usize,
         prompt: Vec<u32>,
         options: GenerateOptions,
-        device: &B::Device,
     ) -> Result<Self, ModelError> {
         if target.vocab_size() != draft.vocab_size() {
             return Err(ModelError::Generation(format!(
@@ -71,15 +63,14 @@ impl<'a, B: LlamaBackend> Speculation<'a, B> {
         check(target, std::slice::from_ref(&prompt), &options)?;
         check(draft, std::slice::from_ref(&prompt), &options)?;
         let room = prompt.len() + options.max_new_tokens + guesses;
-        let reader = |model: &'a Llama<B>, config| {
-            let cache = KvCache::new(config, 1, room.min(model.max_seq_len()), device)?;
+        let reader = |model: &'a Llama<B>| {
+            let cache = KvCache::new(model, 1, room.min(model.max_seq_len()))?;
             Ok::<_, ModelError>(Reader { model, cache })
         };
         Ok(Self {
-            target: reader(target, config)?,
-            draft: reader(draft, draft_config)?,
+            target: reader(target)?,
+            draft: reader(draft)?,
             guesses,
-            device: device.clone(),
             sampler: Sampler::new(options.sampling.clone(), options.seed, 0),
             done: options.max_new_tokens == 0,
             options,
@@ -104,13 +95,13 @@ impl<'a, B: LlamaBackend> Speculation<'a, B> {
         let mut guessed = Vec::with_capacity(guesses);
         let mut tokens = self.tokens.clone();
         for _ in 0..guesses {
-            let logits = self.draft.logits(&tokens, 1, &self.options, &self.device)?;
+            let logits = self.draft.logits(&tokens, 1, &self.options)?;
             let distribution = self.sampler.distribution(&logits[0], &tokens)?;
             let token = self.sampler.draw(&distribution);
             tokens.push(token);
             guessed.push((token, distribution));
         }
-        let checked = self.target.logits(&tokens, guesses + 1, &self.options, &self.device)?;
+        let checked = self.target.logits(&tokens, guesses + 1, &self.options)?;
 
         let mut new = Vec::with_capacity(guesses + 1);
         for (i, logits) in checked.iter().enumerate() {

@@ -1,13 +1,13 @@
 //! One block: `h = x + Attention(RMSNorm(x))`, then `h + FeedForward(RMSNorm(h))`.
 
 use burn::module::Module;
-use burn::tensor::{Int, Tensor};
+use burn::tensor::Tensor;
 
 use super::{Attention, FeedForward, LayerCache, Linear, RmsNorm};
+use crate::LlamaConfig;
 use crate::backend::ops::primitive;
-use crate::backend::{BlockWeights, LlamaBackend, ops};
+use crate::backend::{BlockSpec, BlockWeights, LlamaBackend, ops};
 use crate::init::Init;
-use crate::{Compute, LlamaConfig, Precision};
 
 /// A pre-normalised transformer block.
 #[derive(Module, Debug)]
@@ -32,20 +32,17 @@ impl<B: LlamaBackend> Block<B> {
         }
     }
 
-    /// The block as one operation with a backward of its own, unless weights are in blocks or have adapters. With `starts`, tokens attend inside their document only.
+    /// The block as one operation with a backward of its own, unless weights are in blocks or have adapters.
     ///
     /// # Shapes
-    /// `x [batch, seq_len, d_model]`, `tables` `[seq_len, head_dim / 2]` each, `starts [batch, seq_len]`, result as `x`.
-    pub fn forward(
-        &self,
-        x: Tensor<B, 3>,
-        tables: [Tensor<B, 2>; 2],
-        starts: Option<Tensor<B, 2, Int>>,
-        compute: Compute,
-    ) -> Tensor<B, 3> {
+    /// `x [batch, seq_len, d_model]`, or `[1, rows, d_model]` with the rows that a member of a team has; result as `x`.
+    ///
+    /// # Panics
+    /// If `x` does not fit `spec`, or a block with adapters is divided.
+    pub fn forward(&self, x: Tensor<B, 3>, spec: BlockSpec<B>) -> Tensor<B, 3> {
         let Self { attention_norm, attention, ffn_norm, feed_forward } = self;
         if !self.linears().iter().all(|(_, linear)| linear.is_plain()) {
-            return self.forward_parts(x, tables, starts, None, compute.precision);
+            return self.forward_parts(x, spec, None);
         }
         let weights = BlockWeights {
             attention_norm: primitive(attention_norm.weight.val()),
@@ -58,23 +55,20 @@ impl<B: LlamaBackend> Block<B> {
             w2: primitive(feed_forward.w2.dense()),
             w3: primitive(feed_forward.w3.dense()),
         };
-        ops::block(x, weights, tables, starts, self.attention_norm.eps, compute)
+        ops::block(x, weights, spec)
     }
 
     /// The same for inference: `x` continues the sequences in a cache.
     ///
     /// # Shapes
+    /// `x [batch, seq_len, d_model]`, also in a team, result as `x`.
+    ///
+    /// # Panics
     /// As [`forward`](Self::forward).
-    pub fn forward_cached(
-        &self,
-        x: Tensor<B, 3>,
-        tables: [Tensor<B, 2>; 2],
-        cache: &mut LayerCache<B>,
-        precision: Precision,
-    ) -> Tensor<B, 3> {
+    pub fn forward_cached(&self, x: Tensor<B, 3>, spec: BlockSpec<B>, cache: &mut LayerCache<B>) -> Tensor<B, 3> {
         let Self { attention_norm, attention, ffn_norm, feed_forward } = self;
         if self.linears().iter().any(|(_, linear)| linear.adapter.is_some()) {
-            return self.forward_parts(x, tables, None, Some(cache), precision);
+            return self.forward_parts(x, spec, Some(cache));
         }
         let weights = BlockWeights {
             attention_norm: primitive(attention_norm.weight.val()),
@@ -87,23 +81,27 @@ impl<B: LlamaBackend> Block<B> {
             w2: feed_forward.w2.matrix(),
             w3: feed_forward.w3.matrix(),
         };
-        cache.update(|cache| ops::cached_block(x, weights, cache, tables, attention_norm.eps, precision))
+        cache.update(|cache| ops::cached_block(x, weights, cache, spec))
     }
 
     /// The same, composed of its parts. With a cache, `x` continues the sequences in it.
     ///
     /// # Shapes
-    /// As [`forward`](Self::forward).
+    /// `x [batch, seq_len, d_model]`, result as `x`.
+    ///
+    /// # Panics
+    /// In a team.
     pub fn forward_parts(
         &self,
         x: Tensor<B, 3>,
-        tables: [Tensor<B, 2>; 2],
-        starts: Option<Tensor<B, 2, Int>>,
+        spec: BlockSpec<B>,
         cache: Option<&mut LayerCache<B>>,
-        precision: Precision,
     ) -> Tensor<B, 3> {
+        let BlockSpec { cos, sin, starts, compute, team, .. } = spec;
+        assert!(team.is_alone(), "a model with adapters is not divided");
+        let (tables, precision) = ([cos, sin].map(ops::tensor), compute.precision);
         let n = self.attention_norm.forward(x.clone());
-        let h = x + self.attention.forward(n, tables, starts, cache, precision);
+        let h = x + self.attention.forward(n, tables, starts.map(Tensor::from_primitive), cache, precision);
         h.clone() + self.feed_forward.forward(self.ffn_norm.forward(h), precision)
     }
 

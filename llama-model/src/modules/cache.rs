@@ -2,8 +2,9 @@
 
 use burn::tensor::Tensor;
 
+use super::{Attention, Block, Llama};
+use crate::ModelError;
 use crate::backend::{BlockCache, LlamaBackend, ops};
-use crate::{LlamaConfig, ModelError};
 
 const TAKEN: &str = "buffers are away only inside an operation";
 
@@ -24,17 +25,22 @@ pub struct LayerCache<B: LlamaBackend> {
 }
 
 impl<B: LlamaBackend> KvCache<B> {
-    /// An empty cache for `batch` sequences of up to `capacity` positions.
+    /// An empty cache of a model for `batch` sequences of up to `capacity` positions.
     ///
     /// # Errors
     /// [`ModelError::SequenceTooLong`] if the model's rotary tables end before `capacity`.
-    pub fn new(config: &LlamaConfig, batch: usize, capacity: usize, device: &B::Device) -> Result<Self, ModelError> {
-        if capacity > config.max_seq_len {
-            return Err(ModelError::SequenceTooLong { len: capacity, max: config.max_seq_len });
+    pub fn new(model: &Llama<B>, batch: usize, capacity: usize) -> Result<Self, ModelError> {
+        if capacity > model.max_seq_len() {
+            return Err(ModelError::SequenceTooLong { len: capacity, max: model.max_seq_len() });
         }
-        let zeros = || Some(Tensor::zeros([batch, capacity, config.n_kv_heads, config.head_dim], device));
-        let layers = (0..config.n_layers).map(|_| LayerCache { keys: zeros(), values: zeros(), len: 0 }).collect();
-        Ok(Self { layers, batch, capacity })
+        let device = model.device();
+        let layer = |block: &Block<B>| {
+            let Attention { wk, head_dim, .. } = &block.attention;
+            let [width, _] = wk.dims();
+            let zeros = || Some(Tensor::zeros([batch, capacity, width / head_dim, *head_dim], &device));
+            LayerCache { keys: zeros(), values: zeros(), len: 0 }
+        };
+        Ok(Self { layers: model.layers.iter().map(layer).collect(), batch, capacity })
     }
 
     /// Positions in use.

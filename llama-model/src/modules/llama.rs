@@ -1,11 +1,15 @@
 //! The whole model: embedding, blocks, final norm, output head.
 
+use std::ops::Range;
+
 use burn::module::Module;
 use burn::tensor::{DType, Int, Tensor};
 
 use super::{Block, Embedding, KvCache, Linear, RmsNorm, RotaryEmbedding};
-use crate::backend::{LlamaBackend, LossSpec, ops};
+use crate::backend::ops::primitive;
+use crate::backend::{BlockSpec, LlamaBackend, LossSpec, ops};
 use crate::init::Init;
+use crate::shard::Team;
 use crate::{Compute, LlamaConfig, ModelError};
 
 /// A LLaMA language model. Parameters carry the names of the released checkpoints.
@@ -24,6 +28,9 @@ pub struct Llama<B: LlamaBackend> {
     /// How it computes.
     #[module(skip)]
     pub compute: Compute,
+    /// Who has the other parts, if it is divided.
+    #[module(skip)]
+    pub(crate) team: Team,
 }
 
 impl LlamaConfig {
@@ -35,16 +42,25 @@ impl LlamaConfig {
     /// # Errors
     /// [`ModelError::Config`] if the fields describe no model.
     pub fn init<B: LlamaBackend>(&self, seed: u64, device: &B::Device) -> Result<Llama<B>, ModelError> {
-        self.init_with(Init::new(Some(seed), self.n_layers, device))
+        self.init_in(&Team::default(), seed, device)
     }
 
-    /// A model of zeros, to be filled from a checkpoint.
-    pub(crate) fn init_empty<B: LlamaBackend>(&self, device: &B::Device) -> Result<Llama<B>, ModelError> {
-        self.init_with(Init::new(None, self.n_layers, device))
+    /// The part of [`init`](Self::init)'s model that a member of a team has.
+    ///
+    /// # Errors
+    /// As there, or if the model cannot be divided among as many.
+    pub fn init_in<B: LlamaBackend>(&self, team: &Team, seed: u64, device: &B::Device) -> Result<Llama<B>, ModelError> {
+        self.init_with(team, Init::new(Some(seed), self.n_layers, team.shard(), device))
     }
 
-    fn init_with<B: LlamaBackend>(&self, init: Init<B>) -> Result<Llama<B>, ModelError> {
+    /// A model of zeros, or the part of it that a member of a team has, to be filled from a checkpoint.
+    pub(crate) fn init_empty<B: LlamaBackend>(&self, team: &Team, device: &B::Device) -> Result<Llama<B>, ModelError> {
+        self.init_with(team, Init::new(None, self.n_layers, team.shard(), device))
+    }
+
+    fn init_with<B: LlamaBackend>(&self, team: &Team, init: Init<B>) -> Result<Llama<B>, ModelError> {
         self.validate()?;
+        self.check_shards(team.shard().count)?;
         Ok(Llama {
             tok_embeddings: Embedding::new(self.vocab_size, self.d_model, init.std(), &init.at("tok_embeddings")),
             layers: (0..self.n_layers).map(|layer| Block::new(self, &init.at(&format!("layers.{layer}")))).collect(),
@@ -53,6 +69,7 @@ impl LlamaConfig {
                 .then(|| Linear::new(self.d_model, self.vocab_size, init.std(), &init.at("output"))),
             rope: RotaryEmbedding::new(self, init.device()),
             compute: Compute::default(),
+            team: team.clone(),
         })
     }
 }
@@ -73,7 +90,8 @@ impl<B: LlamaBackend> Llama<B> {
         Ok(self.head(self.hidden(tokens, cache)?))
     }
 
-    /// Hidden states after the final norm: what the head reads.
+    /// Hidden states after the final norm: what the head reads. Those of a divided model have no gradients; its
+    /// [loss](Self::document_loss) has.
     ///
     /// # Shapes
     /// `tokens [batch, seq_len]`, result `[batch, seq_len, d_model]`.
@@ -85,33 +103,97 @@ impl<B: LlamaBackend> Llama<B> {
         tokens: Tensor<B, 2, Int>,
         cache: Option<&mut KvCache<B>>,
     ) -> Result<Tensor<B, 3>, ModelError> {
-        self.hidden_of(tokens, None, cache)
+        let [batch, seq_len] = tokens.dims();
+        let mut own_cache;
+        let cache = match cache {
+            Some(cache) => cache,
+            None if self.team.is_alone() => {
+                let hidden = self.own_hidden(tokens, None)?;
+                let [_, d_model] = hidden.dims();
+                return Ok(hidden.reshape([batch, seq_len, d_model]));
+            }
+            // Each member has all rows then, however few there are.
+            None => {
+                own_cache = KvCache::new(self, batch, seq_len)?;
+                &mut own_cache
+            }
+        };
+        cache.check(batch, seq_len, self.layers.len())?;
+        let spec = self.block_spec(cache.len(), [batch, seq_len], None)?;
+        let mut x = self.tok_embeddings.forward(tokens);
+        for (layer, block) in self.layers.iter().enumerate() {
+            x = block.forward_cached(x, spec.clone(), cache.layer(layer));
+        }
+        Ok(self.norm.forward(x))
     }
 
-    fn hidden_of(
+    /// Hidden states of the rows that this member has: all, if the model is not divided.
+    ///
+    /// # Shapes
+    /// `tokens` and `starts` `[batch, seq_len]`, result `[rows, d_model]`.
+    fn own_hidden(
         &self,
         tokens: Tensor<B, 2, Int>,
         starts: Option<Tensor<B, 2, Int>>,
-        mut cache: Option<&mut KvCache<B>>,
-    ) -> Result<Tensor<B, 3>, ModelError> {
-        let [batch, seq_len] = tokens.dims();
-        let past = cache.as_ref().map_or(0, |cache| cache.len());
-        if let Some(cache) = &cache {
-            cache.check(batch, seq_len, self.layers.len())?;
+    ) -> Result<Tensor<B, 2>, ModelError> {
+        let spec = self.block_spec(0, tokens.dims(), starts)?;
+        let (rows, members) = (spec.batch * spec.seq_len, self.team.shard().count);
+        if rows < members {
+            let reason = format!("are {rows}, less than one for each of {members} devices that divide the model");
+            return Err(ModelError::Config { field: "tokens", reason });
         }
+        let tokens = match self.team.is_alone() {
+            true => tokens,
+            false => self.own_rows(tokens).unsqueeze(),
+        };
+        let x = self.layers.iter().fold(self.tok_embeddings.forward(tokens), |x, block| block.forward(x, spec.clone()));
+        Ok(self.norm.forward(x).flatten(0, 1))
+    }
+
+    /// What all blocks are told of `[batch, seq_len]` tokens after `past` others in each sequence.
+    ///
+    /// # Errors
+    /// [`ModelError::SequenceTooLong`].
+    pub fn block_spec(
+        &self,
+        past: usize,
+        [batch, seq_len]: [usize; 2],
+        starts: Option<Tensor<B, 2, Int>>,
+    ) -> Result<BlockSpec<B>, ModelError> {
         if past + seq_len > self.max_seq_len() {
             return Err(ModelError::SequenceTooLong { len: past + seq_len, max: self.max_seq_len() });
         }
+        let [cos, sin] = self.rope.tables(past, seq_len).map(primitive);
+        let starts = starts.map(Tensor::into_primitive);
+        let (head_dim, eps) = (2 * self.rope.cos.dims()[1], self.norm.eps);
+        Ok(BlockSpec {
+            cos,
+            sin,
+            starts,
+            batch,
+            seq_len,
+            head_dim,
+            eps,
+            compute: self.compute,
+            team: self.team.clone(),
+        })
+    }
 
-        let tables = self.rope.tables(past, seq_len);
-        let mut x = self.tok_embeddings.forward(tokens);
-        for (layer, block) in self.layers.iter().enumerate() {
-            x = match &mut cache {
-                None => block.forward(x, tables.clone(), starts.clone(), self.compute),
-                Some(cache) => block.forward_cached(x, tables.clone(), cache.layer(layer), self.compute.precision),
-            };
-        }
-        Ok(self.norm.forward(x))
+    /// Of numbers for each token those of the rows that this member has.
+    fn own_rows(&self, numbers: Tensor<B, 2, Int>) -> Tensor<B, 1, Int> {
+        let numbers: Tensor<B, 1, Int> = numbers.flatten(0, 1);
+        let rows = self.rows(numbers.dims()[0]);
+        numbers.slice([rows])
+    }
+
+    /// Who has the other parts, if the model is divided.
+    pub fn team(&self) -> &Team {
+        &self.team
+    }
+
+    /// The rows of `tokens` that this member of a team has, whose losses it gives: all, if the model is not divided.
+    pub fn rows(&self, tokens: usize) -> Range<usize> {
+        self.team.shard().range(tokens)
     }
 
     /// Logits of hidden states.
@@ -131,7 +213,8 @@ impl<B: LlamaBackend> Llama<B> {
         Self { compute, ..self }
     }
 
-    /// Summed cross entropy of `targets` after `tokens`; a target of -100 is left out. The logits never exist whole.
+    /// Summed cross entropy of `targets` after `tokens`; a target of -100 is left out. The logits never exist whole. A member of a
+    /// team gives the sum over its [`rows`](Self::rows).
     /// `z_loss` is the factor of the squared log-sum-exp, 0 for none: see [`LossSpec::z_loss`].
     ///
     /// # Shapes
@@ -164,7 +247,8 @@ impl<B: LlamaBackend> Llama<B> {
         z_loss: f64,
     ) -> Result<Tensor<B, 1>, ModelError> {
         let spec = LossSpec { precision: self.compute.precision, z_loss, ..Default::default() };
-        Ok(ops::linear_cross_entropy(self.hidden_of(tokens, starts, None)?, self.head_weight(), targets, spec))
+        let targets = self.own_rows(targets);
+        Ok(ops::linear_cross_entropy(self.own_hidden(tokens, starts)?, self.head_weight(), targets, spec))
     }
 
     /// Cross entropy of each target after `tokens`, 0 where the target is -100. The negative of a token's
@@ -191,6 +275,11 @@ impl<B: LlamaBackend> Llama<B> {
     /// Longest sequence the rotary tables cover.
     pub fn max_seq_len(&self) -> usize {
         self.rope.cos.dims()[0]
+    }
+
+    /// Where it is.
+    pub fn device(&self) -> B::Device {
+        self.norm.weight.device()
     }
 
     /// Number of tokens the model knows.

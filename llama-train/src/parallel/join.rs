@@ -136,9 +136,9 @@ fn local(devices: usize, from: usize, count: usize, timeout: Duration) -> Vec<Ve
 }
 
 fn into_groups(links: Vec<Vec<Option<Link>>>, from: usize) -> Vec<Group> {
-    let group = |(index, links): (usize, Vec<Option<Link>>)| Group {
-        rank: Rank { index: (from + index) as u64, count: links.len() as u64 },
-        links,
+    let group = |(index, links): (usize, Vec<Option<Link>>)| {
+        let rank = Rank { index: (from + index) as u64, count: links.len() as u64 };
+        Group::new(rank, links)
     };
     links.into_iter().enumerate().map(group).collect()
 }

@@ -3,6 +3,7 @@
 use std::io::{self, BufWriter, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -26,7 +27,8 @@ type Sent = Result<Frame, String>;
 pub(super) struct Link {
     /// There until dropped.
     to: Option<SyncSender<Sent>>,
-    from: Receiver<Sent>,
+    /// Only one thread receives at a time; the lock lets a model, which others may hold, have the link.
+    from: Mutex<Receiver<Sent>>,
     timeout: Duration,
     writer: Option<JoinHandle<()>>,
 }
@@ -36,7 +38,7 @@ impl Link {
     pub fn pair(timeout: Duration) -> (Self, Self) {
         let (to_b, from_a) = sync_channel(AHEAD);
         let (to_a, from_b) = sync_channel(AHEAD);
-        let end = |to, from| Self { to: Some(to), from, timeout, writer: None };
+        let end = |to, from| Self { to: Some(to), from: Mutex::new(from), timeout, writer: None };
         (end(to_b, from_b), end(to_a, from_a))
     }
 
@@ -72,19 +74,23 @@ impl Link {
             // Ends the other thread, too.
             let _ = stream.shutdown(Shutdown::Both);
         })?;
-        Ok(Self { to: Some(to), from, timeout, writer: Some(writer) })
+        Ok(Self { to: Some(to), from: Mutex::new(from), timeout, writer: Some(writer) })
     }
 
     /// Sends a frame, perhaps after waiting for those before it.
     pub fn send(&self, frame: Frame) -> Result<(), String> {
         let to = self.to.as_ref().expect("there until dropped");
         // The end that has left may have said why.
-        to.send(Ok(frame)).map_err(|_| self.from.try_iter().find_map(Sent::err).unwrap_or_else(|| LEFT.into()))
+        to.send(Ok(frame)).map_err(|_| self.from().try_iter().find_map(Sent::err).unwrap_or_else(|| LEFT.into()))
+    }
+
+    fn from(&self) -> MutexGuard<'_, Receiver<Sent>> {
+        self.from.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The next frame of the other end.
     pub fn receive(&self) -> Sent {
-        self.from.recv_timeout(self.timeout).unwrap_or_else(|error| {
+        self.from().recv_timeout(self.timeout).unwrap_or_else(|error| {
             Err(match error {
                 RecvTimeoutError::Timeout => format!("nothing came from it for {} s", self.timeout.as_secs()),
                 RecvTimeoutError::Disconnected => LEFT.into(),

@@ -1,6 +1,6 @@
-//! Data-parallel training: devices of one machine or of several share the micro-batches of a step.
+//! Training on several devices (paper, section 2.4): data, tensor and sequence parallelism.
 //!
-//! Every member of a [`Group`] has the whole model. Of a step's micro-batches it takes each `count`-th, from its rank on, so that the
+//! The members of a [`Group`] train one model. Of a step's micro-batches each takes the `count`-th, from its rank on, so that the
 //! configuration alone says what a step is, whatever the number of members. Every parameter belongs to one member, which has its moments:
 //! the optimizer's state is divided, as in ZeRO's first stage ([Rajbhandari et al. 2020](https://arxiv.org/abs/1910.02054)).
 //! After the backward,
@@ -13,31 +13,98 @@
 //! A parameter is sent as often as in an all-reduce of the gradients. Sums have one order, so that a run on a CPU can be repeated bit for bit;
 //! with one micro-batch for each member it has the very bits of a run on a single one.
 //!
+//! A model that is too large for a device is divided among consecutive members ([`Group::dividing_models`],
+//! [`llama_model::shard`]): they are one replica and take the same micro-batches. A part of a matrix is then exchanged as above by those members of the
+//! replicas that have it; what is not divided, by all, who have its gradients for their rows each.
+//!
 //! [`join`] makes the group: in one process by channels, between processes and machines by TCP.
 
 mod exchange;
 mod join;
 mod link;
+mod pieces;
+mod snapshot;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 pub use join::{Rendezvous, join};
+pub use snapshot::Snapshot;
 
 use llama_data::loader::Rank;
+use llama_model::shard::{Collective, Shard, Team};
 
 use crate::TrainError;
-pub(crate) use exchange::{Parallel, owned};
+pub(crate) use exchange::Parallel;
 use link::{Frame, Link};
+pub(crate) use pieces::{Piece, owned};
 
 /// One member's view of the devices that train together.
 pub struct Group {
     rank: Rank,
+    /// How many consecutive members divide a model among them.
+    parts: usize,
     /// By rank; none to itself.
     links: Vec<Option<Link>>,
+    /// Why a model did not get what another member should have sent.
+    lost: Mutex<Option<TrainError>>,
 }
 
 impl Group {
+    fn new(rank: Rank, links: Vec<Option<Link>>) -> Self {
+        Self { rank, parts: 1, links, lost: Mutex::new(None) }
+    }
+
     /// A device that trains alone.
     pub fn alone() -> Self {
-        Self { rank: Rank::ONLY, links: vec![None] }
+        Self::new(Rank::ONLY, vec![None])
+    }
+
+    /// Lets every `parts` members, by rank, divide a model among them: members whose connections are fast, as those of one machine.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`] if some would be left over.
+    pub fn dividing_models(self, parts: usize) -> Result<Self, TrainError> {
+        match parts > 0 && self.rank.count.is_multiple_of(parts as u64) {
+            true => Ok(Self { parts, ..self }),
+            false => {
+                let reason = format!("is {parts}, of which {} devices are no multiple", self.rank.count);
+                Err(TrainError::config("tensor_parallel", reason))
+            }
+        }
+    }
+
+    /// The part of the model that this member has.
+    pub fn shard(&self) -> Shard {
+        Shard { index: self.rank.index as usize % self.parts, count: self.parts }
+    }
+
+    /// Which of the whole models it has a part of: those share the micro-batches.
+    pub fn replica(&self) -> Rank {
+        let parts = self.parts as u64;
+        Rank { index: self.rank.index / parts, count: self.rank.count / parts }
+    }
+
+    /// Those that have the other parts, as long as this member is in the group.
+    pub fn team(self: &Arc<Self>) -> Team {
+        Team::new(Arc::new(Part { shard: self.shard(), group: Arc::downgrade(self) }))
+    }
+
+    /// The rank of the member of this replica that has a part.
+    fn rank_of_part(&self, part: usize) -> usize {
+        self.rank.index as usize / self.parts * self.parts + part
+    }
+
+    fn lost(&self) -> MutexGuard<'_, Option<TrainError>> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lose(&self, error: TrainError) {
+        self.lost().get_or_insert(error);
+    }
+
+    /// Whether models got all that they were to get: asked before what they computed is used.
+    pub(crate) fn check(&self) -> Result<(), TrainError> {
+        self.lost().take().map_or(Ok(()), Err)
     }
 
     /// Which member this is, of how many.
@@ -127,6 +194,40 @@ impl Group {
             }
         }
         Ok(())
+    }
+}
+
+/// A group as a model has it. Graphs of gradients may outlive a member that fails; they do not keep it in the group.
+struct Part {
+    shard: Shard,
+    group: Weak<Group>,
+}
+
+impl Part {
+    /// Unless somebody is missing already, who is not waited for again.
+    fn group(&self) -> Option<Arc<Group>> {
+        self.group.upgrade().filter(|group| group.lost().is_none())
+    }
+}
+
+impl Collective for Part {
+    fn shard(&self) -> Shard {
+        self.shard
+    }
+
+    fn send(&self, to: usize, bytes: Vec<u8>) {
+        if let Some(group) = self.group() {
+            let sent = group.send(group.rank_of_part(to), Frame::Bytes(bytes));
+            sent.unwrap_or_else(|error| group.lose(error));
+        }
+    }
+
+    fn receive(&self, from: usize, len: usize) -> Option<Vec<u8>> {
+        let group = self.group()?;
+        let rank = group.rank_of_part(from);
+        let bytes = group.receive_bytes(rank);
+        let right = bytes.and_then(|bytes| if bytes.len() == len { Ok(bytes) } else { Err(out_of_step(rank)) });
+        right.map_err(|error| group.lose(error)).ok()
     }
 }
 

@@ -112,7 +112,7 @@ where
     let in_f32 = floats.into_iter().all(|tensor| tensor.dtype == DType::F32);
     let head_dim = spec.head_dim;
     let heads = attention::fits(&x.client, wq.d_out / head_dim, wk.d_out / head_dim, head_dim);
-    (fits(x) && alike && in_f32 && heads).then(|| Matrices([wq, wk, wv, wo, w1, w2, w3]))
+    (fits(x) && alike && in_f32 && heads && spec.team.is_alone()).then(|| Matrices([wq, wk, wv, wo, w1, w2, w3]))
 }
 
 /// [`LlamaBackend::cached_block`](crate::LlamaBackend::cached_block) of at most [`MAX_ROWS`] rows.

@@ -11,6 +11,7 @@ use super::super::{
 };
 use super::decode;
 use crate::Precision;
+use crate::shard::Team;
 
 mod custom;
 
@@ -290,8 +291,8 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
         cache: BlockCache<Self>,
         spec: BlockSpec<Self>,
     ) -> (FloatTensor<Self>, BlockCache<Self>) {
-        // Of many rows the parts are worth more than what is between them.
-        if x.shape()[0] > decode::MAX_ROWS {
+        // Of many rows the parts are worth more than what is between them; members of a team sum between them.
+        if x.shape()[0] > decode::MAX_ROWS || !spec.team.is_alone() {
             return block::cached(x, weights, cache, &spec);
         }
         let outputs = vec![like(&x), like(&cache.keys), like(&cache.values)];
@@ -320,7 +321,8 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
                 Some(bits) => Matrix::Blocks(QuantizedWeight { bits, words: expect(words.next()), scales: next() }),
             });
             let weights = BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 };
-            let spec = BlockSpec { cos, sin, starts: None, batch, seq_len, head_dim, eps, compute };
+            let team = Team::default();
+            let spec = BlockSpec { cos, sin, starts: None, batch, seq_len, head_dim, eps, compute, team };
             let (out, BlockCache { keys, values, .. }) =
                 B::cached_block(x, weights, BlockCache { keys, values, len }, spec);
             vec![out, keys, values]

@@ -1,0 +1,355 @@
+//! A model divided among devices: tensor and sequence parallelism (paper, section 2.4; Korthikanti et al. 2022, section 4.2.2).
+//!
+//! Each member of a team has a share of every block's heads and inner features: rows of `wq`, `wk`, `wv`, `w1` and `w3`, columns of `wo` and
+//! `w2`. What lies between those products is divided by tokens: a member adds to, normalises and scores rows of its own. So nothing
+//! is computed twice, and every activation is divided.
+//!
+//! ```text
+//! own rows ─ norm ─ gather ─ wq wk wv ─ attention ─ wo ─ scatter_sum ─ + ─ norm ─ gather ─ w1 w3 ─ swiglu ─ w2 ─ scatter_sum ─ +
+//!                   all rows, own heads                  own rows               all rows, own features          own rows
+//! ```
+//!
+//! `gather` and `scatter_sum` are each the other's backward. Embedding, head and gains of norms are whole on every member; each makes the
+//! gradients of its own rows, and who drives the training sums them.
+//!
+//! Inference with a cache, whose new tokens are few, has all rows on every member and adds up products instead.
+
+use std::fmt::{self, Debug, Formatter};
+use std::ops::Range;
+use std::sync::Arc;
+
+use burn::tensor::backend::Backend;
+use burn::tensor::ops::FloatTensor;
+use burn::tensor::{DType, TensorData, TensorMetadata};
+
+use crate::Precision;
+use crate::backend::ops::tensor;
+
+/// One part of what is divided, of how many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shard {
+    /// From 0.
+    pub index: usize,
+    /// Parts in all.
+    pub count: usize,
+}
+
+impl Shard {
+    /// What is not divided.
+    pub const WHOLE: Self = Self { index: 0, count: 1 };
+
+    /// This part of `0..total`; parts differ by one in length where `total` is no multiple of their number.
+    pub fn range(&self, total: usize) -> Range<usize> {
+        total * self.index / self.count..total * (self.index + 1) / self.count
+    }
+
+    fn all(self) -> impl Iterator<Item = Self> {
+        (0..self.count).map(move |index| Self { index, ..self })
+    }
+
+    fn others(self) -> impl Iterator<Item = Self> {
+        self.all().filter(move |other| *other != self)
+    }
+}
+
+/// How a parameter is divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// It is not: every member has it.
+    Whole,
+    /// By outputs.
+    Rows,
+    /// By inputs.
+    Columns,
+}
+
+impl Split {
+    /// That of the parameter at a path.
+    pub fn of(path: &str) -> Self {
+        match path.strip_suffix(".weight").and_then(|path| path.rsplit('.').next()) {
+            Some("wq" | "wk" | "wv" | "w1" | "w3") => Self::Rows,
+            Some("wo" | "w2") => Self::Columns,
+            _ => Self::Whole,
+        }
+    }
+
+    /// The shape of each of `count` parts of a matrix.
+    pub(crate) fn part_dims(self, [rows, columns]: [usize; 2], count: usize) -> [usize; 2] {
+        match self {
+            Self::Whole => [rows, columns],
+            Self::Rows => [rows / count, columns],
+            Self::Columns => [rows, columns / count],
+        }
+    }
+
+    /// The shape of the whole, of which a part of `count` has `dims`.
+    pub fn whole_dims(self, dims: &[usize], count: usize) -> Vec<usize> {
+        let mut dims = dims.to_vec();
+        match self {
+            Self::Whole => {}
+            Self::Rows => dims[0] *= count,
+            Self::Columns => dims[1] *= count,
+        }
+        dims
+    }
+
+    /// A part of the whole.
+    pub fn cut(self, whole: TensorData, shard: Shard) -> TensorData {
+        if self == Self::Whole || shard.count == 1 {
+            return whole;
+        }
+        let [rows, columns] = whole.shape.dims();
+        let (size, bytes) = (whole.dtype.size(), whole.as_bytes());
+        let row = columns * size;
+        let (bytes, dims) = match self {
+            Self::Columns => {
+                let part = shard.range(columns);
+                let rows_of_part = bytes.chunks_exact(row).map(|row| &row[part.start * size..part.end * size]);
+                (rows_of_part.collect::<Vec<_>>().concat(), [rows, part.len()])
+            }
+            _ => {
+                let part = shard.range(rows);
+                (bytes[part.start * row..part.end * row].to_vec(), [part.len(), columns])
+            }
+        };
+        TensorData::from_bytes_vec(bytes, dims, whole.dtype)
+    }
+
+    /// The whole of all its parts, in their order.
+    ///
+    /// # Panics
+    /// Without parts.
+    pub fn join(self, mut parts: Vec<TensorData>) -> TensorData {
+        if self == Self::Whole || parts.len() == 1 {
+            return parts.swap_remove(0);
+        }
+        let dtype = parts[0].dtype;
+        let dims = self.whole_dims(&parts[0].shape, parts.len());
+        let slices: Vec<&[u8]> = match self {
+            Self::Columns => {
+                let row = |part: &TensorData| part.shape[1] * dtype.size();
+                let of_row = |index| parts.iter().map(move |part| &part.as_bytes()[index * row(part)..][..row(part)]);
+                (0..dims[0]).flat_map(of_row).collect()
+            }
+            _ => parts.iter().map(TensorData::as_bytes).collect(),
+        };
+        TensorData::from_bytes_vec(slices.concat(), dims, dtype)
+    }
+}
+
+/// What joins the members of a team.
+pub trait Collective: Send + Sync {
+    /// The part of the model that this member has.
+    fn shard(&self) -> Shard;
+
+    /// Gives bytes to a member; they may still be under way when this returns. All members send and receive in the same order.
+    fn send(&self, to: usize, bytes: Vec<u8>);
+
+    /// The next `len` bytes from a member, in the order it sent them. None if it is gone or sends something else: then what the model computes is
+    /// no number, and who drives it asks the implementation for the reason.
+    fn receive(&self, from: usize, len: usize) -> Option<Vec<u8>>;
+}
+
+/// The members that a divided model is on; a model that is not divided is a team of one.
+#[derive(Clone, Default)]
+pub struct Team(Option<Arc<dyn Collective>>);
+
+impl Debug for Team {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Shard { index, count } = self.shard();
+        write!(f, "{index} of {count}")
+    }
+}
+
+/// Rows on their way between members.
+#[must_use]
+pub(crate) struct Pending<B: Backend>(State<B>);
+
+enum State<B: Backend> {
+    /// There is nobody else.
+    Here(FloatTensor<B>),
+    Gather {
+        sent: Sent<B>,
+        dtype: DType,
+    },
+    Sum(Sent<B>),
+}
+
+/// What this member sent to itself, and the shape `[rows, width]` of what comes.
+struct Sent<B: Backend> {
+    own: Vec<u8>,
+    rows: usize,
+    width: usize,
+    as_dtype: DType,
+    device: B::Device,
+}
+
+impl Team {
+    /// The team whose members `collective` joins.
+    pub fn new(collective: Arc<dyn Collective>) -> Self {
+        Self((collective.shard().count > 1).then_some(collective))
+    }
+
+    /// The part of this member.
+    pub fn shard(&self) -> Shard {
+        self.0.as_ref().map_or(Shard::WHOLE, |members| members.shard())
+    }
+
+    /// Whether the model is not divided.
+    pub fn is_alone(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// Begins to give the rows of all members to all: `[rows, width]`, rounded to the type that is read of them.
+    pub(crate) fn begin_gather<B: Backend>(&self, x: FloatTensor<B>, rows: usize, precision: Precision) -> Pending<B> {
+        let dtype = x.dtype();
+        Pending(match self.send(x, rows, precision.dtype(), |_, rows| 0..rows) {
+            Ok(sent) => State::Gather { sent, dtype },
+            Err(x) => State::Here(x),
+        })
+    }
+
+    /// Begins to give each member the sum, in f32, of what all have for its rows.
+    pub(crate) fn begin_scatter_sum<B: Backend>(&self, x: FloatTensor<B>) -> Pending<B> {
+        let rows = self.shard().range(x.shape()[0]).len();
+        Pending(self.send(x, rows, DType::F32, |to, rows| to.range(rows)).map_or_else(State::Here, State::Sum))
+    }
+
+    /// Begins to give all members the sum, in f32, of what all have.
+    pub(crate) fn begin_sum<B: Backend>(&self, x: FloatTensor<B>) -> Pending<B> {
+        let rows = x.shape()[0];
+        Pending(self.send(x, rows, DType::F32, |_, rows| 0..rows).map_or_else(State::Here, State::Sum))
+    }
+
+    /// Sends each member its rows of `x`; `rows` will come back. Without others, `x` comes back.
+    fn send<B: Backend>(
+        &self,
+        x: FloatTensor<B>,
+        rows: usize,
+        as_dtype: DType,
+        rows_for: impl Fn(Shard, usize) -> Range<usize>,
+    ) -> Result<Sent<B>, FloatTensor<B>> {
+        let Some(members) = &self.0 else { return Err(x) };
+        let ([of_x, width], device) = (x.shape().dims(), B::float_device(&x));
+        let data = tensor::<B, 2>(x).into_data().convert_dtype(as_dtype);
+        let row = width * as_dtype.size();
+        let part = |to| {
+            let Range { start, end } = rows_for(to, of_x);
+            data.as_bytes()[start * row..end * row].to_vec()
+        };
+        let shard = self.shard();
+        shard.others().for_each(|to| members.send(to.index, part(to)));
+        Ok(Sent { own: part(shard), rows, width, as_dtype, device })
+    }
+
+    /// What was begun, when it has come.
+    pub(crate) fn end<B: Backend>(&self, Pending(state): Pending<B>) -> FloatTensor<B> {
+        match state {
+            State::Here(x) => x,
+            State::Gather { sent: Sent { own, rows, width, as_dtype, device }, dtype } => {
+                let row = width * as_dtype.size();
+                let parts = self.receive(own, |from| from.range(rows).len() * row);
+                let all = TensorData::from_bytes_vec(parts.concat(), [rows, width], as_dtype);
+                B::float_from_data(all.convert_dtype(dtype), &device)
+            }
+            State::Sum(Sent { own, rows, width, as_dtype, device }) => {
+                let parts = self.receive(own, |_| rows * width * as_dtype.size());
+                let mut parts = parts.iter().map(|part| bytemuck::pod_collect_to_vec::<u8, f32>(part));
+                let mut sum = parts.next().unwrap_or_default();
+                // In the order of members, so that all of them make the same additions.
+                for part in parts {
+                    sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+                }
+                B::float_from_data(TensorData::new(sum, [rows, width]), &device)
+            }
+        }
+    }
+
+    /// What each member sent, in their order.
+    fn receive(&self, own: Vec<u8>, len: impl Fn(Shard) -> usize) -> Vec<Vec<u8>> {
+        let (members, mut own) = (self.0.as_ref().expect("only a team sends"), Some(own));
+        let part = |from: Shard| match from == self.shard() {
+            true => own.take().unwrap_or_default(),
+            // Of whoever is gone, bytes that are no number in any type.
+            false => members.receive(from.index, len(from)).unwrap_or_else(|| vec![0xff; len(from)]),
+        };
+        self.shard().all().map(part).collect()
+    }
+
+    /// [`begin_scatter_sum`](Self::begin_scatter_sum), awaited.
+    pub(crate) fn scatter_sum<B: Backend>(&self, x: FloatTensor<B>) -> FloatTensor<B> {
+        self.end(self.begin_scatter_sum::<B>(x))
+    }
+
+    /// [`begin_sum`](Self::begin_sum), awaited.
+    pub(crate) fn sum<B: Backend>(&self, x: FloatTensor<B>) -> FloatTensor<B> {
+        self.end(self.begin_sum::<B>(x))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Tensor;
+
+    use super::*;
+    use crate::backend::ops::primitive;
+
+    #[test]
+    fn parts_cover_the_whole() {
+        for total in [0, 1, 5, 12] {
+            for count in 1..=4 {
+                let parts: Vec<_> = Shard { index: 0, count }.all().flat_map(|shard| shard.range(total)).collect();
+                assert_eq!(parts, (0..total).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn what_a_missing_member_does_not_send_is_no_number() {
+        use burn::backend::Flex;
+        struct Nobody;
+        impl Collective for Nobody {
+            fn shard(&self) -> Shard {
+                Shard { index: 1, count: 3 }
+            }
+            fn send(&self, _: usize, _: Vec<u8>) {}
+            fn receive(&self, _: usize, _: usize) -> Option<Vec<u8>> {
+                None
+            }
+        }
+        let team = Team::new(Arc::new(Nobody));
+        let ones = |rows| primitive(Tensor::<Flex, 2>::ones([rows, 2], &Default::default()));
+        let values = |pending: Pending<Flex>| tensor::<Flex, 2>(team.end(pending)).into_data().to_vec::<f32>().unwrap();
+        for precision in [Precision::F32, Precision::Bf16, Precision::F16] {
+            // Two of seven rows are here.
+            let found = values(team.begin_gather(ones(2), 7, precision));
+            assert_eq!(found.len(), 14);
+            assert!(found[4..8].iter().all(|x| *x == 1.0) && found[..4].iter().chain(&found[8..]).all(|x| x.is_nan()));
+        }
+        assert!(values(team.begin_scatter_sum(ones(7))).iter().all(|x| x.is_nan()));
+        assert!(values(team.begin_sum(ones(7))).iter().all(|x| x.is_nan()));
+    }
+
+    #[test]
+    fn what_is_cut_can_be_joined() {
+        let whole = TensorData::new((0..24).map(|n| n as f32).collect(), [4, 6]);
+        for (path, split, second) in [
+            ("layers.0.attention.wk.weight", Split::Rows, vec![12.0, 13.0, 14.0, 15.0, 16.0, 17.0]),
+            ("layers.11.feed_forward.w2.weight", Split::Columns, vec![3.0, 4.0, 5.0, 9.0, 10.0, 11.0]),
+            ("layers.0.attention_norm.weight", Split::Whole, vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0]),
+            ("tok_embeddings.weight", Split::Whole, vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0]),
+        ] {
+            assert_eq!(Split::of(path), split);
+            for count in [1, 2] {
+                let parts: Vec<_> =
+                    Shard { index: 0, count }.all().map(|shard| split.cut(whole.clone(), shard)).collect();
+                if count == 2 {
+                    assert_eq!(parts[1].to_vec::<f32>().unwrap()[..6], second);
+                }
+                assert_eq!(split.whole_dims(&parts[0].shape, count), [4, 6]);
+                assert_eq!(split.join(parts), whole);
+            }
+        }
+    }
+}
