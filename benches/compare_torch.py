@@ -73,7 +73,7 @@ def torch_model(shape, device):
             q, k, v = (w(h).view(batch, seq_len, -1, head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
             grouped = n_kv_heads < n_heads
             y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=grouped)
-            x = x + self.wo(y.transpose(1, 2).reshape(batch, seq_len, dim))
+            x = x + self.wo(y.transpose(1, 2).reshape(batch, seq_len, -1))
             h = self.ffn_norm(x)
             return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
 
