@@ -66,7 +66,7 @@ fn main() -> Result<()> {
         log_probs: args.log_probs,
         ..Default::default()
     };
-    let draft = args.draft.as_ref().map(|path| common::open(path, &args.loading)).transpose()?;
+    let draft = args.draft.as_ref().map(|path| common::open_draft(path, &args.loading)).transpose()?;
     let start = Instant::now();
     let mut shown = Shown::new(codec, &prompts, &args);
     shown.begin()?;

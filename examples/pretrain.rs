@@ -59,6 +59,9 @@ struct Args {
     fresh: bool,
     #[command(flatten)]
     devices: DeviceArgs,
+    /// Devices that divide a model among them, each with a part of every block, instead of sharing micro-batches
+    #[arg(long, default_value_t = 1)]
+    tensor_parallel: usize,
     /// Pieces of the tokenizer that is trained on the text; 259 is bytes alone
     #[arg(long)]
     vocab_size: Option<usize>,
@@ -142,7 +145,7 @@ static MEMORY: llama::model::HugePages = llama::model::HugePages;
 fn main() -> Result<()> {
     llama::model::tune_process();
     let args = Args::parse();
-    let devices = args.devices.devices()?;
+    let devices = Devices { tensor_parallel: args.tensor_parallel, ..args.devices.devices()? };
     if args.resume {
         let folder = args.run.clone().unwrap_or_else(|| format!("runs/{}", args.preset).into());
         let newest = checkpoint::latest(&folder)?;
@@ -329,7 +332,8 @@ fn train(args: Args, config: &PretrainConfig, devices: &Devices, resume_from: Op
         (true, true) => ["pub fn new", "impl", "use std::", "/// Returns"].map(String::from).into(),
         (true, false) => vec![String::new(); 3],
     };
-    let options = EngineOptions { precision: Some(config.compute.precision), ..EngineOptions::new(devices.devices[0]) };
+    let options =
+        EngineOptions { precision: Some(config.compute.precision), ..EngineOptions::new(devices.devices[0].into()) };
     let samples = samples(&Engine::open_with(&report.checkpoint, &options, &NoProgress)?, &prompts)?;
     let path = config.run.folder.join("samples.txt");
     std::fs::write(&path, &samples).with_context(|| path.display().to_string())?;

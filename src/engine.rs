@@ -4,26 +4,32 @@
 //! GPU code with it. What is here is compiled once, with this crate.
 
 use std::any::Any;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 
 use llama_data::Progress;
 use llama_data::tokenizer::Codec;
 use llama_model::formats::{Checkpoint, Format};
 use llama_model::generate::{self, GenerateOptions, Generated, Generation, ScoreRequest, Session, Speculation};
 use llama_model::lora::{self, Adapters};
+use llama_model::shard::Team;
 use llama_model::{
     BackendTask, Compute, Device, Llama, LlamaBackend, LlamaConfig, ModelError, Precision, TrainBackend, WeightFormat,
 };
-use llama_train::checkpoint;
+use llama_train::parallel;
+use llama_train::{Group, TrainError, checkpoint};
 
 use crate::Error;
+use crate::runs::Devices;
 use crate::text::{self, TextStream};
 
 /// How a checkpoint is opened.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
-    /// Where to compute.
-    pub device: Device,
+    /// Where to compute. Several devices divide the model among them, each with a part of every block.
+    pub devices: Devices,
     /// How matrices are kept in memory; fewer bytes decode faster.
     pub weights: WeightFormat,
     /// Precision of products when a text is read; by default what [suits](suitable_precision) the weights.
@@ -36,8 +42,8 @@ pub struct EngineOptions {
 
 impl EngineOptions {
     /// Weights in f32, no adapters.
-    pub fn new(device: Device) -> Self {
-        Self { device, weights: WeightFormat::F32, precision: None, adapter: None, tokenizer: None }
+    pub fn new(devices: Devices) -> Self {
+        Self { devices, weights: WeightFormat::F32, precision: None, adapter: None, tokenizer: None }
     }
 }
 
@@ -61,6 +67,8 @@ pub struct Engine {
     model: Box<dyn Placed>,
     config: LlamaConfig,
     codec: Codec,
+    /// Dropped after the model.
+    _others: Others,
 }
 
 impl Engine {
@@ -69,14 +77,16 @@ impl Engine {
     /// # Errors
     /// Whatever is missing or broken, by the file's name; [`ModelError::Device`] if the device does not answer;
     /// [`Error::Vocabulary`] if the tokenizer is not the model's.
-    pub fn open(path: &Path, device: Device) -> Result<Self, Error> {
-        Self::open_with(path, &EngineOptions::new(device), &llama_data::NoProgress)
+    pub fn open(path: &Path, devices: Devices) -> Result<Self, Error> {
+        Self::open_with(path, &EngineOptions::new(devices), &llama_data::NoProgress)
     }
 
-    /// [`open`](Self::open) with options; `progress` counts parameters.
+    /// [`open`](Self::open) with options; `progress` counts parameters. Of several processes the first opens the engine, the others
+    /// [`follow`] it.
     ///
     /// # Errors
-    /// As [`open`](Self::open), and for adapters, weights or a precision that do not go with model and device.
+    /// As [`open`](Self::open), and for adapters, weights or a precision that do not go with model and devices;
+    /// [`TrainError::Rendezvous`] if other processes do not come.
     pub fn open_with(path: &Path, options: &EngineOptions, progress: &dyn Progress) -> Result<Self, Error> {
         let path = checkpoint_path(path)?;
         let codec = text::codec(options.tokenizer.as_deref().unwrap_or(&path))?;
@@ -85,8 +95,21 @@ impl Engine {
         if codec.vocab_size() > config.vocab_size {
             return Err(Error::Vocabulary { tokenizer: codec.vocab_size(), model: config.vocab_size });
         }
-        let model = options.device.run(Open { checkpoint, options, progress })??;
-        Ok(Self { model, config, codec })
+        let (device, group, others) = Others::join(&path, options)?;
+        let team = group.team();
+        let open = || {
+            let model = device.run(Open { checkpoint, team, options, progress })??;
+            group.ready()?;
+            Ok(model)
+        };
+        match open() {
+            Ok(model) => Ok(Self { model, config, codec, _others: others }),
+            // Whoever is missed may have said why.
+            Err(error) => {
+                drop(group);
+                Err(others.leave().unwrap_or(error))
+            }
+        }
     }
 
     /// The model's sizes.
@@ -190,6 +213,87 @@ impl EngineSession<'_> {
     }
 }
 
+/// The devices of a process that has another part of an engine's model: they do what the first process does, until it is gone. With the same path
+/// and options as [`Engine::open_with`] there.
+///
+/// # Errors
+/// As there.
+pub fn follow(path: &Path, options: &EngineOptions) -> Result<(), Error> {
+    let path = checkpoint_path(path)?;
+    let (device, group, others) = Others::join(&path, options)?;
+    let followed = device.run(Follow { path, options: options.clone(), group }).map_err(Error::from).flatten();
+    others.leave().map_or(followed, Err)
+}
+
+/// The other devices of this process, among which a model is divided, and their group.
+struct Others {
+    group: Option<Arc<Group>>,
+    threads: Vec<JoinHandle<Result<(), Error>>>,
+}
+
+impl Others {
+    /// Makes the group of all devices, lets all of this process but the first follow, and returns that one.
+    fn join(path: &Path, options: &EngineOptions) -> Result<(Device, Arc<Group>, Self), Error> {
+        let Devices { devices, rendezvous, .. } = &options.devices;
+        let groups = parallel::join(devices.len(), rendezvous.as_ref())?.into_iter();
+        let divide = |group: Group| {
+            let count = group.rank().count as usize;
+            Ok(Arc::new(group.dividing_models(count)?))
+        };
+        let mut members = devices.iter().copied().zip(groups.map(divide).collect::<Result<Vec<_>, Error>>()?);
+        let Some((device, group)) = members.next() else {
+            return Err(ModelError::Config { field: "devices", reason: "must name one at least".into() }.into());
+        };
+        let follow = |(device, group): (Device, Arc<Group>)| {
+            let task = Follow { path: path.into(), options: options.clone(), group };
+            thread::spawn(move || device.run(task).map_err(Error::from).flatten())
+        };
+        let threads = members.map(follow).collect();
+        Ok((device, group.clone(), Self { group: Some(group), threads }))
+    }
+
+    /// Leaves the group and waits for the others. The first error of one that was not for want of somebody.
+    fn leave(mut self) -> Option<Error> {
+        self.group = None;
+        let ended = self.threads.drain(..).map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        let missed = |error: &Error| matches!(error, Error::Train(TrainError::Member { .. }));
+        ended.collect::<Vec<_>>().into_iter().filter_map(Result::err).find(|error| !missed(error))
+    }
+}
+
+impl Drop for Others {
+    fn drop(&mut self) {
+        self.group = None;
+        for thread in self.threads.drain(..) {
+            // What it panicked of was printed; the model that missed it has had its error.
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Follow {
+    path: PathBuf,
+    options: EngineOptions,
+    group: Arc<Group>,
+}
+
+impl BackendTask for Follow {
+    type Output = Result<(), Error>;
+
+    fn run<B: TrainBackend>(self, device: B::Device) -> Self::Output {
+        let Self { path, options, group } = self;
+        let open = Open {
+            checkpoint: Checkpoint::open(&path)?,
+            team: group.team(),
+            options: &options,
+            progress: &llama_data::NoProgress,
+        };
+        let model = open.model::<B::InnerBackend>(&device)?;
+        group.ready()?;
+        Ok(model.follow()?)
+    }
+}
+
 /// The precision of products that suits weights on a device; see [`WeightFormat::precision`].
 ///
 /// # Errors
@@ -245,6 +349,7 @@ trait Growing {
 
 struct Open<'a> {
     checkpoint: Checkpoint,
+    team: Team,
     options: &'a EngineOptions,
     progress: &'a dyn Progress,
 }
@@ -253,35 +358,35 @@ impl BackendTask for Open<'_> {
     type Output = Result<Box<dyn Placed>, Error>;
 
     fn run<B: TrainBackend>(self, device: B::Device) -> Self::Output {
-        self.on::<B::InnerBackend>(device)
+        Ok(Box::new(OnDevice(self.model::<B::InnerBackend>(&device)?.leading())))
     }
 }
 
 impl Open<'_> {
-    fn on<B: LlamaBackend>(self, device: B::Device) -> Result<Box<dyn Placed>, Error> {
-        let Self { checkpoint, options, progress } = self;
-        let model = load::<B>(&checkpoint, options.weights, &device, progress)?;
+    fn model<B: LlamaBackend>(self, device: &B::Device) -> Result<Llama<B>, Error> {
+        let Self { checkpoint, team, options, progress } = self;
+        let model = load::<B>(&checkpoint, &team, options.weights, device, progress)?;
         let model = match &options.adapter {
             Some(folder) => Adapters::open(&adapter_path(folder))?.apply(model)?,
             None => model,
         };
-        let precision = options.precision.unwrap_or_else(|| options.weights.precision::<B>(&device));
-        precision.check::<B>(&device)?;
-        let model = model.with_compute(Compute { precision, ..Default::default() });
-        Ok(Box::new(OnDevice(model)))
+        let precision = options.precision.unwrap_or_else(|| options.weights.precision::<B>(device));
+        precision.check::<B>(device)?;
+        Ok(model.with_compute(Compute { precision, ..Default::default() }))
     }
 }
 
-/// The checkpoint's model, with its progress in parameters.
+/// The checkpoint's model, or a part of it, with its progress in parameters.
 pub(crate) fn load<B: LlamaBackend>(
     checkpoint: &Checkpoint,
+    team: &Team,
     weights: WeightFormat,
     device: &B::Device,
     progress: &dyn Progress,
 ) -> Result<Llama<B>, ModelError> {
     let task = format!("loading {}", checkpoint.path().display());
-    progress.start(&task, Some(checkpoint.config().num_params()));
-    let model = checkpoint.load::<B>(weights, device, |read| progress.advance(read));
+    progress.start(&task, Some(checkpoint.config().num_params() / team.shard().count as u64));
+    let model = checkpoint.load_in::<B>(team, weights, device, |read| progress.advance(read));
     progress.finish();
     model
 }

@@ -9,6 +9,7 @@ use std::thread;
 use llama_data::loader::Sequences;
 use llama_data::{NoProgress, Progress};
 use llama_model::formats::Checkpoint;
+use llama_model::shard::Team;
 use llama_model::{BackendTask, Device, ModelError, TrainBackend};
 use llama_train::parallel::{self, Rendezvous};
 use llama_train::{FinetuneConfig, Group, PretrainConfig, RunOptions, RunReport, TrainError};
@@ -139,7 +140,7 @@ pub fn finetune(
         fn run<B: TrainBackend>(self, device: B::Device) -> Self::Output {
             let Self { config, train, valid, group, options, progress } = self;
             let checkpoint = Checkpoint::open(&config.base)?;
-            let base = engine::load::<B>(&checkpoint, config.weights.parse()?, &device, progress)?;
+            let base = engine::load::<B>(&checkpoint, &Team::default(), config.weights.parse()?, &device, progress)?;
             let (_, report) = llama_train::finetune::<B>(config, base, train, valid, &device, group, options)?;
             Ok(report)
         }

@@ -51,20 +51,17 @@ pub fn set<T: Clone>(field: &mut T, value: &Option<T>) {
 /// Where a run computes.
 #[derive(Args)]
 pub struct DeviceArgs {
-    #[arg(long = "device", default_value = "flex", help = format!("Where to compute: {}; several with commas between them share the micro-batches of each step", Device::choices().join(", ")))]
+    #[arg(long = "device", default_value = "flex", help = format!("Where to compute: {}; several, with commas between them, share the steps of a training, or divide the model of a generation", Device::choices().join(", ")))]
     devices: Devices,
-    /// Processes that share the steps, perhaps on several machines that trust their network
+    /// Processes whose devices work together, perhaps on several machines that trust their network
     #[arg(long, default_value_t = 1, requires = "address")]
     nodes: usize,
-    /// Which of them this is, from 0; the first prepares data and writes what the run leaves
+    /// Which of them this is, from 0; the first reads and writes, the others serve it
     #[arg(long, default_value_t = 0)]
     node: usize,
     /// Where they meet: host and port of the first
     #[arg(long)]
     address: Option<String>,
-    /// Devices that divide a model among them, each with a part of every layer; pretraining only
-    #[arg(long, default_value_t = 1)]
-    tensor_parallel: usize,
 }
 
 impl DeviceArgs {
@@ -73,8 +70,7 @@ impl DeviceArgs {
             bail!("--node counts from 0 to --nodes less one: {} of {} is none", self.node, self.nodes);
         }
         let rendezvous = |address: &String| Rendezvous::new(address, self.node, self.nodes);
-        let (rendezvous, tensor_parallel) = (self.address.as_ref().map(rendezvous), self.tensor_parallel);
-        Ok(Devices { rendezvous, tensor_parallel, ..self.devices.clone() })
+        Ok(Devices { rendezvous: self.address.as_ref().map(rendezvous), ..self.devices.clone() })
     }
 }
 
@@ -183,9 +179,8 @@ pub struct ModelArgs {
     /// Precision of products when a text is read, f32, bf16 or f16; by default short for short weights
     #[arg(long)]
     pub precision: Option<Precision>,
-    /// Where to compute
-    #[arg(long, default_value = "flex", help = format!("Where to compute: {}", Device::choices().join(", ")))]
-    pub device: String,
+    #[command(flatten)]
+    pub devices: DeviceArgs,
 }
 
 /// How a program chooses tokens.
@@ -215,15 +210,33 @@ impl SamplingArgs {
     }
 }
 
-/// Opens a checkpoint in any format with its tokenizer, or the one named, and shows its progress.
+impl ModelArgs {
+    fn options(&self) -> Result<EngineOptions> {
+        Ok(EngineOptions {
+            weights: self.weights,
+            precision: self.precision,
+            adapter: self.adapter.clone(),
+            tokenizer: self.tokenizer.clone(),
+            ..EngineOptions::new(self.devices.devices()?)
+        })
+    }
+}
+
+/// Opens a checkpoint in any format with its tokenizer, or the one named, and shows its progress. A process that is not the first does what that does, until it
+/// ends, and ends, too.
 pub fn open(path: &Path, args: &ModelArgs) -> Result<Engine> {
-    let options = EngineOptions {
-        weights: args.weights,
-        precision: args.precision,
-        adapter: args.adapter.clone(),
-        tokenizer: args.tokenizer.clone(),
-        ..EngineOptions::new(args.device.parse()?)
-    };
+    let (path, options) = (checkpoint_path(path)?, args.options()?);
+    if !options.devices.lead() {
+        engine::follow(&path, &options)?;
+        std::process::exit(0);
+    }
+    Ok(Engine::open_with(&path, &options, &Bar::default())?)
+}
+
+/// Opens a small model that guesses for a large one, whole on its first device.
+pub fn open_draft(path: &Path, args: &ModelArgs) -> Result<Engine> {
+    let options = args.options()?;
+    let options = EngineOptions { devices: options.devices.devices[0].into(), ..options };
     Ok(Engine::open_with(&checkpoint_path(path)?, &options, &Bar::default())?)
 }
 

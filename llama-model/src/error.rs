@@ -80,6 +80,9 @@ pub enum ModelError {
         /// Positions there are.
         capacity: usize,
     },
+    /// A device that has another part of a divided model is gone, or does something else.
+    #[error("{0}")]
+    Member(String),
     /// A cache made for another batch size or model.
     #[error("the key/value cache was made for {expected}, the input has {found}")]
     CacheMismatch {

@@ -22,8 +22,8 @@ use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{DType, TensorData, TensorMetadata};
 
-use crate::Precision;
 use crate::backend::ops::tensor;
+use crate::{ModelError, Precision};
 
 /// One part of what is divided, of how many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,13 +146,23 @@ pub trait Collective: Send + Sync {
     fn send(&self, to: usize, bytes: Vec<u8>);
 
     /// The next `len` bytes from a member, in the order it sent them. None if it is gone or sends something else: then what the model computes is
-    /// no number, and who drives it asks the implementation for the reason.
+    /// no number.
     fn receive(&self, from: usize, len: usize) -> Option<Vec<u8>>;
+
+    /// What a member says next, however long that takes. None if it is gone.
+    fn hear(&self, from: usize) -> Option<Vec<u8>>;
+
+    /// Why something is missing, if it is.
+    fn missing(&self) -> Option<String>;
 }
 
 /// The members that a divided model is on; a model that is not divided is a team of one.
 #[derive(Clone, Default)]
-pub struct Team(Option<Arc<dyn Collective>>);
+pub struct Team {
+    members: Option<Arc<dyn Collective>>,
+    /// Whether this member tells the others what to read.
+    leads: bool,
+}
 
 impl Debug for Team {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
@@ -187,17 +197,45 @@ struct Sent<B: Backend> {
 impl Team {
     /// The team whose members `collective` joins.
     pub fn new(collective: Arc<dyn Collective>) -> Self {
-        Self((collective.shard().count > 1).then_some(collective))
+        Self { members: (collective.shard().count > 1).then_some(collective), leads: false }
+    }
+
+    /// The same for the member that leads, the first.
+    pub(crate) fn leading(self) -> Self {
+        Self { leads: self.members.is_some() && self.shard().index == 0, ..self }
+    }
+
+    /// Whether this member tells the others what to read.
+    pub(crate) fn leads(&self) -> bool {
+        self.leads
+    }
+
+    /// Says something to all others.
+    pub(crate) fn tell(&self, bytes: &[u8]) {
+        if let Some(members) = &self.members {
+            self.shard().others().for_each(|to| members.send(to.index, bytes.to_vec()));
+        }
+    }
+
+    /// What the member that leads says next. None if it is gone.
+    pub(crate) fn hear(&self) -> Option<Vec<u8>> {
+        self.members.as_ref()?.hear(0)
+    }
+
+    /// Whether all that was to come has come.
+    pub(crate) fn check(&self) -> Result<(), ModelError> {
+        let missing = self.members.as_ref().and_then(|members| members.missing());
+        missing.map_or(Ok(()), |reason| Err(ModelError::Member(reason)))
     }
 
     /// The part of this member.
     pub fn shard(&self) -> Shard {
-        self.0.as_ref().map_or(Shard::WHOLE, |members| members.shard())
+        self.members.as_ref().map_or(Shard::WHOLE, |members| members.shard())
     }
 
     /// Whether the model is not divided.
     pub fn is_alone(&self) -> bool {
-        self.0.is_none()
+        self.members.is_none()
     }
 
     /// Begins to give the rows of all members to all: `[rows, width]`, rounded to the type that is read of them.
@@ -229,7 +267,7 @@ impl Team {
         as_dtype: DType,
         rows_for: impl Fn(Shard, usize) -> Range<usize>,
     ) -> Result<Sent<B>, FloatTensor<B>> {
-        let Some(members) = &self.0 else { return Err(x) };
+        let Some(members) = &self.members else { return Err(x) };
         let ([of_x, width], device) = (x.shape().dims(), B::float_device(&x));
         let data = tensor::<B, 2>(x).into_data().convert_dtype(as_dtype);
         let row = width * as_dtype.size();
@@ -267,7 +305,7 @@ impl Team {
 
     /// What each member sent, in their order.
     fn receive(&self, own: Vec<u8>, len: impl Fn(Shard) -> usize) -> Vec<Vec<u8>> {
-        let (members, mut own) = (self.0.as_ref().expect("only a team sends"), Some(own));
+        let (members, mut own) = (self.members.as_ref().expect("only a team sends"), Some(own));
         let part = |from: Shard| match from == self.shard() {
             true => own.take().unwrap_or_default(),
             // Of whoever is gone, bytes that are no number in any type.
@@ -317,6 +355,12 @@ mod tests {
             fn receive(&self, _: usize, _: usize) -> Option<Vec<u8>> {
                 None
             }
+            fn hear(&self, _: usize) -> Option<Vec<u8>> {
+                None
+            }
+            fn missing(&self) -> Option<String> {
+                Some("nobody is there".into())
+            }
         }
         let team = Team::new(Arc::new(Nobody));
         let ones = |rows| primitive(Tensor::<Flex, 2>::ones([rows, 2], &Default::default()));
@@ -329,6 +373,7 @@ mod tests {
         }
         assert!(values(team.begin_scatter_sum(ones(7))).iter().all(|x| x.is_nan()));
         assert!(values(team.begin_sum(ones(7))).iter().all(|x| x.is_nan()));
+        assert_eq!(team.check().unwrap_err().to_string(), "nobody is there");
     }
 
     #[test]

@@ -31,7 +31,7 @@ impl Place {
         let path = folder.path().join("model");
         hf::save(&model, &config, &path).unwrap();
         Tokenizer::bytes().save(&path.join("tokenizer.model")).unwrap();
-        let engine = Engine::open(&path, device()).unwrap();
+        let engine = Engine::open(&path, device().into()).unwrap();
         Self { folder, engine }
     }
 

@@ -1,19 +1,23 @@
 //! Models that are divided among devices, against the same models on one.
 
 use std::collections::BTreeMap;
+use std::net::TcpListener;
 use std::path::Path;
+use std::process::Stdio;
 use std::sync::Arc;
 
 use burn::optim::GradientsParams;
 use burn::tensor::{Tensor, TensorData};
+use llama::data::tokenizer::Tokenizer;
 use llama::model::shard::{Split, Team};
 use llama::model::weights::{self, TrainedParam};
-use llama::model::{Compute, KvCache, LlamaConfig, Precision, Recompute, TrainBackend};
+use llama::model::{Compute, KvCache, LlamaConfig, Precision, Recompute, TrainBackend, hf};
 use llama::train::parallel::join;
 use llama::train::{GradientList, Group, checkpoint};
 
 use crate::behaviour::{run_config, small, tokens};
 use crate::parallel::{assert_same, device_is_flex, losses, together};
+use crate::programs;
 use crate::support::{close, device_test, f32s, floats, ints, scale, tolerance};
 
 const BATCH: usize = 3;
@@ -206,4 +210,37 @@ device_test! {
             assert!(error.contains("tensor_parallel of member 1"), "{error}");
         }
     }
+}
+
+/// Two processes of the program, of which the second has a part of the model and ends with the first.
+#[test]
+fn two_processes_generate_what_one_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = LlamaConfig { vocab_size: 259, ..small() };
+    hf::save(&config.init::<burn::backend::Flex>(5, &Default::default()).unwrap(), &config, folder.path()).unwrap();
+    Tokenizer::bytes().save(&folder.path().join("tokenizer.model")).unwrap();
+    let generate = || {
+        let mut command = programs::program("generate");
+        command.arg("--model").arg(folder.path()).args([
+            "--prompt",
+            "impl",
+            "--max-new-tokens",
+            "20",
+            "--temperature",
+            "0",
+        ]);
+        command.args(["--device", &crate::support::device().to_string()]);
+        command
+    };
+    let expected = programs::run(&mut generate());
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let node = |node| {
+        let mut command = generate();
+        command.args(["--nodes", "2", "--node", node, "--address", &address]);
+        command
+    };
+    let other = node("1").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    assert_eq!(programs::run(&mut node("0")), expected);
+    let other = other.wait_with_output().unwrap();
+    assert!(other.status.success() && other.stdout.is_empty(), "{}", String::from_utf8_lossy(&other.stderr));
 }

@@ -1,7 +1,8 @@
 //! Keys and values of past positions. The caller owns the cache and hands it to `forward`.
 
-use burn::tensor::Tensor;
+use burn::tensor::{Int, Tensor};
 
+use super::follow::{Call, Mirror};
 use super::{Attention, Block, Llama};
 use crate::ModelError;
 use crate::backend::{BlockCache, LlamaBackend, ops};
@@ -14,6 +15,8 @@ pub struct KvCache<B: LlamaBackend> {
     layers: Vec<LayerCache<B>>,
     batch: usize,
     capacity: usize,
+    /// The caches of the other members, where this is the one of the member that leads.
+    mirror: Option<Mirror>,
 }
 
 /// One layer's keys and values, `[batch, capacity, n_kv_heads, head_dim]` each.
@@ -40,7 +43,8 @@ impl<B: LlamaBackend> KvCache<B> {
             let zeros = || Some(Tensor::zeros([batch, capacity, width / head_dim, *head_dim], &device));
             LayerCache { keys: zeros(), values: zeros(), len: 0 }
         };
-        Ok(Self { layers: model.layers.iter().map(layer).collect(), batch, capacity })
+        let mirror = Mirror::new(model.team(), batch, capacity);
+        Ok(Self { layers: model.layers.iter().map(layer).collect(), batch, capacity, mirror })
     }
 
     /// Positions in use.
@@ -51,6 +55,19 @@ impl<B: LlamaBackend> KvCache<B> {
     /// Whether no position is in use.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Sequences.
+    pub(crate) fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Tells the other members, where this is the cache of the member that leads, what is read into it.
+    pub(crate) fn tell(&self, tokens: &Tensor<B, 2, Int>) {
+        if let Some(mirror) = &self.mirror {
+            let tokens = tokens.to_data().iter::<i32>().collect();
+            mirror.call(&Call::Read { cache: mirror.cache, past: self.len(), tokens });
+        }
     }
 
     /// Positions there are.
@@ -77,12 +94,16 @@ impl<B: LlamaBackend> KvCache<B> {
         };
         let layer =
             |layer: &LayerCache<B>| LayerCache { keys: zeros(&layer.keys), values: zeros(&layer.values), len: 0 };
-        Self { layers: self.layers.iter().map(layer).collect(), batch, capacity }
+        let mirror = self.mirror.as_ref().and_then(|mirror| mirror.another(batch, capacity));
+        Self { layers: self.layers.iter().map(layer).collect(), batch, capacity, mirror }
     }
 
     /// Lets every sequence begin with the one of another cache.
     pub(crate) fn begin_with(&mut self, one: &Self) {
         let (rows, len) = (self.batch, one.len());
+        if let (Some(mirror), Some(with)) = (&self.mirror, &one.mirror) {
+            mirror.call(&Call::Begin { cache: mirror.cache, with: with.cache, len });
+        }
         let begin = |cache: &mut Option<Tensor<B, 4>>, one: &Option<Tensor<B, 4>>| {
             if let (Some(all), Some(one)) = (cache.take(), one) {
                 let read = one.clone().narrow(1, 0, len).repeat_dim(0, rows);

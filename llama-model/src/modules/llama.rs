@@ -81,7 +81,8 @@ impl<B: LlamaBackend> Llama<B> {
     /// `tokens [batch, seq_len]`, result `[batch, seq_len, vocab_size]`.
     ///
     /// # Errors
-    /// If the sequence is longer than `max_seq_len` or the cache is full or made for another shape.
+    /// If the sequence is longer than `max_seq_len` or the cache is full or made for another shape; [`ModelError::Member`] if a member that has
+    /// another part of the model is gone.
     pub fn forward(
         &self,
         tokens: Tensor<B, 2, Int>,
@@ -120,10 +121,12 @@ impl<B: LlamaBackend> Llama<B> {
         };
         cache.check(batch, seq_len, self.layers.len())?;
         let spec = self.block_spec(cache.len(), [batch, seq_len], None)?;
+        cache.tell(&tokens);
         let mut x = self.tok_embeddings.forward(tokens);
         for (layer, block) in self.layers.iter().enumerate() {
             x = block.forward_cached(x, spec.clone(), cache.layer(layer));
         }
+        self.team.check()?;
         Ok(self.norm.forward(x))
     }
 

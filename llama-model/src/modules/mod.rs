@@ -6,6 +6,7 @@ mod block;
 mod cache;
 mod embedding;
 mod feed_forward;
+mod follow;
 mod linear;
 mod llama;
 mod quantized;

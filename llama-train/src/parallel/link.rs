@@ -21,7 +21,7 @@ pub(super) enum Frame {
 }
 
 /// A frame, or why there will be no more.
-type Sent = Result<Frame, String>;
+pub(super) type Sent = Result<Frame, String>;
 
 /// One end of a connection.
 pub(super) struct Link {
@@ -86,6 +86,11 @@ impl Link {
 
     fn from(&self) -> MutexGuard<'_, Receiver<Sent>> {
         self.from.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next frame of the other end, however long it takes.
+    pub fn wait(&self) -> Sent {
+        self.from().recv().unwrap_or_else(|_| Err(LEFT.into()))
     }
 
     /// The next frame of the other end.

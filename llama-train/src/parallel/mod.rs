@@ -173,6 +173,14 @@ impl Group {
         .collect()
     }
 
+    /// Waits until all members have come so far.
+    ///
+    /// # Errors
+    /// [`TrainError::Member`] if one of them has not.
+    pub fn ready(&self) -> Result<(), TrainError> {
+        self.any(true).map(|_| ())
+    }
+
     /// Whether any member says yes.
     pub(crate) fn any(&self, yes: bool) -> Result<bool, TrainError> {
         Ok(self.all_gather(vec![yes.into()])?.contains(&vec![1]))
@@ -228,6 +236,21 @@ impl Collective for Part {
         let bytes = group.receive_bytes(rank);
         let right = bytes.and_then(|bytes| if bytes.len() == len { Ok(bytes) } else { Err(out_of_step(rank)) });
         right.map_err(|error| group.lose(error)).ok()
+    }
+
+    fn hear(&self, from: usize) -> Option<Vec<u8>> {
+        let group = self.group()?;
+        match group.link(group.rank_of_part(from)).wait() {
+            Ok(Frame::Bytes(bytes)) => Some(bytes),
+            _ => None,
+        }
+    }
+
+    fn missing(&self) -> Option<String> {
+        match self.group.upgrade() {
+            Some(group) => group.lost().as_ref().map(TrainError::to_string),
+            None => Some("this member has left the group".into()),
+        }
     }
 }
 
