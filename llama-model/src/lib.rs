@@ -47,6 +47,7 @@ mod error;
 mod init;
 mod names;
 mod process;
+mod tensor_file;
 mod weight_format;
 
 pub use backend::{LlamaBackend, TrainBackend};

@@ -17,7 +17,7 @@ use crate::init::Init;
 use crate::modules::Adapter;
 use crate::names::{file_name, model_path};
 use crate::shard::Shard;
-use crate::weights::{TensorFile, save_tensors, write_atomic};
+use crate::weights::{Streamed, TensorFile, save_streamed, write_atomic};
 use crate::{Linear, Llama, LlamaBackend, ModelError};
 
 /// Name of the file that describes the adapters.
@@ -193,17 +193,21 @@ pub fn save<B: LlamaBackend>(
     base: &str,
     folder: &Path,
 ) -> Result<(), ModelError> {
-    let mut tensors = BTreeMap::new();
+    let mut tensors = Vec::new();
     for (layer, block) in model.layers.iter().enumerate() {
         for (name, linear) in block.linears() {
-            if let Some(Adapter { a, b, .. }) = &linear.adapter {
-                let stem = stem(layer, name);
-                tensors.insert(format!("{PREFIX}{stem}.lora_A.weight"), a.val().into_data());
-                tensors.insert(format!("{PREFIX}{stem}.lora_B.weight"), b.val().into_data());
+            let Some(Adapter { a, b, .. }) = &linear.adapter else { continue };
+            for (part, value) in [("lora_A", a.val()), ("lora_B", b.val())] {
+                tensors.push(Streamed {
+                    name: format!("{PREFIX}{}.{part}.weight", stem(layer, name)),
+                    dims: value.dims().into(),
+                    dtype: value.dtype(),
+                    read: Box::new(move || Ok::<_, ModelError>(value.to_data())),
+                });
             }
         }
     }
-    save_tensors(&folder.join(WEIGHTS_FILE), tensors)?;
+    save_streamed(&folder.join(WEIGHTS_FILE), tensors)?;
     let peft = PeftConfig {
         peft_type: "LORA".into(),
         task_type: Some("CAUSAL_LM".into()),

@@ -47,6 +47,13 @@ device_test! {
             let text: String = expected[0].iter().map(|id| stream.push(*id)).collect();
             assert_eq!(texts[0], text + &stream.finish());
 
+            // Two threads at a time.
+            std::thread::scope(|scope| {
+                let generate = |row: usize| tokens(engine.generate(&prompts[row..=row], greedy(9)).unwrap());
+                let other = scope.spawn(move || generate(1));
+                assert_eq!((generate(0), other.join().unwrap()), (expected[0].clone(), expected[1].clone()));
+            });
+
             // A session goes on whatever came before: a generation, one that was given up or refused.
             let mut session = engine.session(40).unwrap();
             assert_eq!(tokens(session.generate(prompts[0].clone(), greedy(9)).unwrap()), expected[0]);

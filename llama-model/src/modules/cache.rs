@@ -62,11 +62,11 @@ impl<B: LlamaBackend> KvCache<B> {
         self.batch
     }
 
-    /// Tells the other members, where this is the cache of the member that leads, what is read into it.
+    /// Tells the other members, where this is the cache of the member that leads, what is read into it in this thread's turn.
     pub(crate) fn tell(&self, tokens: &Tensor<B, 2, Int>) {
         if let Some(mirror) = &self.mirror {
             let tokens = tokens.to_data().iter::<i32>().collect();
-            mirror.call(&Call::Read { cache: mirror.cache, past: self.len(), tokens });
+            mirror.tell(&Call::Read { cache: mirror.cache, past: self.len(), tokens });
         }
     }
 

@@ -42,7 +42,14 @@ impl Mirror {
         })
     }
 
+    /// Tells the other members, when none of them reads for another thread.
     pub fn call(&self, call: &Call) {
+        let _turn = self.team.turn();
+        self.tell(call);
+    }
+
+    /// Tells the other members, in this thread's turn.
+    pub fn tell(&self, call: &Call) {
         self.team.tell(&serde_json::to_vec(call).expect("numbers have a JSON form"));
     }
 

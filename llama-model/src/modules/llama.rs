@@ -121,6 +121,7 @@ impl<B: LlamaBackend> Llama<B> {
         };
         cache.check(batch, seq_len, self.layers.len())?;
         let spec = self.block_spec(cache.len(), [batch, seq_len], None)?;
+        let _turn = self.team.turn();
         cache.tell(&tokens);
         let mut x = self.tok_embeddings.forward(tokens);
         for (layer, block) in self.layers.iter().enumerate() {
