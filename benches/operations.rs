@@ -165,8 +165,12 @@ fn update<B: TrainBackend>(run: &Operations, len: usize, device: &B::Device) {
     let time = |ours: bool, state: &mut Option<[Tensor<Inner<B>, 1>; 3]>| {
         let [param, m, v] = state.take().expect("it is put back").map(primitive);
         let start = Instant::now();
-        let body = if ours { <Inner<B> as LlamaBackend>::adamw } else { reference::adamw::<Inner<B>> };
-        let new = body(param, primitive(grad.clone()), m, v, &step).map(tensor);
+        let tensors = [param, primitive(grad.clone()), m, v];
+        let new = match ours {
+            true => Inner::<B>::adamw(vec![tensors], &step).remove(0),
+            false => reference::adamw::<Inner<B>>(tensors, &step),
+        };
+        let new = new.map(tensor);
         <Inner<B> as Backend>::sync(device).expect("the device answers");
         *state = Some(new);
         start.elapsed()

@@ -86,7 +86,7 @@ impl Engine {
     ///
     /// # Errors
     /// As [`open`](Self::open), and for adapters, weights or a precision that do not go with model and devices;
-    /// [`TrainError::Rendezvous`] if other processes do not come.
+    /// [`TrainError::Rendezvous`](crate::train::TrainError::Rendezvous) if other processes do not come.
     pub fn open_with(path: &Path, options: &EngineOptions, progress: &dyn Progress) -> Result<Self, Error> {
         let path = checkpoint_path(path)?;
         let codec = text::codec(options.tokenizer.as_deref().unwrap_or(&path))?;

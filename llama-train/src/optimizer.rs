@@ -6,6 +6,7 @@ use burn::module::AutodiffModule;
 use burn::optim::{GradientsParams, MultiGradientsParams, Optimizer};
 use burn::record::Record;
 use burn::tensor::backend::Backend;
+use burn::tensor::ops::FloatTensor;
 use burn::tensor::{Tensor, TensorData};
 use llama_model::backend::AdamWStep;
 use llama_model::backend::ops::{primitive, tensor};
@@ -78,7 +79,21 @@ impl<B: TrainBackend> AdamW<B> {
     ) -> M {
         self.step += 1;
         let grads = grads.entries.into_iter().collect();
-        weights::map_params(module, &mut Update { optimizer: self, grads, lr, grad_scale })
+        let mut taken = Take { optimizer: self, grads, groups: Default::default() };
+        let module = weights::map_params(module, &mut taken);
+        let groups = taken.groups;
+        // Decay groups: matrices, and the norm gains (the only vectors) if asked for.
+        let decays = [self.config.decay_norms, true].map(|decays| if decays { self.config.weight_decay } else { 0.0 });
+        let mut updated = HashMap::new();
+        for (Group { paths, tensors }, weight_decay) in groups.into_iter().zip(decays) {
+            let OptimizerConfig { beta_1, beta_2, epsilon, .. } = self.config;
+            let step = AdamWStep { lr, beta_1, beta_2, epsilon, weight_decay, step: self.step, grad_scale };
+            for (path, [param, m, v]) in paths.into_iter().zip(B::InnerBackend::adamw(tensors, &step)) {
+                self.moments.insert(path.clone(), Moments { m: tensor(m), v: tensor(v) });
+                updated.insert(path, param);
+            }
+        }
+        weights::map_params(module, &mut Put(updated))
     }
 
     /// Factor that brings a gradient of global norm `norm` to at most the configured clip.
@@ -114,35 +129,48 @@ impl<B: TrainBackend> AdamW<B> {
     }
 }
 
-struct Update<'a, B: TrainBackend> {
-    optimizer: &'a mut AdamW<B>,
-    grads: HashMap<String, Tensor<B::InnerBackend, 1>>,
-    lr: f64,
-    grad_scale: f64,
+/// Parameters that are updated alike: their paths, and of each parameter, gradient and moments.
+struct Group<B: Backend> {
+    paths: Vec<String>,
+    tensors: Vec<[FloatTensor<B>; 4]>,
 }
 
-impl<B: TrainBackend> ParamMap<B> for Update<'_, B> {
+impl<B: Backend> Default for Group<B> {
+    fn default() -> Self {
+        Self { paths: Vec::new(), tensors: Vec::new() }
+    }
+}
+
+/// Takes the parameters that have a gradient out of a module: then nobody else holds them, and the update is in place.
+struct Take<'a, B: TrainBackend> {
+    optimizer: &'a mut AdamW<B>,
+    grads: HashMap<String, Tensor<B::InnerBackend, 1>>,
+    /// Vectors and matrices.
+    groups: [Group<B::InnerBackend>; 2],
+}
+
+impl<B: TrainBackend> ParamMap<B> for Take<'_, B> {
     fn map<const D: usize>(&mut self, path: &str, value: Tensor<B, D>) -> Tensor<B, D> {
         let Some(grad) = self.grads.remove(path) else { return value };
-        let AdamW { config, step, moments } = &mut *self.optimizer;
-        let Moments { m, v } = moments
-            .remove(path)
-            .unwrap_or_else(|| Moments { m: Tensor::zeros_like(&grad), v: Tensor::zeros_like(&grad) });
-        // Decay groups: matrices, and the norm gains (the only vectors) if asked for.
-        let decays = D > 1 || config.decay_norms;
-        let step = AdamWStep {
-            lr: self.lr,
-            beta_1: config.beta_1,
-            beta_2: config.beta_2,
-            epsilon: config.epsilon,
-            weight_decay: if decays { config.weight_decay } else { 0.0 },
-            step: *step,
-            grad_scale: self.grad_scale,
-        };
-        let (param, grad, [m, v]) = (primitive(value.inner()), primitive(grad), [m, v].map(primitive));
-        let [param, m, v] = B::InnerBackend::adamw(param, grad, m, v, &step);
-        moments.insert(path.to_string(), Moments { m: tensor(m), v: tensor(v) });
-        Tensor::from_inner(tensor::<B::InnerBackend, D>(param))
+        let new = || Moments { m: Tensor::zeros_like(&grad), v: Tensor::zeros_like(&grad) };
+        let Moments { m, v } = self.optimizer.moments.remove(path).unwrap_or_else(new);
+        let place = Tensor::empty([1; D], &value.device());
+        let Group { paths, tensors } = &mut self.groups[usize::from(D > 1)];
+        paths.push(path.into());
+        tensors.push([primitive(value.inner()), primitive(grad), primitive(m), primitive(v)]);
+        place
+    }
+}
+
+/// Puts parameters into their places.
+struct Put<B: TrainBackend>(HashMap<String, FloatTensor<B::InnerBackend>>);
+
+impl<B: TrainBackend> ParamMap<B> for Put<B> {
+    fn map<const D: usize>(&mut self, path: &str, value: Tensor<B, D>) -> Tensor<B, D> {
+        match self.0.remove(path) {
+            Some(param) => Tensor::from_inner(tensor::<B::InnerBackend, D>(param)),
+            None => value,
+        }
     }
 }
 

@@ -331,13 +331,19 @@ device_test! {
         let step = AdamWStep {
             lr: 0.1, beta_1: 0.9, beta_2: 0.95, epsilon: 1e-8, weight_decay: 0.1, step: 3, grad_scale: 0.5,
         };
-        let state = || (f32s([9, 41], 1), f32s([9, 41], 2), f32s([9, 41], 3));
-        let v = || primitive(random::<Inner<B>, 2>([9, 41], 4, DType::F32, &device).square());
-        let (param, grad, m) = state();
-        let ours = Inner::<B>::adamw(param, grad, m, v(), &step);
-        let (param, grad, m) = state();
-        let default = reference::adamw::<Inner<B>>(param, grad, m, v(), &step);
-        same("adamw", ours.map(one).into(), default.map(one).into());
+        // More than one launch takes, of several sizes, some of which are read by vectors.
+        let sizes = (0..40).map(|index| [[9, 41], [1, 7], [64, 96], [3, 4]][index / 2 % 4]);
+        let state = |dims: [usize; 2]| {
+            let v = primitive(random::<Inner<B>, 2>(dims, 4, DType::F32, &device).square());
+            [f32s(dims, 1), f32s(dims, 2), f32s(dims, 3), v]
+        };
+        let ours = Inner::<B>::adamw(sizes.clone().map(state).collect(), &step);
+        assert_eq!(ours.len(), 40);
+        for (ours, dims) in ours.into_iter().zip(sizes) {
+            let default = reference::adamw::<Inner<B>>(state(dims), &step);
+            same("adamw", ours.map(one).into(), default.map(one).into());
+        }
+        assert!(Inner::<B>::adamw(Vec::new(), &step).is_empty());
 
         let x = f32s([100, 41], 5);
         let expected: f64 = floats(tensor::<Inner<B>, 2>(x.clone())).iter().map(|x| x * x).sum();

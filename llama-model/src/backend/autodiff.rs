@@ -291,15 +291,10 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
     }
 
     /// An update is not differentiated: it runs on the inner backend.
-    fn adamw(
-        param: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        m: FloatTensor<Self>,
-        v: FloatTensor<Self>,
-        step: &AdamWStep,
-    ) -> [FloatTensor<Self>; 3] {
-        B::adamw(param.primitive, grad.primitive, m.primitive, v.primitive, step)
-            .map(<Self as AutodiffBackend>::from_inner)
+    fn adamw(tensors: Vec<[FloatTensor<Self>; 4]>, step: &AdamWStep) -> Vec<[FloatTensor<Self>; 3]> {
+        let tensors = tensors.into_iter().map(|tensors| tensors.map(|x| x.primitive)).collect();
+        let updated = B::adamw(tensors, step).into_iter();
+        updated.map(|tensors| tensors.map(<Self as AutodiffBackend>::from_inner)).collect()
     }
 }
 

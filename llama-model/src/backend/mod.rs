@@ -384,18 +384,13 @@ pub trait LlamaBackend: Backend {
         block::cached::<Self>(x, weights, cache, &spec)
     }
 
-    /// One AdamW update of a parameter and its moments `m` and `v`, in one pass where the backend can.
+    /// One AdamW update of parameters and their moments, each in one pass where the backend can: `[param, grad, m, v]` to the new
+    /// `[param, m, v]`.
     ///
     /// # Shapes
-    /// Four tensors of as many elements, each in a shape of its own; returns the new `[param, m, v]` as they came.
-    fn adamw(
-        param: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        m: FloatTensor<Self>,
-        v: FloatTensor<Self>,
-        step: &AdamWStep,
-    ) -> [FloatTensor<Self>; 3] {
-        reference::adamw::<Self>(param, grad, m, v, step)
+    /// Four tensors of as many elements, each in a shape of its own, which the new ones have, too.
+    fn adamw(tensors: Vec<[FloatTensor<Self>; 4]>, step: &AdamWStep) -> Vec<[FloatTensor<Self>; 3]> {
+        tensors.into_iter().map(|tensors| reference::adamw::<Self>(tensors, step)).collect()
     }
 
     /// Sums of the squares of each tensor's elements, `[tensors]`: the gradients' shares of the global norm.

@@ -409,14 +409,8 @@ pub(super) fn chunked_cross_entropy<B: Backend>(
     [primitive(loss), primitive(Tensor::cat(d_hidden, 0)), primitive(d_head)]
 }
 
-/// [`LlamaBackend::adamw`].
-pub fn adamw<B: Backend>(
-    param: FloatTensor<B>,
-    grad: FloatTensor<B>,
-    m: FloatTensor<B>,
-    v: FloatTensor<B>,
-    step: &AdamWStep,
-) -> [FloatTensor<B>; 3] {
+/// [`LlamaBackend::adamw`] of one parameter.
+pub fn adamw<B: Backend>([param, grad, m, v]: [FloatTensor<B>; 4], step: &AdamWStep) -> [FloatTensor<B>; 3] {
     let shapes = [param.shape(), m.shape(), v.shape()];
     let flat = |x: FloatTensor<B>| {
         let len = x.shape().num_elements();

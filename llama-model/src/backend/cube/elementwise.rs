@@ -12,7 +12,7 @@ use crate::backend::AdamWStep;
 
 /// Units of a cube.
 const UNITS: usize = 256;
-/// Cubes that cast a tensor, at most.
+/// Cubes that go over a tensor of several, at most.
 const MAX_CUBES: usize = 1024;
 
 /// `count` cubes cast each tensor.
@@ -46,7 +46,7 @@ pub(super) fn cast<R: CubeRuntime>(x: CubeTensor<R>, dtype: DType) -> CubeTensor
 /// [`cast`] of several tensors, in few launches.
 pub(super) fn cast_all<R: CubeRuntime>(tensors: Vec<CubeTensor<R>>, dtype: DType) -> Vec<CubeTensor<R>> {
     let mut casts = Vec::with_capacity(tensors.len());
-    for (alike, size) in batches(&tensors, 2) {
+    for (alike, size) in batches(&tensors, std::slice::from_ref, 2) {
         let (client, from) = (alike[0].client.clone(), alike[0].dtype);
         if from == dtype {
             casts.extend_from_slice(alike);
@@ -126,12 +126,14 @@ pub(super) fn rotary<R: CubeRuntime>(
     out
 }
 
+/// `count` cubes update each parameter.
 #[cube(launch)]
 fn adamw_kernel<F: Float, G: Float, N: Size>(
-    param: &mut Array<Vector<F, N>>,
-    grad: &Array<Vector<G, N>>,
-    m: &mut Array<Vector<F, N>>,
-    v: &mut Array<Vector<F, N>>,
+    params: &mut Sequence<Array<Vector<F, N>>>,
+    grads: &Sequence<Array<Vector<G, N>>>,
+    ms: &mut Sequence<Array<Vector<F, N>>>,
+    vs: &mut Sequence<Array<Vector<F, N>>>,
+    count: usize,
     grad_scale: f32,
     beta_1: f32,
     beta_2: f32,
@@ -143,54 +145,82 @@ fn adamw_kernel<F: Float, G: Float, N: Size>(
     decay: f32,
     #[define(F, G)] _dtypes: [StorageType; 2],
 ) {
-    let at = CUBE_POS * UNITS + UNIT_POS as usize;
-    if at < param.len() {
-        let grad = Vector::<f32, N>::cast_from(grad[at]) * Vector::cast_from(grad_scale);
-        let mean =
-            Vector::<f32, N>::cast_from(m[at]) * Vector::cast_from(beta_1) + grad * Vector::cast_from(one_minus_beta_1);
-        let square = Vector::<f32, N>::cast_from(v[at]) * Vector::cast_from(beta_2)
-            + grad * grad * Vector::cast_from(one_minus_beta_2);
-        let root = square.sqrt() * Vector::cast_from(inv_root_correction_2) + Vector::cast_from(epsilon);
-        let kept = Vector::<f32, N>::cast_from(param[at]) * Vector::cast_from(decay);
-        param[at] = Vector::cast_from(kept - mean / root * Vector::cast_from(step_size));
-        m[at] = Vector::cast_from(mean);
-        v[at] = Vector::cast_from(square);
+    #[unroll]
+    for index in 0..grads.len() {
+        if CUBE_POS / count == index {
+            let (param, grad) = (params.index_mut(index), grads.index(index));
+            let (m, v) = (ms.index_mut(index), vs.index_mut(index));
+            let mut at = CUBE_POS % count * UNITS + UNIT_POS as usize;
+            while at < param.len() {
+                let grad = Vector::<f32, N>::cast_from(grad[at]) * Vector::cast_from(grad_scale);
+                let mean = Vector::<f32, N>::cast_from(m[at]) * Vector::cast_from(beta_1)
+                    + grad * Vector::cast_from(one_minus_beta_1);
+                let square = Vector::<f32, N>::cast_from(v[at]) * Vector::cast_from(beta_2)
+                    + grad * grad * Vector::cast_from(one_minus_beta_2);
+                let root = square.sqrt() * Vector::cast_from(inv_root_correction_2) + Vector::cast_from(epsilon);
+                let kept = Vector::<f32, N>::cast_from(param[at]) * Vector::cast_from(decay);
+                param[at] = Vector::cast_from(kept - mean / root * Vector::cast_from(step_size));
+                m[at] = Vector::cast_from(mean);
+                v[at] = Vector::cast_from(square);
+                at += count * UNITS;
+            }
+        }
     }
 }
 
-/// [`LlamaBackend::adamw`](crate::LlamaBackend::adamw), in place where nobody else holds the tensors.
-pub(super) fn adamw<R: CubeRuntime>(
-    param: CubeTensor<R>,
-    grad: CubeTensor<R>,
-    m: CubeTensor<R>,
-    v: CubeTensor<R>,
-    step: &AdamWStep,
-) -> [CubeTensor<R>; 3] {
-    let [param, m, v] = owned([param, m, v]);
-    let [grad] = contiguous([grad]);
+/// In parts of 16, 4 and 1: a kernel is compiled for each number of tensors, and this one for three alone.
+fn by_powers<T>(mut all: &[T]) -> impl Iterator<Item = &[T]> {
+    std::iter::from_fn(move || {
+        let power = 4usize.pow(all.len().checked_ilog(4)?);
+        let (part, rest) = all.split_at(power.min(16));
+        all = rest;
+        Some(part)
+    })
+}
+
+/// [`LlamaBackend::adamw`](crate::LlamaBackend::adamw), in place where nobody else holds the tensors, in few launches.
+pub(super) fn adamw<R: CubeRuntime>(tensors: Vec<[CubeTensor<R>; 4]>, step: &AdamWStep) -> Vec<[CubeTensor<R>; 3]> {
+    let ready = |[param, grad, m, v]: [CubeTensor<R>; 4]| {
+        let ([param, m, v], [grad]) = (owned([param, m, v]), contiguous([grad]));
+        [param, grad, m, v]
+    };
+    let tensors: Vec<_> = tensors.into_iter().map(ready).collect();
     let (correction_1, correction_2) = step.bias_corrections();
-    let dtypes = [param.dtype.into(), grad.dtype.into()];
-    let size = vector_size(param.shape().num_elements());
-    let vectors = param.shape().num_elements() / size;
-    adamw_kernel::launch::<R>(
-        &param.client.clone(),
-        cubes(vectors.div_ceil(UNITS)),
-        CubeDim::new_1d(UNITS as u32),
-        size,
-        param.clone().into_array_arg(),
-        grad.into_array_arg(),
-        m.clone().into_array_arg(),
-        v.clone().into_array_arg(),
-        step.grad_scale as f32,
-        step.beta_1 as f32,
-        step.beta_2 as f32,
-        (1.0 - step.beta_1) as f32,
-        (1.0 - step.beta_2) as f32,
-        (step.lr / correction_1) as f32,
-        correction_2.sqrt().recip() as f32,
-        step.epsilon as f32,
-        (1.0 - step.lr * step.weight_decay) as f32,
-        dtypes,
-    );
-    [param, m, v]
+    let batches = batches(&tensors, |set| set, 4);
+    for (alike, size) in batches.flat_map(|(alike, size)| by_powers(alike).map(move |alike| (alike, size))) {
+        let [param, grad, ..] = &alike[0];
+        let (client, dtypes) = (param.client.clone(), [param.dtype.into(), grad.dtype.into()]);
+        let longest = alike.iter().map(|[param, ..]| param.shape().num_elements() / size).max().unwrap_or(0);
+        let count = longest.div_ceil(UNITS).clamp(1, MAX_CUBES);
+        let [mut params, mut ms, mut vs] = std::array::from_fn(|_| SequenceArg::new());
+        let mut grads = SequenceArg::new();
+        for [param, grad, m, v] in alike {
+            params.push(param.clone().into_array_arg());
+            grads.push(grad.clone().into_array_arg());
+            ms.push(m.clone().into_array_arg());
+            vs.push(v.clone().into_array_arg());
+        }
+        adamw_kernel::launch::<R>(
+            &client,
+            cubes(count * alike.len()),
+            CubeDim::new_1d(UNITS as u32),
+            size,
+            params,
+            grads,
+            ms,
+            vs,
+            count,
+            step.grad_scale as f32,
+            step.beta_1 as f32,
+            step.beta_2 as f32,
+            (1.0 - step.beta_1) as f32,
+            (1.0 - step.beta_2) as f32,
+            (step.lr / correction_1) as f32,
+            correction_2.sqrt().recip() as f32,
+            step.epsilon as f32,
+            (1.0 - step.lr * step.weight_decay) as f32,
+            dtypes,
+        );
+    }
+    tensors.into_iter().map(|[param, _, m, v]| [param, m, v]).collect()
 }

@@ -295,16 +295,10 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         }
     }
 
-    fn adamw(
-        param: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        m: FloatTensor<Self>,
-        v: FloatTensor<Self>,
-        step: &AdamWStep,
-    ) -> [FloatTensor<Self>; 3] {
-        match computes(&[&param, &grad, &m, &v]) {
-            true => elementwise::adamw(param, grad, m, v, step),
-            false => reference::adamw::<Self>(param, grad, m, v, step),
+    fn adamw(tensors: Vec<[FloatTensor<Self>; 4]>, step: &AdamWStep) -> Vec<[FloatTensor<Self>; 3]> {
+        match computes(&tensors.iter().flatten().collect::<Vec<_>>()) {
+            true => elementwise::adamw(tensors, step),
+            false => tensors.into_iter().map(|tensors| reference::adamw::<Self>(tensors, step)).collect(),
         }
     }
 
@@ -336,17 +330,19 @@ fn owned<R: CubeRuntime, const N: usize>(tensors: [CubeTensor<R>; N]) -> [CubeTe
     contiguous(tensors).map(|x| if x.can_mut() { x } else { x.copy() })
 }
 
-/// Tensors for one launch each time: neighbours of one type, and of one size of the vectors that they are read by. Each takes so many
-/// bindings of those that the device has.
-fn batches<R: CubeRuntime>(
-    tensors: &[CubeTensor<R>],
+/// Sets of tensors for one launch each time: neighbours of the same types, and of one size of the vectors that they are read by. Each set takes
+/// so many bindings of those that the device has.
+fn batches<T, R: CubeRuntime>(
+    sets: &[T],
+    tensors: impl Fn(&T) -> &[CubeTensor<R>] + Copy,
     bindings: usize,
-) -> impl Iterator<Item = (&[CubeTensor<R>], usize)> {
-    let room = tensors.first().map_or(0, |x| x.client.properties().hardware.max_bindings as usize);
+) -> impl Iterator<Item = (&[T], usize)> {
+    let room = sets.first().map_or(0, |set| tensors(set)[0].client.properties().hardware.max_bindings as usize);
     let most = (room.saturating_sub(2) / bindings).clamp(1, MAX_TENSORS);
-    let size = |x: &CubeTensor<R>| reduce::vector_size(x.shape().num_elements());
-    let alike = move |a: &CubeTensor<R>, b: &CubeTensor<R>| (a.dtype, size(a)) == (b.dtype, size(b));
-    tensors.chunk_by(alike).flat_map(move |alike| alike.chunks(most)).map(move |alike| (alike, size(&alike[0])))
+    let size = move |set: &T| reduce::vector_size(tensors(set)[0].shape().num_elements());
+    let kind = move |set: &T| (tensors(set).iter().map(|x| x.dtype).collect::<Vec<_>>(), size(set));
+    let alike = sets.chunk_by(move |a, b| kind(a) == kind(b));
+    alike.flat_map(move |alike| alike.chunks(most)).map(move |alike| (alike, size(&alike[0])))
 }
 
 /// At least `count` cubes, in no dimension more than every device has.

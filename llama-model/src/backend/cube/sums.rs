@@ -92,7 +92,7 @@ pub(super) fn sums_of_squares<R: CubeRuntime>(tensors: Vec<CubeTensor<R>>) -> Cu
     let count = tensors.len();
     let parts = empty_like(&tensors[0], Shape::new([count, PARTS]), DType::F32);
     let mut first = 0;
-    for (alike, size) in batches(&tensors, 1) {
+    for (alike, size) in batches(&tensors, std::slice::from_ref, 1) {
         sum_parts(alike.to_vec(), size, &parts, first * PARTS, PARTS, true);
         first += alike.len();
     }

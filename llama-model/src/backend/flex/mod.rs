@@ -15,7 +15,7 @@ mod stored;
 mod team;
 
 use burn::backend::Flex;
-use burn::tensor::ops::{FloatTensor, FloatTensorOps, IntTensor};
+use burn::tensor::ops::{FloatTensorOps, IntTensor};
 use burn::tensor::{DType, FloatDType, TensorData};
 use burn_flex::{FlexTensor, Layout};
 
@@ -172,17 +172,12 @@ impl LlamaBackend for Flex {
         reference::scale::<Flex>(x, factor)
     }
 
-    fn adamw(
-        param: FlexTensor,
-        grad: FlexTensor,
-        m: FlexTensor,
-        v: FlexTensor,
-        step: &AdamWStep,
-    ) -> [FloatTensor<Flex>; 3] {
-        if !is_f32(&[&param, &grad, &m, &v]) {
-            return reference::adamw::<Flex>(param, grad, m, v, step);
-        }
-        rows::adamw(param, grad, m, v, step)
+    fn adamw(tensors: Vec<[FlexTensor; 4]>, step: &AdamWStep) -> Vec<[FlexTensor; 3]> {
+        let update = |tensors: [FlexTensor; 4]| match is_f32(&tensors.iter().collect::<Vec<_>>()) {
+            true => rows::adamw(tensors, step),
+            false => reference::adamw::<Flex>(tensors, step),
+        };
+        tensors.into_iter().map(update).collect()
     }
 
     fn sums_of_squares(tensors: Vec<FlexTensor>) -> FlexTensor {

@@ -222,13 +222,7 @@ vectorized! {
     }
 }
 
-pub(super) fn adamw(
-    param: FlexTensor,
-    grad: FlexTensor,
-    m: FlexTensor,
-    v: FlexTensor,
-    step: &AdamWStep,
-) -> [FlexTensor; 3] {
+pub(super) fn adamw([param, grad, m, v]: [FlexTensor; 4], step: &AdamWStep) -> [FlexTensor; 3] {
     let ([mut param, mut m, mut v], grad) = ([param, m, v].map(whole), contiguous(grad));
     let moments = m.storage_mut::<f32>().chunks_mut(BLOCK).zip(v.storage_mut::<f32>().chunks_mut(BLOCK));
     let params = param.storage_mut::<f32>().chunks_mut(BLOCK).zip(values(&grad).chunks(BLOCK));

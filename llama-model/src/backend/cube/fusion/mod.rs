@@ -331,18 +331,16 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
         (out, BlockCache { keys, values, len: len + seq_len })
     }
 
-    fn adamw(
-        param: FloatTensor<Self>,
-        grad: FloatTensor<Self>,
-        m: FloatTensor<Self>,
-        v: FloatTensor<Self>,
-        step: &AdamWStep,
-    ) -> [FloatTensor<Self>; 3] {
-        let outputs = [like(&param), like(&m), like(&v)];
-        let step = *step;
-        custom::<B, 4, 3>("adamw", [param, grad, m, v], None, outputs, move |[param, grad, m, v], _| {
-            B::adamw(param, grad, m, v, &step)
-        })
+    fn adamw(tensors: Vec<[FloatTensor<Self>; 4]>, step: &AdamWStep) -> Vec<[FloatTensor<Self>; 3]> {
+        if tensors.is_empty() {
+            return Vec::new();
+        }
+        let outputs = tensors.iter().flat_map(|[param, _, m, v]| [like(param), like(m), like(v)]).collect();
+        let (inputs, step) = (tensors.into_iter().flatten().collect(), *step);
+        let updated = custom_list::<B>("adamw", inputs, Vec::new(), outputs, move |inputs, _| {
+            B::adamw(sets(inputs), &step).into_iter().flatten().collect()
+        });
+        sets(updated)
     }
 
     fn sums_of_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self> {
@@ -352,6 +350,16 @@ impl<B: FusionBackend + LlamaBackend> LlamaBackend for Fusion<B> {
             custom_all::<B, 1>("sums_of_squares", tensors, None, outputs, |tensors, _| [B::sums_of_squares(tensors)]);
         sums
     }
+}
+
+/// Neighbours, so many at a time.
+fn sets<T, const N: usize>(all: Vec<T>) -> Vec<[T; N]> {
+    let mut all = all.into_iter();
+    std::iter::from_fn(|| {
+        let set: Vec<T> = all.by_ref().take(N).collect();
+        set.try_into().ok()
+    })
+    .collect()
 }
 
 fn like<T: TensorMetadata>(x: &T) -> (Shape, DType) {
