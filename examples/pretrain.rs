@@ -332,8 +332,13 @@ fn train(args: Args, config: &PretrainConfig, devices: &Devices, resume_from: Op
         (true, true) => ["pub fn new", "impl", "use std::", "/// Returns"].map(String::from).into(),
         (true, false) => vec![String::new(); 3],
     };
-    let options =
-        EngineOptions { precision: Some(config.compute.precision), ..EngineOptions::new(devices.devices[0].into()) };
+    // On one device, or on as many as the model was divided among.
+    let Some(own) = devices.devices.get(..devices.tensor_parallel) else {
+        println!("no samples: the model is divided among processes; `generate` takes --nodes, too");
+        return Ok(());
+    };
+    let devices = Devices { devices: own.into(), ..own[0].into() };
+    let options = EngineOptions { precision: Some(config.compute.precision), ..EngineOptions::new(devices) };
     let samples = samples(&Engine::open_with(&report.checkpoint, &options, &NoProgress)?, &prompts)?;
     let path = config.run.folder.join("samples.txt");
     std::fs::write(&path, &samples).with_context(|| path.display().to_string())?;

@@ -28,7 +28,7 @@ use others::{Follow, Others};
 /// How a checkpoint is opened.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
-    /// Where to compute. Several devices divide the model among them, each with a part of every block.
+    /// Where to compute. All of them, also those of other processes, divide the model, each with a part of every block.
     pub devices: Devices,
     /// How matrices are kept in memory; fewer bytes decode faster.
     pub weights: WeightFormat,

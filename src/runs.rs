@@ -29,7 +29,7 @@ pub struct Devices {
     pub devices: Vec<Device>,
     /// Where it meets the other processes of the run, if there are any.
     pub rendezvous: Option<Rendezvous>,
-    /// How many consecutive devices divide a model among them; 1 if each has the whole of it.
+    /// How many consecutive devices divide a model among them in a run; 1 if each has the whole of it.
     pub tensor_parallel: usize,
 }
 

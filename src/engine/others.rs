@@ -43,7 +43,9 @@ impl Others {
     pub fn leave(mut self) -> Option<Error> {
         self.group = None;
         let ended = self.threads.drain(..).map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
-        let missed = |error: &Error| matches!(error, Error::Train(TrainError::Member { .. }));
+        let missed = |error: &Error| {
+            matches!(error, Error::Train(TrainError::Member { .. }) | Error::Model(ModelError::Member(_)))
+        };
         ended.collect::<Vec<_>>().into_iter().filter_map(Result::err).find(|error| !missed(error))
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use burn::optim::GradientsParams;
 use burn::tensor::{Tensor, TensorData};
 use llama::data::tokenizer::Tokenizer;
+use llama::model::lora::LoraConfig;
 use llama::model::shard::{Split, Team};
 use llama::model::weights::{self, TrainedParam};
 use llama::model::{Compute, KvCache, LlamaConfig, Precision, Recompute, TrainBackend, hf};
@@ -195,6 +196,9 @@ device_test! {
         assert!(error.contains("tensor_parallel is 2, of which 3 devices are no multiple"), "{error}");
         let error = small().init_in::<B>(&in_team(4, |team| team)[1], 0, &device).unwrap_err().to_string();
         assert!(error.contains("n_kv_heads is 2, which 4 devices cannot divide"), "{error}");
+        let part = small().init_in::<B>(&in_team(2, |team| team)[0], 0, &device).unwrap();
+        let error = part.with_adapters(&LoraConfig::default(), 0).unwrap_err().to_string();
+        assert!(error.contains("adapters are for models that are whole"), "{error}");
         config.batch.accumulation = 3;
         for outcome in crate::parallel::run::<B>(pairs(4), &device, |_| (config.clone(), None, Default::default())) {
             let error = outcome.unwrap_err().to_string();
