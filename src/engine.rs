@@ -11,7 +11,7 @@ use llama_data::tokenizer::Codec;
 use llama_model::formats::{Checkpoint, Format};
 use llama_model::generate::{self, GenerateOptions, Generated, Generation, ScoreRequest, Session, Speculation};
 use llama_model::lora::{self, Adapters};
-use llama_model::shard::Team;
+use llama_model::shard::{Split, Team};
 use llama_model::{
     BackendTask, Compute, Device, Llama, LlamaBackend, LlamaConfig, ModelError, Precision, TrainBackend, WeightFormat,
 };
@@ -316,7 +316,8 @@ pub(crate) fn load<B: LlamaBackend>(
     progress: &dyn Progress,
 ) -> Result<Llama<B>, ModelError> {
     let task = format!("loading {}", checkpoint.path().display());
-    progress.start(&task, Some(checkpoint.config().num_params() / team.shard().count as u64));
+    let of_part = |(path, dims): (String, Vec<usize>)| Split::of(&path).part_len(&dims, team.shard().count) as u64;
+    progress.start(&task, Some(checkpoint.config().parameters().into_iter().map(of_part).sum()));
     let model = checkpoint.load_in::<B>(team, weights, device, |read| progress.advance(read));
     progress.finish();
     model

@@ -62,10 +62,33 @@ impl Display for Devices {
     }
 }
 
+/// A device and its place in a group.
+pub(crate) type Member = (Device, Group);
+
+/// Whether an error is that of a member that misses another, who may have said why.
+pub(crate) fn is_absence(error: &Error) -> bool {
+    matches!(error, Error::Train(TrainError::Member { .. }) | Error::Model(ModelError::Member(_)))
+}
+
 impl Devices {
     /// Whether this process has the device that writes files.
     pub fn lead(&self) -> bool {
         self.rendezvous.as_ref().is_none_or(|rendezvous| rendezvous.node == 0)
+    }
+
+    /// The devices of this process as members of one group, the first apart, where so many of all divide a model.
+    pub(crate) fn join(&self, parts: impl Fn(&Group) -> usize) -> Result<(Member, Vec<Member>), Error> {
+        let divide = |group: Group| {
+            let parts = parts(&group);
+            group.dividing_models(parts)
+        };
+        let groups = parallel::join(self.devices.len(), self.rendezvous.as_ref())?.into_iter();
+        let groups = groups.map(divide).collect::<Result<Vec<_>, _>>()?;
+        let mut members = self.devices.iter().copied().zip(groups);
+        match members.next() {
+            Some(first) => Ok((first, members.collect())),
+            None => Err(ModelError::Config { field: "devices", reason: "must name one at least".into() }.into()),
+        }
     }
 
     /// Lets every device of this process take part in a run: the first here, as the options say, the others silently.
@@ -74,23 +97,18 @@ impl Devices {
         options: RunOptions,
         member: impl Fn(Device, Group, RunOptions) -> Result<RunReport, Error> + Sync,
     ) -> Result<RunReport, Error> {
-        let groups = parallel::join(self.devices.len(), self.rendezvous.as_ref())?.into_iter();
-        let groups = groups.map(|group| group.dividing_models(self.tensor_parallel)).collect::<Result<Vec<_>, _>>()?;
-        let mut members = self.devices.iter().copied().zip(groups);
-        let Some((device, group)) = members.next() else {
-            return Err(ModelError::Config { field: "devices", reason: "must name one at least".into() }.into());
-        };
+        let ((device, group), members) = self.join(|_| self.tensor_parallel)?;
         let (member, resume_from, interrupter) = (&member, options.resume_from, options.interrupter.clone());
         thread::scope(|scope| {
-            let spawn = |(device, group): (Device, Group)| {
+            let spawn = |(device, group): Member| {
                 let options = RunOptions { resume_from, interrupter: interrupter.clone(), ..RunOptions::silent() };
                 scope.spawn(move || member(device, group, options))
             };
-            let others: Vec<_> = members.map(spawn).collect();
+            let others: Vec<_> = members.into_iter().map(spawn).collect();
             let first = member(device, group, options);
             let others = others.into_iter().map(|other| other.join().unwrap_or_else(|panic| resume_unwind(panic)));
             // A member that fails leaves the others, who then fail for want of it: the cause is told.
-            let missed = |result: &Result<_, Error>| matches!(result, Err(Error::Train(TrainError::Member { .. })));
+            let missed = |result: &Result<_, Error>| result.as_ref().is_err_and(is_absence);
             let cause = |first, other: Result<_, Error>| if missed(&first) && other.is_err() { other } else { first };
             others.collect::<Vec<_>>().into_iter().fold(first, cause)
         })

@@ -1,5 +1,6 @@
 //! Batches, made ahead of the training thread.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
@@ -27,7 +28,12 @@ pub const NO_TARGET: i32 = -100;
 impl TokenBatch {
     /// Tokens that are trained on.
     pub fn tokens(&self) -> usize {
-        self.targets.iter().filter(|target| **target != NO_TARGET).count()
+        self.tokens_in(0..self.targets.len())
+    }
+
+    /// Tokens that are trained on, of some of `batch · seq_len`.
+    pub fn tokens_in(&self, rows: Range<usize>) -> usize {
+        self.targets[rows].iter().filter(|target| **target != NO_TARGET).count()
     }
 
     /// Tokens that the model reads.

@@ -79,13 +79,13 @@ impl<B: TrainBackend> AdamW<B> {
     ) -> M {
         self.step += 1;
         let grads = grads.entries.into_iter().collect();
-        let mut taken = Take { optimizer: self, grads, groups: Default::default() };
+        let mut taken = Take { moments: &mut self.moments, grads, groups: Default::default() };
         let module = weights::map_params(module, &mut taken);
         let groups = taken.groups;
         // Decay groups: matrices, and the norm gains (the only vectors) if asked for.
         let decays = [self.config.decay_norms, true].map(|decays| if decays { self.config.weight_decay } else { 0.0 });
         let mut updated = HashMap::new();
-        for (Group { paths, tensors }, weight_decay) in groups.into_iter().zip(decays) {
+        for (DecayGroup { paths, tensors }, weight_decay) in groups.into_iter().zip(decays) {
             let OptimizerConfig { beta_1, beta_2, epsilon, .. } = self.config;
             let step = AdamWStep { lr, beta_1, beta_2, epsilon, weight_decay, step: self.step, grad_scale };
             for (path, [param, m, v]) in paths.into_iter().zip(B::InnerBackend::adamw(tensors, &step)) {
@@ -130,12 +130,12 @@ impl<B: TrainBackend> AdamW<B> {
 }
 
 /// Parameters that are updated alike: their paths, and of each parameter, gradient and moments.
-struct Group<B: Backend> {
+struct DecayGroup<B: Backend> {
     paths: Vec<String>,
     tensors: Vec<[FloatTensor<B>; 4]>,
 }
 
-impl<B: Backend> Default for Group<B> {
+impl<B: Backend> Default for DecayGroup<B> {
     fn default() -> Self {
         Self { paths: Vec::new(), tensors: Vec::new() }
     }
@@ -143,19 +143,19 @@ impl<B: Backend> Default for Group<B> {
 
 /// Takes the parameters that have a gradient out of a module: then nobody else holds them, and the update is in place.
 struct Take<'a, B: TrainBackend> {
-    optimizer: &'a mut AdamW<B>,
+    moments: &'a mut BTreeMap<String, Moments<B::InnerBackend>>,
     grads: HashMap<String, Tensor<B::InnerBackend, 1>>,
     /// Vectors and matrices.
-    groups: [Group<B::InnerBackend>; 2],
+    groups: [DecayGroup<B::InnerBackend>; 2],
 }
 
 impl<B: TrainBackend> ParamMap<B> for Take<'_, B> {
     fn map<const D: usize>(&mut self, path: &str, value: Tensor<B, D>) -> Tensor<B, D> {
         let Some(grad) = self.grads.remove(path) else { return value };
         let new = || Moments { m: Tensor::zeros_like(&grad), v: Tensor::zeros_like(&grad) };
-        let Moments { m, v } = self.optimizer.moments.remove(path).unwrap_or_else(new);
+        let Moments { m, v } = self.moments.remove(path).unwrap_or_else(new);
         let place = Tensor::empty([1; D], &value.device());
-        let Group { paths, tensors } = &mut self.groups[usize::from(D > 1)];
+        let DecayGroup { paths, tensors } = &mut self.groups[usize::from(D > 1)];
         paths.push(path.into());
         tensors.push([primitive(value.inner()), primitive(grad), primitive(m), primitive(v)]);
         place

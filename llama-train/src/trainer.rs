@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::tensor::{ElementConversion, Int, Tensor, TensorData};
 use burn::train::metric::{Adaptor, ItemLazy};
 use burn::train::{InferenceStep, TrainOutput, TrainStep};
-use llama_data::loader::{NO_TARGET, TokenBatch};
+use llama_data::loader::TokenBatch;
 use llama_model::{Compute, Llama, LlamaBackend, ModelError, TrainBackend};
 
 /// A model in training.
@@ -69,9 +69,8 @@ impl<B: LlamaBackend> Pretrainer<B> {
 
     /// Of the rows whose losses this model gives.
     fn counts(&self, batch: &TokenBatch) -> StepOutput {
-        let targets = &batch.targets[self.llama.rows(batch.targets.len())];
-        let tokens = targets.iter().filter(|target| **target != NO_TARGET).count();
-        StepOutput { tokens: tokens as u64, positions: targets.len() as u64, ..Default::default() }
+        let rows = self.llama.rows(batch.positions());
+        StepOutput { positions: rows.len() as u64, tokens: batch.tokens_in(rows) as u64, ..Default::default() }
     }
 }
 

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use llama_model::formats::Checkpoint;
-use llama_model::{BackendTask, Device, ModelError, TrainBackend};
-use llama_train::{Group, TrainError, parallel};
+use llama_model::{BackendTask, Device, TrainBackend};
+use llama_train::Group;
 
 use super::{EngineOptions, Open};
-use crate::{Devices, Error};
+use crate::Error;
+use crate::runs::{Member, is_absence};
 
 /// The other devices of this process, among which a model is divided, and their group.
 pub(super) struct Others {
@@ -21,21 +22,13 @@ pub(super) struct Others {
 impl Others {
     /// Makes the group of all devices, lets all of this process but the first follow, and returns that one.
     pub fn join(path: &Path, options: &EngineOptions) -> Result<(Device, Arc<Group>, Self), Error> {
-        let Devices { devices, rendezvous, .. } = &options.devices;
-        let groups = parallel::join(devices.len(), rendezvous.as_ref())?.into_iter();
-        let divide = |group: Group| {
-            let count = group.rank().count as usize;
-            Ok(Arc::new(group.dividing_models(count)?))
-        };
-        let mut members = devices.iter().copied().zip(groups.map(divide).collect::<Result<Vec<_>, Error>>()?);
-        let Some((device, group)) = members.next() else {
-            return Err(ModelError::Config { field: "devices", reason: "must name one at least".into() }.into());
-        };
-        let follow = |(device, group): (Device, Arc<Group>)| {
-            let task = Follow { path: path.into(), options: options.clone(), group };
+        let ((device, group), members) = options.devices.join(|group| group.rank().count as usize)?;
+        let follow = |(device, group): Member| {
+            let task = Follow { path: path.into(), options: options.clone(), group: Arc::new(group) };
             thread::spawn(move || device.run(task).map_err(Error::from).flatten())
         };
-        let threads = members.map(follow).collect();
+        let threads = members.into_iter().map(follow).collect();
+        let group = Arc::new(group);
         Ok((device, group.clone(), Self { group: Some(group), threads }))
     }
 
@@ -43,10 +36,7 @@ impl Others {
     pub fn leave(mut self) -> Option<Error> {
         self.group = None;
         let ended = self.threads.drain(..).map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
-        let missed = |error: &Error| {
-            matches!(error, Error::Train(TrainError::Member { .. }) | Error::Model(ModelError::Member(_)))
-        };
-        ended.collect::<Vec<_>>().into_iter().filter_map(Result::err).find(|error| !missed(error))
+        ended.collect::<Vec<_>>().into_iter().filter_map(Result::err).find(|error| !is_absence(error))
     }
 }
 

@@ -166,9 +166,13 @@ impl<B: LlamaBackend> Activations<B> {
         Self { attention_norm: Some(attention_norm), attention, h, ffn_norm: Some(ffn_norm), gate, up, product }
     }
 
+    /// The SwiGLU product, as it is or made again.
+    fn product(&self) -> FloatTensor<B> {
+        self.product.clone().unwrap_or_else(|| B::swiglu(self.gate.clone(), self.up.clone()))
+    }
+
     fn output(&self, weights: &Weights<B>, spec: &BlockSpec<B>) -> FloatTensor<B> {
-        let product = self.product.clone().expect("the forward makes it");
-        let back = B::project(product, weights.w2.clone(), spec.compute.precision);
+        let back = B::project(self.product(), weights.w2.clone(), spec.compute.precision);
         add::<B>(spec.team.scatter_sum::<B>(back), self.h.clone())
     }
 }
@@ -304,14 +308,15 @@ pub fn backward<B: LlamaBackend>(
         let weights = operands::<B>(weights.clone(), spec);
         (Activations::new(x.clone(), &weights, spec), weights)
     });
-    let Activations { attention_norm, attention, h, ffn_norm, gate, up, product } = inner;
     // What other members have is on its way while what is here is computed.
 
     // The feed-forward network, from its end.
     let d_out = spec.begin_gather(B::operand(grad.clone(), precision));
+    let product = inner.product();
+    let Activations { attention_norm, attention, h, ffn_norm, gate, up, product: kept } = inner;
+    drop(kept);
     let (m, inv_rms) = ffn_norm.unwrap_or_else(|| norm::<B>(h.clone(), &weights.ffn_norm, spec));
     let m = spec.begin_gather(m);
-    let product = product.unwrap_or_else(|| B::swiglu(gate.clone(), up.clone()));
     let d_out = spec.team.end(d_out);
     let [w2] = gradients::<B, 1>([(wanted.w2, &d_out)], product, precision);
     let d_product = input(&[(&d_out, &weights.w2)], gate.dtype());

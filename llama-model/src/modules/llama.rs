@@ -142,12 +142,12 @@ impl<B: LlamaBackend> Llama<B> {
     ) -> Result<Tensor<B, 2>, ModelError> {
         let spec = self.block_spec(0, tokens.dims(), starts)?;
         let (rows, members) = (spec.batch * spec.seq_len, self.team.shard().count);
-        if rows < members {
-            let reason = format!("are {rows}, less than one for each of {members} devices that divide the model");
-            return Err(ModelError::Config { field: "tokens", reason });
-        }
         let tokens = match self.team.is_alone() {
             true => tokens,
+            false if rows < members => {
+                let reason = format!("are {rows}, less than one for each of {members} devices that divide the model");
+                return Err(ModelError::Config { field: "tokens", reason });
+            }
             false => self.own_rows(tokens).unsqueeze(),
         };
         let x = self.layers.iter().fold(self.tok_embeddings.forward(tokens), |x, block| block.forward(x, spec.clone()));
@@ -187,7 +187,7 @@ impl<B: LlamaBackend> Llama<B> {
     fn own_rows(&self, numbers: Tensor<B, 2, Int>) -> Tensor<B, 1, Int> {
         let numbers: Tensor<B, 1, Int> = numbers.flatten(0, 1);
         let rows = self.rows(numbers.dims()[0]);
-        numbers.slice([rows])
+        if self.team.is_alone() { numbers } else { numbers.slice([rows]) }
     }
 
     /// Who has the other parts, if the model is divided.

@@ -80,6 +80,12 @@ impl Split {
         }
     }
 
+    /// Numbers in each of `count` parts of what has `dims`.
+    pub fn part_len(self, dims: &[usize], count: usize) -> usize {
+        let whole: usize = dims.iter().product();
+        if self == Self::Whole { whole } else { whole / count }
+    }
+
     /// The shape of the whole, of which a part of `count` has `dims`.
     pub fn whole_dims(self, dims: &[usize], count: usize) -> Vec<usize> {
         let mut dims = dims.to_vec();

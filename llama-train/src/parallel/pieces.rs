@@ -56,11 +56,8 @@ fn assign(pieces: &mut [Piece], ranks: usize, parts: usize) {
 pub(super) fn pieces<B: Backend, M: Module<B>>(model: &M, group: &Group) -> Vec<Piece> {
     let mut pieces = Vec::new();
     for TrainedParam { path, dims, .. } in weights::trained_params(model) {
-        let parts: Vec<_> = match Split::of(&path) {
-            Split::Whole => vec![None],
-            _ if group.parts == 1 => vec![None],
-            _ => (0..group.parts).map(Some).collect(),
-        };
+        let is_whole = group.parts == 1 || Split::of(&path) == Split::Whole;
+        let parts = if is_whole { vec![None] } else { (0..group.parts).map(Some).collect() };
         pieces.extend(parts.into_iter().map(|part| Piece { path: path.clone(), dims: dims.clone(), part, owner: 0 }));
     }
     assign(&mut pieces, group.rank.count as usize, group.parts);

@@ -52,7 +52,7 @@ impl<B: TrainBackend> Snapshot<'_, B> {
         let group = &self.parallel.group;
         hf::save_whole(&self.model.llama, config, folder, |path, part| {
             let split = Split::of(path);
-            if split == Split::Whole || group.shard().count == 1 {
+            if split == Split::Whole {
                 return Ok(part);
             }
             let (dims, len) = (part.shape.clone(), part.num_elements());

@@ -340,9 +340,9 @@ fn batches<T, R: CubeRuntime>(
     let room = sets.first().map_or(0, |set| tensors(set)[0].client.properties().hardware.max_bindings as usize);
     let most = (room.saturating_sub(2) / bindings).clamp(1, MAX_TENSORS);
     let size = move |set: &T| reduce::vector_size(tensors(set)[0].shape().num_elements());
-    let kind = move |set: &T| (tensors(set).iter().map(|x| x.dtype).collect::<Vec<_>>(), size(set));
-    let alike = sets.chunk_by(move |a, b| kind(a) == kind(b));
-    alike.flat_map(move |alike| alike.chunks(most)).map(move |alike| (alike, size(&alike[0])))
+    let alike =
+        move |a: &T, b: &T| size(a) == size(b) && tensors(a).iter().zip(tensors(b)).all(|(a, b)| a.dtype == b.dtype);
+    sets.chunk_by(alike).flat_map(move |alike| alike.chunks(most)).map(move |alike| (alike, size(&alike[0])))
 }
 
 /// At least `count` cubes, in no dimension more than every device has.
