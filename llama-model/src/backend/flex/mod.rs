@@ -1,5 +1,5 @@
-//! CPU kernels for Burn's Flex backend, in f32: SIMD chosen at run time, threads over rows or heads, products by the
-//! `gemm` crate. Other dtypes take the default bodies.
+//! CPU kernels for Burn's Flex backend, in f32: SIMD chosen at run time, threads over rows or heads, products by kernels
+//! of our own. Other dtypes take the default bodies.
 //!
 //! Every result depends on shapes alone, never on the order in which threads finish, so that a run can be repeated bit
 //! for bit.

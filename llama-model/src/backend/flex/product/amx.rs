@@ -9,8 +9,10 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
-use super::avx512::{Format, Pairs, has_dot, mask, pack, transpose};
+use super::avx512::{Pairs, has_dot, mask};
 use super::blocks::{Kernel, Span, Target};
+use super::tile::{Format, pack};
+use super::vector::Vector;
 use super::{Matrix, simd};
 
 /// Rows and columns of a hardware tile of sums, and pairs of terms in a step.
@@ -121,11 +123,11 @@ unsafe fn pack_rows(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
                 }
             } else if count > 0 {
                 // Pairs of terms of neighbouring rows, then turned round.
-                pack::<Pairs, TILE>(tile, x, (row, count), (term, left.min(UNIT)));
+                pack::<__m512, Pairs>(tile, x, (row, count), (term, left.min(UNIT)), TILE);
                 for (pair, lanes) in lanes.iter_mut().enumerate().take(left.min(UNIT).div_ceil(2)) {
                     *lanes = _mm512_load_ps(tile.add(pair * TILE));
                 }
-                lanes = transpose(lanes);
+                lanes = __m512::transpose(lanes);
             }
             for (r, lanes) in lanes.into_iter().enumerate() {
                 _mm512_store_ps(tile.add(r * TILE), lanes);
@@ -143,11 +145,11 @@ unsafe fn pack_columns(strips: *mut f32, x: Matrix, cols: Span, terms: Span) {
         let lanes = MatrixUnit::lanes(terms.1);
         let pairs = terms.1.div_ceil(2);
         if pairs == lanes {
-            return pack::<Pairs, UNIT>(strips, x, cols, terms);
+            return pack::<__m512, Pairs>(strips, x, cols, terms, UNIT);
         }
         for first in (0..cols.1).step_by(UNIT) {
             let strip = strips.add(first * lanes);
-            pack::<Pairs, UNIT>(strip, x, (cols.0 + first, UNIT.min(cols.1 - first)), terms);
+            pack::<__m512, Pairs>(strip, x, (cols.0 + first, UNIT.min(cols.1 - first)), terms, UNIT);
             strip.add(pairs * UNIT).write_bytes(0, (lanes - pairs) * UNIT);
         }
     }

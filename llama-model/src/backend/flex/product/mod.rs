@@ -1,21 +1,34 @@
 //! Matrix products of strided views: a transposed matrix costs no copy.
 //!
-//! Kernels of our own where the CPU has AVX-512 (`avx512`) or a matrix unit (`amx`), the `gemm` crate elsewhere.
+//! A product is cut into blocks that caches hold (`blocks`), and those into tiles that registers hold (`tile`), for the vectors of
+//! the CPU: AVX-512, AVX2, NEON or none in particular (`vector`). Matrix units have kernels of their own (`amx`, `split`).
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx512;
 mod blocks;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod split;
+mod tile;
+mod vector;
+
+#[cfg(target_arch = "aarch64")]
+use std::arch::aarch64::float32x4_t;
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{__m256, __m512};
 
 use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
-use gemm::Parallelism;
+use pulp::Arch;
 
 use self::blocks::multiply as by;
+use self::tile::{RoundedBf16, RoundedF16, Single, Tiles};
+use self::vector::{Plain, Vector};
 use super::{Buffer, Strided, simd};
 use crate::Precision;
 
@@ -104,74 +117,50 @@ pub(super) const PRODUCT: Product = Product { factor: 1.0, add: false, threads: 
 pub(super) unsafe fn multiply(out: *mut f32, out_row_stride: isize, a: Matrix, b: Matrix, product: Product) {
     debug_assert_eq!(a.cols, b.rows);
     let product = Product { threads: product.threads && a.rows * a.cols * b.cols >= PARALLEL, ..product };
-    if a.rows == 0 || b.cols == 0 {
-        return;
+    let out = Output(out);
+    if a.cols == 0 {
+        let row = |row| out.at(row, out_row_stride, 0);
+        // SAFETY: the caller's promise. A sum of nothing is zero.
+        return (0..if product.add { 0 } else { a.rows }).for_each(|i| unsafe { row(i).write_bytes(0, b.cols) });
     }
-    #[cfg(target_arch = "x86_64")]
-    if a.cols > 0 && simd::has_avx512() && product.precision != Precision::F16 {
-        let out = Output(out);
-        // SAFETY: the caller's promise, and the CPU was asked.
-        return unsafe {
-            match product.precision {
+    // SAFETY: the caller's promise, and the CPU was asked.
+    unsafe {
+        match simd::arch() {
+            #[cfg(target_arch = "x86_64")]
+            Arch::V4(_) => match product.precision {
                 #[cfg(target_os = "linux")]
                 Precision::F32 if split::worthwhile((a.rows, b.cols, a.cols)) && amx::available() => {
                     by::<split::ThreeParts>(out, out_row_stride, a, b, product);
                 }
-                Precision::F32 | Precision::F16 => by::<avx512::Single>(out, out_row_stride, a, b, product),
                 #[cfg(target_os = "linux")]
                 Precision::Bf16 if amx::available() => by::<amx::MatrixUnit>(out, out_row_stride, a, b, product),
                 Precision::Bf16 if avx512::fast_dot() => {
-                    by::<avx512::Pairs>(out, out_row_stride, a, b, product);
+                    by::<Tiles<__m512, avx512::Pairs>>(out, out_row_stride, a, b, product);
                 }
-                Precision::Bf16 => by::<avx512::Rounded>(out, out_row_stride, a, b, product),
-            }
-        };
-    }
-    if product.precision != Precision::F32 {
-        let [rounded_a, rounded_b] = [a, b].map(|x| rounded(x, product.precision));
-        let (a, b) = (Matrix::rows(&rounded_a, a.rows, a.cols), Matrix::rows(&rounded_b, b.rows, b.cols));
-        // SAFETY: as the caller's; the operands are this function's own.
-        return unsafe { multiply(out, out_row_stride, a, b, Product { precision: Precision::F32, ..product }) };
-    }
-    let parallelism = if product.threads { Parallelism::Rayon(0) } else { Parallelism::None };
-    // SAFETY: the caller's promise. gemm computes `alpha · out + beta · a b`.
-    unsafe {
-        gemm::gemm(
-            a.rows,
-            b.cols,
-            a.cols,
-            out,
-            1,
-            out_row_stride,
-            product.add,
-            a.ptr,
-            a.col_stride,
-            a.row_stride,
-            b.ptr,
-            b.col_stride,
-            b.row_stride,
-            1.0,
-            product.factor,
-            false,
-            false,
-            false,
-            parallelism,
-        );
+                _ => by_vectors::<__m512>(out, out_row_stride, a, b, product),
+            },
+            #[cfg(target_arch = "x86_64")]
+            Arch::V3(_) => by_vectors::<__m256>(out, out_row_stride, a, b, product),
+            #[cfg(target_arch = "aarch64")]
+            Arch::Neon(_) => by_vectors::<float32x4_t>(out, out_row_stride, a, b, product),
+            _ => by_vectors::<Plain>(out, out_row_stride, a, b, product),
+        }
     }
 }
 
-/// A copy with every element rounded to bf16, row by row.
-fn rounded(x: Matrix, precision: Precision) -> Vec<f32> {
-    let round = |row, col| {
-        // SAFETY: the element is inside the matrix.
-        let value = unsafe { *x.at(row, col) };
-        match precision {
-            Precision::F32 => value,
-            Precision::Bf16 => half::bf16::from_f32(value).to_f32(),
-            Precision::F16 => half::f16::from_f32(value).to_f32(),
+/// [`multiply`] by vectors, whose numbers are rounded as the precision says while they are packed.
+///
+/// # Safety
+/// As there; the CPU must have the vectors.
+unsafe fn by_vectors<V: Vector>(out: Output, out_row_stride: isize, a: Matrix, b: Matrix, product: Product) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match product.precision {
+            Precision::F32 => by::<Tiles<V, Single>>(out, out_row_stride, a, b, product),
+            Precision::Bf16 => by::<Tiles<V, RoundedBf16>>(out, out_row_stride, a, b, product),
+            Precision::F16 => by::<Tiles<V, RoundedF16>>(out, out_row_stride, a, b, product),
         }
-    };
-    (0..x.rows).flat_map(|row| (0..x.cols).map(move |col| round(row, col))).collect()
+    }
 }
 
 /// `Σ a b` of one pair of matrices or more.
@@ -275,27 +264,58 @@ mod tests {
         half::bf16::from_f32(x).to_f32()
     }
 
+    fn to_f16(x: f32) -> f32 {
+        half::f16::from_f32(x).to_f32()
+    }
+
+    /// All formats of some vectors.
+    fn check_vectors<V: Vector>(name: &str) {
+        check(name, by::<Tiles<V, Single>>, |x| x);
+        check(name, by::<Tiles<V, RoundedBf16>>, to_bf16);
+        check(name, by::<Tiles<V, RoundedF16>>, to_f16);
+    }
+
     #[test]
     fn products_are_right_in_every_layout() {
         check("chosen", |out, stride, a, b, how| unsafe { multiply(out.0, stride, a, b, how) }, |x| x);
         let bf16: Body = |out, stride, a, b, how| unsafe {
             multiply(out.0, stride, a, b, Product { precision: Precision::Bf16, ..how });
         };
-        check("bf16, chosen", bf16, to_bf16);
+        check("chosen, bf16", bf16, to_bf16);
+        let f16: Body = |out, stride, a, b, how| unsafe {
+            multiply(out.0, stride, a, b, Product { precision: Precision::F16, ..how });
+        };
+        check("chosen, f16", f16, to_f16);
+        check_vectors::<Plain>("plain");
+        #[cfg(target_arch = "aarch64")]
+        check_vectors::<float32x4_t>("neon");
         #[cfg(target_arch = "x86_64")]
         {
+            if !matches!(simd::arch(), Arch::Scalar) {
+                check_vectors::<__m256>("avx2");
+            }
             if simd::has_avx512() {
-                check("avx512", by::<avx512::Single>, |x| x);
-                check("avx512, rounded", by::<avx512::Rounded>, to_bf16);
+                check_vectors::<__m512>("avx512");
             }
             if avx512::has_dot() {
-                check("avx512, pairs", by::<avx512::Pairs>, to_bf16);
+                check("avx512, pairs", by::<Tiles<__m512, avx512::Pairs>>, to_bf16);
             }
             #[cfg(target_os = "linux")]
             if amx::available() {
                 check("amx", by::<amx::MatrixUnit>, to_bf16);
                 check("amx, three parts", by::<split::ThreeParts>, |x| x);
             }
+        }
+    }
+
+    /// The sum of nothing is zero, or what was there.
+    #[test]
+    fn sums_without_terms_are_zero() {
+        for (add, expected) in [(false, 0.0), (true, 1.0)] {
+            let mut out = [1.0f32; 6];
+            let (a, b) = (Matrix::rows(&[], 2, 0), Matrix::rows(&[], 0, 3));
+            unsafe { multiply(out.as_mut_ptr(), 3, a, b, Product { add, ..PRODUCT }) };
+            assert_eq!(out, [expected; 6]);
         }
     }
 
@@ -326,14 +346,14 @@ mod tests {
             let squares = out.iter().zip(&expected).map(|(found, exact)| (f64::from(*found) - exact).powi(2));
             (squares.sum::<f64>() / expected.iter().map(|exact| exact * exact).sum::<f64>()).sqrt()
         };
-        let (parts, fused) = (error(by::<split::ThreeParts>), error(by::<avx512::Single>));
+        let (parts, fused) = (error(by::<split::ThreeParts>), error(by::<Tiles<__m512, Single>>));
         println!("relative error {parts:.2e}, by fused multiply-adds {fused:.2e}");
         assert!(parts < fused && parts < 3e-7, "{parts:e} {fused:e}");
     }
 
     #[test]
     fn infinities_and_nans_stay() {
-        for precision in [Precision::F32, Precision::Bf16] {
+        for precision in [Precision::F32, Precision::Bf16, Precision::F16] {
             let a = [f32::NAN, f32::INFINITY, 1.0, f32::MAX];
             let a = Matrix::rows(&a, 4, 1);
             let mut out = [0.0f32; 4];

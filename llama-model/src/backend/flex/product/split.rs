@@ -11,8 +11,10 @@ use std::arch::x86_64::*;
 
 use super::Matrix;
 use super::amx::{MatrixUnit, TILE, TILE_LANES, UNIT, each_tile, multiply_strip};
-use super::avx512::{ROWS_AHEAD, mask, to_bf16, transpose};
+use super::avx512::{mask, to_bf16};
 use super::blocks::{Kernel, Span, Target};
+use super::tile::ROWS_AHEAD;
+use super::vector::Vector;
 
 /// Parts of an operand.
 const PARTS: usize = 3;
@@ -103,7 +105,7 @@ unsafe fn load_terms(x: Matrix, (row, rows): Span, (term, terms): Span) -> Block
 
 #[inline(always)]
 unsafe fn transposed([low, high]: Block) -> Block {
-    unsafe { [transpose(low), transpose(high)] }
+    unsafe { [__m512::transpose(low), __m512::transpose(high)] }
 }
 
 /// The bf16 nearest to each number in the low half of its lane, and what it leaves: nothing of what is not finite.

@@ -1,0 +1,61 @@
+//! Vectors of NEON, which every 64-bit ARM CPU has: 8 x 12 sums in registers.
+
+use std::arch::aarch64::*;
+use std::mem::transmute;
+
+use super::vector::{MAX_LANES, Task, Vector, load_lanes, store_lanes};
+
+impl Vector for float32x4_t {
+    const LANES: usize = 4;
+    const ROWS: usize = 8;
+    const VECTORS: usize = 3;
+    const BLOCK: usize = 32 * Self::ROWS;
+
+    unsafe fn run(task: impl Task) {
+        unsafe { task.run() }
+    }
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        unsafe { vdupq_n_f32(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(src: *const f32, count: usize) -> Self {
+        unsafe {
+            if count >= Self::LANES { vld1q_f32(src) } else { transmute::<[f32; 4], Self>(load_lanes(src, count)) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn store(self, out: *mut f32, count: usize) {
+        unsafe {
+            if count >= Self::LANES {
+                vst1q_f32(out, self);
+            } else {
+                store_lanes(transmute::<Self, [f32; 4]>(self), out, count);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn multiply(self, by: Self) -> Self {
+        unsafe { vmulq_f32(self, by) }
+    }
+    #[inline(always)]
+    unsafe fn multiply_add(self, by: Self, sum: Self) -> Self {
+        unsafe { vfmaq_f32(sum, self, by) }
+    }
+    #[inline(always)]
+    unsafe fn transpose(mut square: [Self; MAX_LANES]) -> [Self; MAX_LANES] {
+        unsafe {
+            let low = |a, b| vreinterpretq_f32_f64(vzip1q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));
+            let high = |a, b| vreinterpretq_f32_f64(vzip2q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));
+            let [a, b, c, d] = [0, 1, 2, 3].map(|i| square[i]);
+            let (ab, cd) = (vzip1q_f32(a, b), vzip1q_f32(c, d));
+            let (ab_high, cd_high) = (vzip2q_f32(a, b), vzip2q_f32(c, d));
+            let rows = [low(ab, cd), high(ab, cd), low(ab_high, cd_high), high(ab_high, cd_high)];
+            square[..4].copy_from_slice(&rows);
+            square
+        }
+    }
+    /// The CPU sees the few streams there are by itself.
+    #[inline(always)]
+    fn prefetch(_: *const f32) {}
+}

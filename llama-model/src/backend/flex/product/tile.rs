@@ -1,0 +1,265 @@
+//! The register kernel: a tile of sums in registers, to which each step adds the products of a column of `a` and a row of `b`.
+//! For the vectors of any CPU, in f32 and with operands rounded to fewer bits.
+
+use std::marker::PhantomData;
+
+use super::Matrix;
+use super::blocks::{Kernel, Span, Target};
+use super::vector::{MAX_LANES, Task, Vector};
+
+/// Steps that panels are fetched ahead of their use.
+const AHEAD: usize = 16;
+
+/// Rows that are fetched ahead of packing them: the hardware does not see where a short stretch of the next row begins.
+pub(super) const ROWS_AHEAD: isize = 8;
+
+/// How packed panels hold operands, and what the kernel does with them.
+///
+/// # Safety
+/// Of all functions: as of [`Vector`]'s.
+pub(super) trait Format<V: Vector> {
+    /// Terms of the sum in a lane.
+    const TERMS: usize;
+    /// Lanes of `LANES · TERMS` terms that are neighbours in memory, the first `count` of which exist.
+    unsafe fn along(src: *const f32, count: usize) -> V;
+    /// The lanes of `have` neighbouring columns, from `count` terms that are `stride` apart.
+    unsafe fn across(src: *const f32, stride: isize, have: usize, count: usize) -> V;
+    /// `sum + a · b`
+    unsafe fn multiply_add(a: V, b: V, sum: V) -> V;
+    /// Runs a task whose code is compiled for what the format needs.
+    unsafe fn run(task: impl Task);
+}
+
+/// Defines a format of one f32 a lane.
+macro_rules! single {
+    ($(#[$meta:meta])* $name:ident, $round:expr) => {
+        $(#[$meta])*
+        pub(super) struct $name;
+
+        impl<V: Vector> Format<V> for $name {
+            const TERMS: usize = 1;
+            #[inline(always)]
+            unsafe fn along(src: *const f32, count: usize) -> V {
+                unsafe { $round(V::load(src, count)) }
+            }
+            #[inline(always)]
+            unsafe fn across(src: *const f32, _: isize, have: usize, _: usize) -> V {
+                unsafe { $round(V::load(src, have)) }
+            }
+            #[inline(always)]
+            unsafe fn multiply_add(a: V, b: V, sum: V) -> V {
+                unsafe { a.multiply_add(b, sum) }
+            }
+            unsafe fn run(task: impl Task) {
+                unsafe { V::run(task) }
+            }
+        }
+    };
+}
+
+single!(
+    /// f32 as it is.
+    Single,
+    |x| x
+);
+single!(
+    /// bf16 values held as f32: exact products, at the speed of f32.
+    RoundedBf16,
+    |x: V| x.round_to_bf16()
+);
+single!(
+    /// f16 values held as f32, alike.
+    RoundedF16,
+    |x: V| x.round_to_f16()
+);
+
+/// Packs rows of `x` in panels of `width`: for each lane's worth of terms, `width` lanes, one for each row, those of rows that do
+/// not exist zero.
+///
+/// # Safety
+/// The rows and terms must be inside the matrix, the panels have room, and the CPU have the instructions.
+#[inline(always)]
+pub(super) unsafe fn pack<V: Vector, F: Format<V>>(panels: *mut f32, x: Matrix, rows: Span, terms: Span, width: usize) {
+    let steps = terms.1.div_ceil(F::TERMS);
+    let panel = |first: usize| panels.wrapping_add(first * steps);
+    let firsts = || (0..rows.1).step_by(width);
+    unsafe {
+        if x.row_stride == 1 {
+            // Rows are neighbours in memory, so all of them are read for a step before the next.
+            for step in 0..steps {
+                let term = step * F::TERMS;
+                let src = x.at(rows.0, terms.0 + term);
+                for first in firsts() {
+                    let lanes = panel(first).wrapping_add(step * width);
+                    for i in (0..width).step_by(V::LANES) {
+                        let have = rows.1.saturating_sub(first + i);
+                        let from = src.wrapping_add(first + i);
+                        V::prefetch(from.wrapping_offset(ROWS_AHEAD * x.col_stride));
+                        F::across(from, x.col_stride, have, terms.1 - term).store(lanes.add(i), width - i);
+                    }
+                }
+            }
+        } else if x.col_stride == 1 {
+            for first in firsts() {
+                let count = width.min(rows.1 - first);
+                for step in (0..steps).step_by(V::LANES) {
+                    let term = step * F::TERMS;
+                    for i in (0..width).step_by(V::LANES) {
+                        let mut values = [V::splat(0.0); MAX_LANES];
+                        for (r, values) in values.iter_mut().enumerate().take(V::LANES) {
+                            if i + r < count {
+                                let src = x.at(rows.0 + first + i + r, terms.0 + term);
+                                *values = F::along(src, terms.1 - term);
+                                V::prefetch(src.wrapping_add(32 * F::TERMS));
+                            }
+                        }
+                        for (s, values) in V::transpose(values).into_iter().enumerate().take(V::LANES) {
+                            if step + s < steps {
+                                values.store(panel(first).add((step + s) * width + i), width - i);
+                            }
+                        }
+                    }
+                }
+            }
+        } else {
+            // No view of a tensor that is a matrix gets here with strides of its own in both directions often.
+            for first in firsts() {
+                for (step, i) in (0..steps).flat_map(|step| (0..width).map(move |i| (step, i))) {
+                    let mut values = [0.0f32; MAX_LANES];
+                    for (t, value) in values.iter_mut().enumerate().take(F::TERMS.min(terms.1 - step * F::TERMS)) {
+                        if first + i < rows.1 {
+                            *value = *x.at(rows.0 + first + i, terms.0 + step * F::TERMS + t);
+                        }
+                    }
+                    F::along(values.as_ptr(), F::TERMS).store(panel(first).add(step * width + i), 1);
+                }
+            }
+        }
+    }
+}
+
+/// [`pack`] of `a`, in panels of rows of a tile, or of `b`, in strips of its columns.
+struct Pack<V, F, const COLUMNS: bool> {
+    panels: *mut f32,
+    x: Matrix,
+    rows: Span,
+    terms: Span,
+    kind: PhantomData<(V, F)>,
+}
+
+impl<V: Vector, F: Format<V>, const COLUMNS: bool> Task for Pack<V, F, COLUMNS> {
+    #[inline(always)]
+    unsafe fn run(self) {
+        let width = if COLUMNS { V::VECTORS * V::LANES } else { V::ROWS };
+        // SAFETY: the caller's promise.
+        unsafe { pack::<V, F>(self.panels, self.x, self.rows, self.terms, width) }
+    }
+}
+
+/// `ROWS` rows and `VECTORS` vectors of columns of the result, over `steps` lanes of both panels.
+struct Tile<V, F, const ROWS: usize, const VECTORS: usize> {
+    steps: usize,
+    a: *const f32,
+    b: *const f32,
+    target: Target,
+    kind: PhantomData<(V, F)>,
+}
+
+impl<V: Vector, F: Format<V>, const ROWS: usize, const VECTORS: usize> Task for Tile<V, F, ROWS, VECTORS> {
+    #[inline(always)]
+    unsafe fn run(self) {
+        let Self { steps, mut a, mut b, target, .. } = self;
+        unsafe {
+            let row = |i: usize| target.out.wrapping_offset(i as isize * target.row_stride);
+            for i in 0..ROWS {
+                for v in 0..VECTORS {
+                    V::prefetch(row(i).wrapping_add(V::LANES * v));
+                }
+            }
+            let mut sums = [[V::splat(0.0); VECTORS]; ROWS];
+            for _ in 0..steps {
+                V::prefetch(a.wrapping_add(AHEAD * V::ROWS));
+                let mut columns = [V::splat(0.0); VECTORS];
+                for (v, columns) in columns.iter_mut().enumerate() {
+                    V::prefetch(b.wrapping_add(AHEAD / 2 * V::VECTORS * V::LANES + V::LANES * v));
+                    *columns = V::load(b.add(V::LANES * v), V::LANES);
+                }
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let row = V::splat(*a.add(i));
+                    for (sum, columns) in sums.iter_mut().zip(columns) {
+                        *sum = F::multiply_add(row, columns, *sum);
+                    }
+                }
+                a = a.add(V::ROWS);
+                b = b.add(V::VECTORS * V::LANES);
+            }
+            let factor = V::splat(target.factor);
+            for (i, sums) in sums.iter().enumerate() {
+                for (v, sum) in sums.iter().enumerate() {
+                    let (out, count) = (row(i).wrapping_add(V::LANES * v), target.cols.saturating_sub(V::LANES * v));
+                    let result =
+                        if target.add { sum.multiply_add(factor, V::load(out, count)) } else { sum.multiply(factor) };
+                    result.store(out, count);
+                }
+            }
+        }
+    }
+}
+
+/// The kernel by vectors and format.
+pub(super) struct Tiles<V, F>(PhantomData<(V, F)>);
+
+impl<V: Vector, F: Format<V>> Tiles<V, F> {
+    /// A tile of so many columns, compiled for its rows, so that no register is spent on rows that do not exist.
+    unsafe fn tile<const VECTORS: usize>(rows: usize, steps: usize, a: *const f32, b: *const f32, target: Target) {
+        macro_rules! by_rows {
+            ($($count:literal)*) => {
+                match rows {
+                    $($count if $count <= V::ROWS => {
+                        let tile = Tile::<V, F, $count, VECTORS> { steps, a, b, target, kind: PhantomData };
+                        // SAFETY: the caller's promise.
+                        unsafe { F::run(tile) }
+                    })*
+                    _ => unreachable!("a tile has as many rows as its vectors' at most"),
+                }
+            };
+        }
+        by_rows!(1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+    }
+}
+
+impl<V: Vector, F: Format<V>> Kernel for Tiles<V, F> {
+    const ROWS: usize = V::ROWS;
+    const COLS: usize = V::VECTORS * V::LANES;
+    const TERMS: usize = F::TERMS;
+    const BLOCK: usize = V::BLOCK;
+
+    fn lanes(terms: usize) -> usize {
+        terms.div_ceil(F::TERMS)
+    }
+
+    unsafe fn pack_a(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
+        unsafe { F::run(Pack::<V, F, false> { panels, x, rows, terms, kind: PhantomData }) }
+    }
+
+    unsafe fn pack_b(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
+        unsafe { F::run(Pack::<V, F, true> { panels, x, rows, terms, kind: PhantomData }) }
+    }
+
+    unsafe fn strip(panels: *const f32, strip: *const f32, terms: usize, target: Target) {
+        let steps = Self::lanes(terms);
+        for i in (0..target.rows).step_by(V::ROWS) {
+            let rows = V::ROWS.min(target.rows - i);
+            let out = target.out.wrapping_offset(i as isize * target.row_stride);
+            let (a, target) = (panels.wrapping_add(i * steps), Target { out, rows, ..target });
+            // SAFETY: the caller's promise.
+            unsafe {
+                match target.cols.div_ceil(V::LANES) {
+                    1 => Self::tile::<1>(rows, steps, a, strip, target),
+                    2 => Self::tile::<2>(rows, steps, a, strip, target),
+                    _ => Self::tile::<3>(rows, steps, a, strip, target),
+                }
+            }
+        }
+    }
+}

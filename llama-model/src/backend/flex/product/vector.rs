@@ -1,0 +1,131 @@
+//! What the register kernels of [`tile`](super::tile) need of a CPU's vectors, and vectors for any CPU.
+
+/// Lanes of the widest vector.
+pub(super) const MAX_LANES: usize = 16;
+
+/// A vector register of f32 lanes, and the kernel's sizes that suit a CPU which has them.
+///
+/// # Safety
+/// Of all functions: the CPU must have the instructions, and what is pointed to must exist.
+pub(super) trait Vector: Copy {
+    /// Numbers in it, [`MAX_LANES`] at most.
+    const LANES: usize;
+    /// Rows of the tile of sums that registers hold.
+    const ROWS: usize;
+    /// Vectors of columns of that tile.
+    const VECTORS: usize;
+    /// Rows of a packed block with all its terms, for the second-level cache: a multiple of [`ROWS`](Self::ROWS).
+    const BLOCK: usize;
+
+    /// Runs a task whose code is compiled for these vectors.
+    unsafe fn run(task: impl Task);
+    unsafe fn splat(x: f32) -> Self;
+    /// The numbers at `src`, or the first `count` of them and zeros.
+    unsafe fn load(src: *const f32, count: usize) -> Self;
+    /// Stores the first `count` numbers, all if it is more.
+    unsafe fn store(self, out: *mut f32, count: usize);
+    unsafe fn multiply(self, by: Self) -> Self;
+    /// `self · by + sum`
+    unsafe fn multiply_add(self, by: Self, sum: Self) -> Self;
+    /// Columns become rows, of the first [`LANES`](Self::LANES) vectors.
+    unsafe fn transpose(square: [Self; MAX_LANES]) -> [Self; MAX_LANES];
+    /// Asks for the cache line that `ptr` is in; it may be outside of anything.
+    fn prefetch(ptr: *const f32);
+
+    /// Each number rounded to the nearest bf16, ties to even, NaN to NaN.
+    #[inline(always)]
+    unsafe fn round_to_bf16(self) -> Self {
+        unsafe { self.map(|x| half::bf16::from_f32(x).to_f32()) }
+    }
+
+    /// Each number rounded to the nearest f16, ties to even.
+    #[inline(always)]
+    unsafe fn round_to_f16(self) -> Self {
+        unsafe { self.map(|x| half::f16::from_f32(x).to_f32()) }
+    }
+
+    #[inline(always)]
+    unsafe fn map(self, each: impl Fn(f32) -> f32) -> Self {
+        let mut lanes = [0.0; MAX_LANES];
+        unsafe {
+            self.store(lanes.as_mut_ptr(), Self::LANES);
+            lanes.iter_mut().take(Self::LANES).for_each(|x| *x = each(*x));
+            Self::load(lanes.as_ptr(), Self::LANES)
+        }
+    }
+}
+
+/// Something to do; `run` must be inlined, or it is not compiled for the vectors that it uses.
+pub(super) trait Task {
+    /// # Safety
+    /// The task's own.
+    unsafe fn run(self);
+}
+
+/// A vector of the four numbers that every CPU can have in some way: what is left to the compiler is how.
+#[derive(Clone, Copy)]
+pub(super) struct Plain([f32; 4]);
+
+impl Vector for Plain {
+    const LANES: usize = 4;
+    const ROWS: usize = 4;
+    const VECTORS: usize = 2;
+    const BLOCK: usize = 32 * Self::ROWS;
+
+    unsafe fn run(task: impl Task) {
+        unsafe { task.run() }
+    }
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Self([x; 4])
+    }
+    #[inline(always)]
+    unsafe fn load(src: *const f32, count: usize) -> Self {
+        Self(unsafe { load_lanes(src, count) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, out: *mut f32, count: usize) {
+        unsafe { store_lanes(self.0, out, count) }
+    }
+    #[inline(always)]
+    unsafe fn multiply(self, by: Self) -> Self {
+        Self([0, 1, 2, 3].map(|i| self.0[i] * by.0[i]))
+    }
+    /// In two roundings: without the instruction a fused one is a call of the C library.
+    #[inline(always)]
+    unsafe fn multiply_add(self, by: Self, sum: Self) -> Self {
+        Self([0, 1, 2, 3].map(|i| self.0[i] * by.0[i] + sum.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn transpose(mut square: [Self; MAX_LANES]) -> [Self; MAX_LANES] {
+        for row in 0..4 {
+            for col in 0..row {
+                (square[row].0[col], square[col].0[row]) = (square[col].0[row], square[row].0[col]);
+            }
+        }
+        square
+    }
+    fn prefetch(_: *const f32) {}
+}
+
+/// The first `count` numbers at `src`, and zeros.
+///
+/// # Safety
+/// They must exist.
+#[inline(always)]
+pub(super) unsafe fn load_lanes<const N: usize>(src: *const f32, count: usize) -> [f32; N] {
+    let mut lanes = [0.0; N];
+    // SAFETY: the caller's promise.
+    unsafe { std::ptr::copy_nonoverlapping(src, lanes.as_mut_ptr(), count.min(N)) };
+    lanes
+}
+
+/// Writes the first `count` numbers.
+///
+/// # Safety
+/// There must be room for them.
+#[inline(always)]
+pub(super) unsafe fn store_lanes<const N: usize>(lanes: [f32; N], out: *mut f32, count: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { std::ptr::copy_nonoverlapping(lanes.as_ptr(), out, count.min(N)) };
+}
