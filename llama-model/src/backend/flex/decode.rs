@@ -111,6 +111,7 @@ struct Input<'a> {
 }
 
 impl<'a> Input<'a> {
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
     fn new(xs: &'a [f32], d_in: usize, round: bool) -> Self {
         #[cfg(target_arch = "x86_64")]
         let rounded = if round && super::simd::has_vnni() {

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use super::vector::{MAX_LANES, Task, Vector, load_lanes, store_lanes};
+use super::vector::{MAX_LANES, Task, Vector, load_lanes};
 
 impl Vector for __m256 {
     const LANES: usize = 8;
@@ -22,7 +22,7 @@ impl Vector for __m256 {
     unsafe fn splat(x: f32) -> Self {
         unsafe { _mm256_set1_ps(x) }
     }
-    /// Masked loads and stores of this generation are slow.
+    /// Masked loads and stores are slow on many CPUs that have no more than this.
     #[inline(always)]
     unsafe fn load(src: *const f32, count: usize) -> Self {
         unsafe {
@@ -37,9 +37,19 @@ impl Vector for __m256 {
     unsafe fn store(self, out: *mut f32, count: usize) {
         unsafe {
             if count >= Self::LANES {
-                _mm256_storeu_ps(out, self);
-            } else {
-                store_lanes(transmute::<Self, [f32; 8]>(self), out, count);
+                return _mm256_storeu_ps(out, self);
+            }
+            let (mut lanes, mut out) = (_mm256_castps256_ps128(self), out);
+            if count & 4 != 0 {
+                _mm_storeu_ps(out, lanes);
+                (lanes, out) = (_mm256_extractf128_ps::<1>(self), out.add(4));
+            }
+            if count & 2 != 0 {
+                _mm_storel_pd(out.cast(), _mm_castps_pd(lanes));
+                (lanes, out) = (_mm_movehl_ps(lanes, lanes), out.add(2));
+            }
+            if count & 1 != 0 {
+                _mm_store_ss(out, lanes);
             }
         }
     }
@@ -54,14 +64,6 @@ impl Vector for __m256 {
     #[inline(always)]
     unsafe fn transpose(mut square: [Self; MAX_LANES]) -> [Self; MAX_LANES] {
         unsafe {
-            let low = |a, b| _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-            let high = |a, b| _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-            // Of four rows: columns 0 and 4, 1 and 5, 2 and 6, 3 and 7.
-            let quads = |[a, b, c, d]: [Self; 4]| {
-                let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
-                let (ab_high, cd_high) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
-                [low(ab, cd), high(ab, cd), low(ab_high, cd_high), high(ab_high, cd_high)]
-            };
             let upper = quads([0, 1, 2, 3].map(|i| square[i]));
             let lower = quads([4, 5, 6, 7].map(|i| square[i]));
             for i in 0..4 {
@@ -79,5 +81,20 @@ impl Vector for __m256 {
     #[inline(always)]
     unsafe fn round_to_f16(self) -> Self {
         unsafe { _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self)) }
+    }
+}
+
+/// Of four rows the columns 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+#[inline(always)]
+unsafe fn quads([a, b, c, d]: [__m256; 4]) -> [__m256; 4] {
+    unsafe {
+        let [ab, cd] = [_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d)];
+        let [ab_high, cd_high] = [_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d)];
+        [
+            _mm256_shuffle_ps::<0x44>(ab, cd),
+            _mm256_shuffle_ps::<0xee>(ab, cd),
+            _mm256_shuffle_ps::<0x44>(ab_high, cd_high),
+            _mm256_shuffle_ps::<0xee>(ab_high, cd_high),
+        ]
     }
 }

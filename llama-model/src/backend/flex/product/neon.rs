@@ -45,13 +45,13 @@ impl Vector for float32x4_t {
     #[inline(always)]
     unsafe fn transpose(mut square: [Self; MAX_LANES]) -> [Self; MAX_LANES] {
         unsafe {
-            let low = |a, b| vreinterpretq_f32_f64(vzip1q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));
-            let high = |a, b| vreinterpretq_f32_f64(vzip2q_f64(vreinterpretq_f64_f32(a), vreinterpretq_f64_f32(b)));
-            let [a, b, c, d] = [0, 1, 2, 3].map(|i| square[i]);
-            let (ab, cd) = (vzip1q_f32(a, b), vzip1q_f32(c, d));
-            let (ab_high, cd_high) = (vzip2q_f32(a, b), vzip2q_f32(c, d));
-            let rows = [low(ab, cd), high(ab, cd), low(ab_high, cd_high), high(ab_high, cd_high)];
-            square[..4].copy_from_slice(&rows);
+            let [a, b, c, d] = [0, 1, 2, 3].map(|i| vreinterpretq_f64_f32(square[i]));
+            let [ac, bd] = [vzip1q_f64(a, c), vzip1q_f64(b, d)].map(|x| vreinterpretq_f32_f64(x));
+            let [ac_high, bd_high] = [vzip2q_f64(a, c), vzip2q_f64(b, d)].map(|x| vreinterpretq_f32_f64(x));
+            square[0] = vtrn1q_f32(ac, bd);
+            square[1] = vtrn2q_f32(ac, bd);
+            square[2] = vtrn1q_f32(ac_high, bd_high);
+            square[3] = vtrn2q_f32(ac_high, bd_high);
             square
         }
     }
