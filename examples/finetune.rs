@@ -1,9 +1,11 @@
-//! Fine-tunes a checkpoint of any format by low-rank adapters (LoRA), on conversations, instructions or text.
+//! Fine-tunes a checkpoint of any format, by low-rank adapters (LoRA) or all its weights, on conversations, instructions or text.
 //!
 //! ```sh
 //! cargo run --release --example finetune -- --model smollm2.gguf --data mine.jsonl --run runs/mine
 //! cargo run --release --example finetune -- --run runs/mine --resume
 //! cargo run --release --example chat -- --model smollm2.gguf --adapter runs/mine
+//! cargo run --release --example finetune -- --model smollm2.gguf --data mine.jsonl --run runs/whole --full
+//! cargo run --release --example chat -- --model runs/whole
 //! ```
 
 mod common;
@@ -18,11 +20,11 @@ use common::{Bar, DeviceArgs};
 use llama::data::examples::ExampleSet;
 use llama::data::loader::Sequences;
 use llama::model::formats::Checkpoint;
-use llama::model::{Device, Precision, WeightFormat};
-use llama::train::{Display, FinetuneConfig, checkpoint};
-use llama::{RunOptions, engine, finetune, instruct, text};
+use llama::model::{Device, Precision, Recompute, WeightFormat};
+use llama::train::{Display, FinetuneConfig, FinetuneData, checkpoint};
+use llama::{Devices, RunOptions, engine, finetune, instruct, text};
 
-/// Fine-tunes a checkpoint by low-rank adapters.
+/// Fine-tunes a checkpoint by low-rank adapters, or all its weights.
 #[derive(Parser)]
 #[command(about, long_about = None)]
 struct Args {
@@ -38,6 +40,9 @@ struct Args {
     /// Goes on from the newest checkpoint of the run, with the configuration saved in it
     #[arg(long)]
     resume: bool,
+    /// Trains all weights, instead of adapters
+    #[arg(long, conflicts_with_all = ["rank", "alpha", "targets", "weights"])]
+    full: bool,
     /// Rank of the adapters
     #[arg(long)]
     rank: Option<usize>,
@@ -53,6 +58,9 @@ struct Args {
     /// Precision of the products: f32, bf16 or f16
     #[arg(long)]
     precision: Option<Precision>,
+    /// What a block keeps for its backward with --full: none (all is kept), selective, or full (least memory)
+    #[arg(long, requires = "full")]
+    recompute: Option<Recompute>,
     /// Passes over the examples
     #[arg(long, default_value_t = 3.0)]
     epochs: f64,
@@ -82,6 +90,9 @@ struct Args {
     tokenizer: Option<PathBuf>,
     #[command(flatten)]
     devices: DeviceArgs,
+    /// Devices that divide a model among them with --full, each with a part of every block, instead of sharing micro-batches
+    #[arg(long, default_value_t = 1)]
+    tensor_parallel: usize,
     /// Steps between lines
     #[arg(long, default_value_t = 1)]
     log_every: usize,
@@ -93,7 +104,7 @@ static MEMORY: llama::model::HugePages = llama::model::HugePages;
 fn main() -> Result<()> {
     llama::model::tune_process();
     let args = Args::parse();
-    let devices = args.devices.devices()?;
+    let devices = Devices { tensor_parallel: args.tensor_parallel, ..args.devices.devices()? };
     let newest = checkpoint::latest(&args.run);
     let (config, resume_from) = match (args.resume, newest) {
         (true, newest) => {
@@ -110,28 +121,32 @@ fn main() -> Result<()> {
         ),
         (false, _) => (configuration(&args, devices.devices[0])?, None),
     };
-    let codec = text::codec(args.tokenizer.as_ref().unwrap_or(&config.base))?;
+    // A whole model has its tokenizer beside it.
+    let own = resume_from.as_ref().filter(|_| config.lora.is_none());
+    let codec = text::codec(args.tokenizer.as_ref().or(own).unwrap_or(&config.base))?;
     let (train, valid) = examples(&args, &config, &codec)?;
     let config = match resume_from {
         Some(_) => config,
         None => with_steps(&args, config, train.sequences()),
     };
     config.validate()?;
-    println!(
-        "model: {} parameters in {}, frozen; adapters of rank {} on {}; {} steps on {devices}",
-        config.model.num_params(),
-        config.weights,
-        config.lora.rank,
-        config.lora.targets.join(", "),
-        config.schedule.steps
-    );
+    let trained = match &config.lora {
+        Some(lora) => {
+            let (weights, rank, targets) = (&config.weights, lora.rank, lora.targets.join(", "));
+            format!(" in {weights}, frozen; adapters of rank {rank} on {targets}")
+        }
+        None => ", all trained".into(),
+    };
+    let (parameters, steps) = (config.model.num_params(), config.schedule.steps);
+    println!("model: {parameters} parameters{trained}; {steps} steps on {devices}");
     let display = Display::Lines { out: Box::new(std::io::stdout()), every: args.log_every };
-    let options = RunOptions { resume_from: resume_from.as_deref(), display, interrupter: common::interrupter()? };
+    let (bar, interrupter) = (Bar::default(), common::interrupter()?);
+    let options = RunOptions { resume_from: resume_from.as_deref(), display, progress: &bar, interrupter };
     let start = Instant::now();
-    let report = finetune(&config, train, valid, &devices, options, &Bar::default())?;
+    let report = finetune(&config, &FinetuneData { train, valid, codec: &codec }, &devices, options)?;
     println!("trained for {:.0} s", start.elapsed().as_secs_f64());
     if devices.lead() {
-        common::print_report(&report, "adapters");
+        common::print_report(&report, if config.lora.is_some() { "adapters" } else { "model" });
     }
     Ok(())
 }
@@ -140,17 +155,21 @@ fn main() -> Result<()> {
 fn configuration(args: &Args, device: Device) -> Result<FinetuneConfig> {
     let base = common::checkpoint_path(args.model.as_ref().context("--model names the checkpoint")?)?;
     let checkpoint = Checkpoint::open(&base)?;
-    let mut config = FinetuneConfig::new(&base, checkpoint.config(), args.data.clone(), &args.run);
-    common::set(&mut config.lora.rank, &args.rank);
-    common::set(&mut config.lora.alpha, &args.alpha);
+    let new = if args.full { FinetuneConfig::of_all_weights } else { FinetuneConfig::new };
+    let mut config = new(&base, checkpoint.config(), args.data.clone(), &args.run);
+    if let Some(lora) = &mut config.lora {
+        common::set(&mut lora.rank, &args.rank);
+        common::set(&mut lora.alpha, &args.alpha);
+        if !args.targets.is_empty() {
+            lora.targets = args.targets.clone();
+        }
+    }
+    common::set(&mut config.compute.recompute, &args.recompute);
     common::set(&mut config.batch.seq_len, &args.seq_len);
     common::set(&mut config.batch.sequences, &args.sequences);
     common::set(&mut config.batch.accumulation, &args.accumulation);
     common::set(&mut config.schedule.peak_lr, &args.lr);
     common::set(&mut config.seed, &args.seed);
-    if !args.targets.is_empty() {
-        config.lora.targets = args.targets.clone();
-    }
     config.weights = args.weights.to_string();
     config.compute.precision = match args.precision {
         Some(precision) => precision,

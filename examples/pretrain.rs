@@ -4,6 +4,7 @@
 //! cargo run --release --example pretrain                                # ten minutes on two CPU cores
 //! cargo run --release --example pretrain -- --text my.txt --run runs/mine
 //! cargo run --release --example pretrain -- --resume                    # goes on after Ctrl-C or a crash
+//! cargo run --release --example pretrain -- --from model.gguf --text my.txt --run runs/more   # goes on with a model's weights
 //! cargo run --release --example pretrain -- --preset 7b --print-config  # the paper's run
 //! ```
 
@@ -17,12 +18,13 @@ use clap::{Parser, ValueEnum};
 use common::DeviceArgs;
 use llama::data::NoProgress;
 use llama::data::prepare::{PrepareOptions, PrepareReport, prepare, train_tokenizer};
-use llama::data::tokenizer::{Tokenizer, TrainOptions};
+use llama::data::tokenizer::{Codec, Tokenizer, TrainOptions};
+use llama::model::formats::Checkpoint;
 use llama::model::generate::GenerateOptions;
 use llama::model::{Precision, Recompute};
-use llama::train::checkpoint::{self, TOKENIZER_FILE};
+use llama::train::checkpoint;
 use llama::train::{Display, PretrainConfig, Stop};
-use llama::{Devices, Engine, EngineOptions, RunOptions, pretrain};
+use llama::{Devices, Engine, EngineOptions, RunOptions, pretrain, text};
 use serde::{Deserialize, Serialize};
 
 /// Pretrains a LLaMA on text.
@@ -45,6 +47,12 @@ struct Args {
     /// Model and run: tiny, 15m, 60m, 110m, 7b, 13b, 33b, 65b
     #[arg(long, default_value = "tiny")]
     preset: String,
+    /// Goes on with the weights, sizes and tokenizer of a checkpoint in any format, or of a run, instead of a preset
+    #[arg(long, conflicts_with_all = ["preset", "config", "vocab_size", "resume"], requires = "run")]
+    from: Option<PathBuf>,
+    /// Tokenizer of --from, where that has none beside it
+    #[arg(long, requires = "from")]
+    tokenizer: Option<PathBuf>,
     /// A configuration file (.toml or .json) instead of a preset
     #[arg(long, conflicts_with = "preset")]
     config: Option<PathBuf>,
@@ -130,6 +138,8 @@ enum Show {
 struct Prepared {
     paths: Vec<PathBuf>,
     extensions: Vec<String>,
+    #[serde(default)]
+    tokenizer: Option<PathBuf>,
     vocab_size: usize,
     valid_fraction: f64,
     bytes: u64,
@@ -190,9 +200,13 @@ fn begin(folder: &Path, fresh: bool) -> Result<()> {
 
 /// The configuration of the preset or file, with what the command line says.
 fn configuration(args: &Args) -> Result<PretrainConfig> {
-    let mut config = match &args.config {
-        Some(path) => PretrainConfig::load(path)?,
-        None => PretrainConfig::preset(&args.preset)?,
+    let mut config = match (&args.config, &args.from) {
+        (Some(path), _) => PretrainConfig::load(path)?,
+        (None, Some(from)) => {
+            let from = common::checkpoint_path(from)?;
+            PretrainConfig::continuing(&from, Checkpoint::open(&from)?.config())
+        }
+        (None, None) => PretrainConfig::preset(&args.preset)?,
     };
     common::set(&mut config.run.folder, &args.run);
     common::set(&mut config.model.vocab_size, &args.vocab_size);
@@ -212,7 +226,9 @@ fn configuration(args: &Args) -> Result<PretrainConfig> {
     config.schedule.warmup_steps = config.schedule.warmup_steps.min(config.schedule.steps);
     if let Some(folder) = &args.data {
         config.data.folder = folder.clone();
-        config.model.vocab_size = Tokenizer::load(&folder.join(TOKENIZER_FILE))?.vocab_size();
+        if config.base.is_none() {
+            config.model.vocab_size = Codec::load(folder)?.vocab_size();
+        }
     } else if args.config.is_none() {
         config.data.folder = config.run.folder.join("data");
     }
@@ -223,16 +239,17 @@ fn configuration(args: &Args) -> Result<PretrainConfig> {
 /// Tokenizer and shards in the data folder: there already, or, by the process that leads, made from the text.
 fn prepare_data(args: &Args, config: PretrainConfig, leads: bool) -> Result<PretrainConfig> {
     let folder = &config.data.folder;
-    if args.data.is_some() || (args.config.is_some() && args.text.is_empty() && folder.join(TOKENIZER_FILE).is_file()) {
+    if args.data.is_some() || (args.config.is_some() && args.text.is_empty() && Codec::load(folder).is_ok()) {
         return Ok(config);
     }
     let sources = common::sources(&args.text, &args.extensions)?;
     let vocab_size = config.model.vocab_size;
+    let named = args.tokenizer.clone().or(config.base.clone());
     let record = folder.join("prepared.json");
     if let Ok(text) = std::fs::read_to_string(&record)
         && let Ok(old) = serde_json::from_str::<Prepared>(&text)
         && (&old.paths, &old.extensions) == (&sources.paths, &sources.extensions)
-        && (old.vocab_size, old.valid_fraction) == (vocab_size, args.valid_fraction)
+        && (&old.tokenizer, old.vocab_size, old.valid_fraction) == (&named, vocab_size, args.valid_fraction)
     {
         println!("data: {} training tokens in {}", old.train_tokens, folder.display());
         return Ok(evaluable(config, old.valid_tokens));
@@ -243,16 +260,16 @@ fn prepare_data(args: &Args, config: PretrainConfig, leads: bool) -> Result<Pret
             folder.display()
         );
     }
-    std::fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
     let bar = common::Bar::default();
-    let tokenizer = match vocab_size {
-        259 => Tokenizer::bytes(),
-        _ => {
+    let tokenizer: Codec = match (&named, vocab_size) {
+        (Some(path), _) => text::codec(path)?,
+        (None, 259) => Tokenizer::bytes().into(),
+        (None, _) => {
             let options = TrainOptions { vocab_size, ..Default::default() };
-            train_tokenizer(&sources, &options, 16 << 20, &bar)?
+            train_tokenizer(&sources, &options, 16 << 20, &bar)?.into()
         }
     };
-    tokenizer.save(&folder.join(TOKENIZER_FILE))?;
+    let tokenizer = tokenizer.install(folder)?;
     remove_shards(folder)?;
     let options = PrepareOptions { valid_fraction: args.valid_fraction, ..Default::default() };
     let report = prepare(&sources, &tokenizer, folder, &options, &bar)?;
@@ -270,6 +287,7 @@ fn prepare_data(args: &Args, config: PretrainConfig, leads: bool) -> Result<Pret
     let prepared = Prepared {
         paths,
         extensions,
+        tokenizer: named,
         vocab_size,
         valid_fraction,
         bytes,
@@ -316,7 +334,8 @@ fn train(args: Args, config: &PretrainConfig, devices: &Devices, resume_from: Op
         Show::Dashboard => Display::Dashboard,
         Show::Lines => Display::Lines { out: Box::new(std::io::stdout()), every: args.log_every },
     };
-    let options = RunOptions { resume_from, display, interrupter: common::interrupter()? };
+    let (bar, interrupter) = (common::Bar::default(), common::interrupter()?);
+    let options = RunOptions { resume_from, display, progress: &bar, interrupter };
     let start = Instant::now();
     let report = pretrain(config, devices, options)?;
     println!("trained for {:.0} s", start.elapsed().as_secs_f64());

@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use llama::data::prepare::{PrepareOptions, prepare, train_tokenizer};
 use llama::data::shard::Shard;
-use llama::data::tokenizer::{Tokenizer, TrainOptions};
+use llama::data::tokenizer::{Codec, Tokenizer, TrainOptions};
 use llama::text;
 use llama::train::checkpoint::TOKENIZER_FILE;
 
@@ -82,7 +82,7 @@ enum Command {
     Shards {
         #[command(flatten)]
         text: Text,
-        /// A SentencePiece BPE model [default: bytes]
+        /// tokenizer.model, tokenizer.json, a model folder or a GGUF file [default: bytes]
         #[arg(long)]
         tokenizer: Option<PathBuf>,
         /// Share of the text held out for validation
@@ -96,7 +96,7 @@ enum Command {
     Inspect {
         /// The shard
         shard: PathBuf,
-        /// A SentencePiece BPE model [default: bytes]
+        /// The folder of the shard, or as above [default: bytes]
         #[arg(long)]
         tokenizer: Option<PathBuf>,
         /// Tokens to show
@@ -120,10 +120,7 @@ fn main() -> Result<()> {
             text::codec(&tokenizer)?.save(&out)?;
         }
         Command::Encode { tokenizer, lines, text } => {
-            let codec = match tokenizer {
-                Some(path) => text::codec(&path)?,
-                None => Tokenizer::bytes().into(),
-            };
+            let codec = codec(tokenizer)?;
             if let Some(file) = lines {
                 let lines = std::fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
                 let ids = lines.lines().map(|line| codec.encode(line));
@@ -139,11 +136,10 @@ fn main() -> Result<()> {
             }
         }
         Command::Shards { text, tokenizer, valid_fraction, out } => {
-            let tokenizer = load(tokenizer)?;
+            let tokenizer = codec(tokenizer)?.install(&out)?;
             let sources = common::sources(&text.text, &text.extensions)?;
             let options = PrepareOptions { valid_fraction, ..Default::default() };
             let report = prepare(&sources, &tokenizer, &out, &options, &bar)?;
-            tokenizer.save(&out.join(TOKENIZER_FILE))?;
             println!(
                 "{}: {} documents, {} bytes, {} training and {} validation tokens",
                 out.display(),
@@ -155,7 +151,7 @@ fn main() -> Result<()> {
             report.skipped.iter().for_each(|path| println!("passed over, not UTF-8: {}", path.display()));
         }
         Command::Inspect { shard, tokenizer, tokens } => {
-            let tokenizer = load(tokenizer)?;
+            let tokenizer = codec(tokenizer)?;
             let shard = Shard::open(&shard)?;
             shard.verify()?;
             println!(
@@ -175,9 +171,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn load(path: Option<PathBuf>) -> Result<Tokenizer> {
-    match path {
-        Some(path) => Tokenizer::load(&path).with_context(|| "loading the tokenizer"),
-        None => Ok(Tokenizer::bytes()),
-    }
+/// The tokenizer that is named, or bytes.
+fn codec(path: Option<PathBuf>) -> Result<Codec> {
+    Ok(path.map_or_else(|| Ok(Tokenizer::bytes().into()), |path| text::codec(&path))?)
 }

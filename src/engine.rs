@@ -11,11 +11,12 @@ use llama_data::tokenizer::Codec;
 use llama_model::formats::{Checkpoint, Format};
 use llama_model::generate::{self, GenerateOptions, Generated, Generation, ScoreRequest, Session, Speculation};
 use llama_model::lora::{self, Adapters};
-use llama_model::shard::{Split, Team};
+use llama_model::shard::Team;
 use llama_model::{
     BackendTask, Compute, Device, Llama, LlamaBackend, LlamaConfig, ModelError, Precision, TrainBackend, WeightFormat,
 };
 use llama_train::checkpoint;
+use llama_train::load_model;
 
 use crate::Devices;
 use crate::Error;
@@ -296,7 +297,7 @@ impl BackendTask for Open<'_> {
 impl Open<'_> {
     fn model<B: LlamaBackend>(self, device: &B::Device) -> Result<Llama<B>, Error> {
         let Self { checkpoint, team, options, progress } = self;
-        let model = load::<B>(&checkpoint, &team, options.weights, device, progress)?;
+        let model = load_model::<B>(&checkpoint, &team, options.weights, device, progress)?;
         let model = match &options.adapter {
             Some(folder) => Adapters::open(&adapter_path(folder))?.apply(model)?,
             None => model,
@@ -305,22 +306,6 @@ impl Open<'_> {
         precision.check::<B>(device)?;
         Ok(model.with_compute(Compute { precision, ..Default::default() }))
     }
-}
-
-/// The checkpoint's model, or a part of it, with its progress in parameters.
-pub(crate) fn load<B: LlamaBackend>(
-    checkpoint: &Checkpoint,
-    team: &Team,
-    weights: WeightFormat,
-    device: &B::Device,
-    progress: &dyn Progress,
-) -> Result<Llama<B>, ModelError> {
-    let task = format!("loading {}", checkpoint.path().display());
-    let of_part = |(path, dims): (String, Vec<usize>)| Split::of(&path).part_len(&dims, team.shard().count) as u64;
-    progress.start(&task, Some(checkpoint.config().parameters().into_iter().map(of_part).sum()));
-    let model = checkpoint.load_in::<B>(team, weights, device, |read| progress.advance(read));
-    progress.finish();
-    model
 }
 
 struct OnDevice<B: LlamaBackend>(Llama<B>);

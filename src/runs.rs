@@ -3,18 +3,14 @@
 use std::fmt::{self, Display, Formatter};
 use std::panic::resume_unwind;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::thread;
 
-use llama_data::loader::Sequences;
-use llama_data::{NoProgress, Progress};
-use llama_model::formats::Checkpoint;
-use llama_model::shard::Team;
+use llama_data::tokenizer::Codec;
 use llama_model::{BackendTask, Device, ModelError, TrainBackend};
 use llama_train::parallel::{self, Rendezvous};
-use llama_train::{FinetuneConfig, Group, PretrainConfig, RunOptions, RunReport, TrainError};
+use llama_train::{FinetuneConfig, FinetuneData, Group, PretrainConfig, RunOptions, RunReport, TrainError};
 
-use crate::{Error, engine};
+use crate::{Error, text};
 
 /// The devices of a run. Several share the micro-batches of each step, or divide the model; see [`parallel`].
 ///
@@ -118,8 +114,12 @@ impl Devices {
 /// [`llama_train::pretrain`] on devices that are chosen at run time. The trained model is the report's checkpoint.
 ///
 /// # Errors
-/// As there, [`ModelError::Device`] if a device does not answer, and [`TrainError::Rendezvous`].
+/// As there, [`ModelError::Device`] if a device does not answer, [`TrainError::Rendezvous`], and [`TrainError::Config`] if the data
+/// is of another vocabulary than the checkpoint that the run begins with.
 pub fn pretrain(config: &PretrainConfig, devices: &Devices, options: RunOptions) -> Result<RunReport, Error> {
+    if options.resume_from.is_none() {
+        check_vocabulary(config)?;
+    }
     struct Pretrain<'a>(&'a PretrainConfig, Group, RunOptions<'a>);
     impl BackendTask for Pretrain<'_> {
         type Output = Result<RunReport, Error>;
@@ -132,40 +132,36 @@ pub fn pretrain(config: &PretrainConfig, devices: &Devices, options: RunOptions)
     devices.run(options, |device, group, options| device.run(Pretrain(config, group, options))?)
 }
 
-/// [`llama_train::finetune`] on devices that are chosen at run time, on [`FinetuneConfig::base`], whose loading `progress` counts
-/// in parameters. The adapters are the report's checkpoint.
+/// The weights of a checkpoint mean nothing for tokens of another vocabulary. One without a tokenizer beside it is believed.
+fn check_vocabulary(config: &PretrainConfig) -> Result<(), Error> {
+    const TEXT: &str = "The 1,024 quick br\u{f6}wn foxes\n\tjump(over); // \u{6771}\u{4eac} \u{1f98a}";
+    let Some(Ok(own)) = config.base.as_deref().map(text::codec) else { return Ok(()) };
+    let data = Codec::load(&config.data.folder)?;
+    if own.encode(TEXT) != data.encode(TEXT) {
+        let reason = "was tokenized with another vocabulary than that of the checkpoint which the run begins with";
+        return Err(TrainError::Config { field: "data.folder".into(), reason: reason.into() }.into());
+    }
+    Ok(())
+}
+
+/// [`llama_train::finetune`] on devices that are chosen at run time. The adapters, or the trained model, are the report's checkpoint.
 ///
 /// # Errors
 /// As there, those of the base checkpoint, [`ModelError::Device`] if a device does not answer, and [`TrainError::Rendezvous`].
 pub fn finetune(
     config: &FinetuneConfig,
-    train: Arc<dyn Sequences>,
-    valid: Option<Arc<dyn Sequences>>,
+    data: &FinetuneData,
     devices: &Devices,
     options: RunOptions,
-    progress: &dyn Progress,
 ) -> Result<RunReport, Error> {
-    struct Finetune<'a> {
-        config: &'a FinetuneConfig,
-        train: Arc<dyn Sequences>,
-        valid: Option<Arc<dyn Sequences>>,
-        group: Group,
-        options: RunOptions<'a>,
-        progress: &'a dyn Progress,
-    }
+    struct Finetune<'a>(&'a FinetuneConfig, &'a FinetuneData<'a>, Group, RunOptions<'a>);
     impl BackendTask for Finetune<'_> {
         type Output = Result<RunReport, Error>;
         fn run<B: TrainBackend>(self, device: B::Device) -> Self::Output {
-            let Self { config, train, valid, group, options, progress } = self;
-            let checkpoint = Checkpoint::open(&config.base)?;
-            let base = engine::load::<B>(&checkpoint, &Team::default(), config.weights.parse()?, &device, progress)?;
-            let (_, report) = llama_train::finetune::<B>(config, base, train, valid, &device, group, options)?;
+            let Self(config, data, group, options) = self;
+            let (_, report) = llama_train::finetune::<B>(config, data, &device, group, options)?;
             Ok(report)
         }
     }
-    devices.run(options, |device, group, options| {
-        let progress = if group.leads() { progress } else { &NoProgress };
-        let (train, valid) = (train.clone(), valid.clone());
-        device.run(Finetune { config, train, valid, group, options, progress })?
-    })
+    devices.run(options, |device, group, options| device.run(Finetune(config, data, group, options))?)
 }

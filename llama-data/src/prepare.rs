@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::shard::ShardWriter;
 use crate::source::{Document, Sources};
-use crate::tokenizer::{EncodeCaches, Tokenizer, TrainOptions};
+use crate::tokenizer::{Codec, EncodeCaches, Tokenizer, TrainOptions};
 use crate::{DataError, Progress};
 
 /// Text that is tokenized at a time.
@@ -19,7 +19,7 @@ const LONG_DOCUMENT: usize = 64 << 10;
 pub struct PrepareOptions {
     /// Share of the text held out for validation. Nothing is held out of a text of few short documents.
     pub valid_fraction: f64,
-    /// Whether a document ends with EOS. It always begins with BOS.
+    /// Whether a document ends with EOS. It always begins with BOS, if the vocabulary has one.
     pub eos: bool,
     /// A shard is closed at the first document that brings it to this many tokens.
     pub shard_tokens: u64,
@@ -91,7 +91,7 @@ pub fn train_tokenizer(
 /// Those of reading and writing, and [`DataError::Empty`] if the sources hold no text.
 pub fn prepare(
     sources: &Sources,
-    tokenizer: &Tokenizer,
+    tokenizer: &Codec,
     folder: &Path,
     options: &PrepareOptions,
     progress: &dyn Progress,
@@ -146,7 +146,7 @@ fn is_json_lines(path: &Path) -> bool {
 /// Tokenizes and writes documents in their order, each split where it says; returns the bytes held out.
 fn write_chunk(
     chunk: &mut Vec<(Document, usize)>,
-    tokenizer: &Tokenizer,
+    tokenizer: &Codec,
     caches: &EncodeCaches,
     eos: bool,
     train: &mut Split,
@@ -217,7 +217,7 @@ pub(crate) struct Split<'a> {
 
 impl<'a> Split<'a> {
     /// Shards from number `first` on; each is closed at the document that brings it to `shard_tokens`.
-    pub fn new(folder: &'a Path, name: &'static str, first: usize, tokenizer: &Tokenizer, shard_tokens: u64) -> Self {
+    pub fn new(folder: &'a Path, name: &'static str, first: usize, tokenizer: &Codec, shard_tokens: u64) -> Self {
         Self {
             folder,
             name,
@@ -264,6 +264,8 @@ impl<'a> Split<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shard::Shard;
+    use crate::tokenizer::{ByteLevel, Words};
     use crate::{NoProgress, TokenDataset};
 
     #[test]
@@ -275,7 +277,7 @@ mod tests {
             std::fs::write(text.join(format!("{file:03}.txt")), format!("document {file}\n")).unwrap();
         }
         std::fs::write(text.join("latin1.txt"), b"caf\xe9").unwrap();
-        let tokenizer = Tokenizer::bytes();
+        let tokenizer = Codec::from(Tokenizer::bytes());
         let options = PrepareOptions { valid_fraction: 0.1, shard_tokens: 1000, ..Default::default() };
         let report = prepare(&Sources::new([&text]), &tokenizer, &out, &options, &NoProgress).unwrap();
         assert_eq!(report.documents, 200);
@@ -292,6 +294,30 @@ mod tests {
         assert_eq!(inputs[1..], targets[..15]);
     }
 
+    /// A vocabulary of another kind, too: BOS and EOS where it has them, and what is read back is what was written.
+    #[test]
+    fn byte_level_vocabularies_make_shards() {
+        let folder = tempfile::tempdir().unwrap();
+        let (text, out) = (folder.path().join("a.txt"), folder.path().join("out"));
+        std::fs::write(&text, "one two\n").unwrap();
+        let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
+        tokens.extend([b"on".to_vec(), b"one".to_vec(), Vec::new()]);
+        let vocabulary = ByteLevel::from_ranks(tokens, Words::gpt2()).unwrap();
+        let mut codec = Codec::byte_level(vocabulary, vec![("<end>".into(), 258)]);
+        codec.eos = codec.special("<end>");
+        let installed = codec.install(&out).unwrap();
+        assert_eq!(installed.encode("one two\n"), codec.encode("one two\n"));
+        let options = PrepareOptions { valid_fraction: 0.0, ..Default::default() };
+        prepare(&Sources::new([&text]), &installed, &out, &options, &NoProgress).unwrap();
+        let shard = Shard::open(&out.join("train-00000.bin")).unwrap();
+        let mut ids = Vec::new();
+        shard.read(0, shard.tokens(), |id| ids.push(id));
+        let bytes = b" two\n".map(u32::from);
+        assert_eq!(ids, [&[257], &bytes[..], &[258]].concat());
+        assert_eq!(shard.tokenizer(), Codec::load(&out).unwrap().fingerprint());
+        assert_ne!(shard.tokenizer(), Codec::from(Tokenizer::bytes()).fingerprint());
+    }
+
     #[test]
     fn a_long_document_gives_its_end_to_validation() {
         let text = "a line of text\n".repeat(20_000);
@@ -306,7 +332,8 @@ mod tests {
         let path = folder.path().join("a.txt");
         std::fs::write(&path, "").unwrap();
         let out = folder.path().join("out");
-        let error = prepare(&Sources::new([path]), &Tokenizer::bytes(), &out, &PrepareOptions::default(), &NoProgress);
+        let error =
+            prepare(&Sources::new([path]), &Tokenizer::bytes().into(), &out, &PrepareOptions::default(), &NoProgress);
         assert!(matches!(error, Err(DataError::Empty { .. })));
     }
 }

@@ -3,11 +3,11 @@
 //! | file | what |
 //! | --- | --- |
 //! | `config.json`, `model.safetensors` | the model as a Hugging Face folder |
-//! | `tokenizer.model` | the tokenizer, so that the folder is enough to generate text |
+//! | `tokenizer.json`, .. | the tokenizer, so that the folder is enough to generate text, for `transformers`, too |
 //! | `optimizer.safetensors` | both moments of every parameter, by path |
 //! | `state.json` | step, optimizer updates, tokens, and the run's whole configuration |
 //!
-//! That is the whole state: weights and data order come from the seed in the configuration, the data position and the
+//! That is the whole state: first weights and data order come from the configuration, the data position and the
 //! learning rate from the step. A checkpoint is written beside its place, flushed and renamed into it, and older ones
 //! are removed only after that; a full disk or a kill leaves those before it whole.
 
@@ -15,10 +15,10 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use llama_data::tokenizer::Tokenizer;
+use llama_data::tokenizer::Codec;
 use llama_model::shard::Split;
 use llama_model::weights::{self, TensorFile};
-use llama_model::{Llama, ModelError, TrainBackend, hf};
+use llama_model::{Llama, LlamaConfig, ModelError, TrainBackend, hf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -27,7 +27,7 @@ use crate::parallel::{self, Piece, Snapshot};
 use crate::strategy::Place;
 use crate::{AdamW, Group, LossScale, OptimizerConfig, PretrainConfig, Pretrainer, RunConfig, TrainError};
 
-/// Name of the tokenizer in checkpoints and data folders.
+/// Name of a SentencePiece tokenizer in checkpoints and data folders.
 pub const TOKENIZER_FILE: &str = "tokenizer.model";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const STATE_FILE: &str = "state.json";
@@ -120,14 +120,21 @@ pub fn latest(run: &Path) -> Result<PathBuf, TrainError> {
 ///
 /// # Errors
 /// [`TrainError::Io`], for example on a full disk; checkpoints that were there stay.
-pub fn save<B: TrainBackend>(
+pub fn save<B: TrainBackend>(snapshot: &Snapshot<B>, state: &RunState, codec: &Codec) -> Result<PathBuf, TrainError> {
+    save_model(&state.config.run, &state.config.model, snapshot, state, codec)
+}
+
+/// As [`save`], for any kind of run that trains a whole model.
+pub(crate) fn save_model<B: TrainBackend, C: Serialize>(
+    run: &RunConfig,
+    model: &LlamaConfig,
     snapshot: &Snapshot<B>,
-    state: &RunState,
-    tokenizer: &Tokenizer,
+    state: &RunState<C>,
+    codec: &Codec,
 ) -> Result<PathBuf, TrainError> {
-    save_with(&state.config.run, snapshot, state, |folder| {
-        snapshot.save_model(&state.config.model, folder)?;
-        Ok(tokenizer.save(&folder.join(TOKENIZER_FILE))?)
+    save_with(run, snapshot, state, |folder| {
+        snapshot.save_model(model, folder)?;
+        Ok(codec.save(folder)?)
     })
 }
 

@@ -21,6 +21,7 @@ pub mod log;
 pub mod metrics;
 pub mod parallel;
 
+mod base;
 mod config;
 mod error;
 mod finetune;
@@ -35,9 +36,10 @@ mod schedule;
 mod strategy;
 mod trainer;
 
+pub use base::load_model;
 pub use config::{BatchConfig, DataConfig, OptimizerConfig, PretrainConfig, RunConfig, ScheduleConfig};
 pub use error::TrainError;
-pub use finetune::{FinetuneConfig, finetune};
+pub use finetune::{FinetuneConfig, FinetuneData, finetune};
 pub use gradients::GradientList;
 pub use loader::TokenLoader;
 pub use loss_scale::LossScale;

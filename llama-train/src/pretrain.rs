@@ -11,16 +11,18 @@ use burn::train::metric::{MetricDefinition, NumericEntry};
 use burn::train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy};
 use llama_data::loader::Sequences;
 use llama_data::mixture::Mixture;
-use llama_data::tokenizer::Tokenizer;
-use llama_model::{Llama, Precision, TrainBackend};
+use llama_data::tokenizer::Codec;
+use llama_data::{NoProgress, Progress};
+use llama_model::formats::Checkpoint;
+use llama_model::{Llama, Precision, TrainBackend, WeightFormat};
 
-use crate::checkpoint::{self, Restored, RunState, TOKENIZER_FILE};
+use crate::checkpoint::{self, Restored, RunState};
 use crate::config::Fixed;
 use crate::metrics::StepMetric;
 use crate::strategy::{Components, Outcome, Place, Plan, Save};
 use crate::{
     AdamW, BatchConfig, Group, LineRenderer, LossScale, PretrainConfig, Pretrainer, RunConfig, StepStrategy, Stop,
-    TokenLoader, TrainError, WarmupCosine, curve, log, measure_peak_flops,
+    TokenLoader, TrainError, WarmupCosine, curve, load_model, log, measure_peak_flops,
 };
 
 /// Name of the loss curve in a run's folder.
@@ -45,6 +47,8 @@ pub struct RunOptions<'a> {
     pub resume_from: Option<&'a Path>,
     /// How it shows itself.
     pub display: Display,
+    /// Shows how the model that it begins with is read.
+    pub progress: &'a dyn Progress,
     /// Stops it after a step, with a checkpoint.
     pub interrupter: Interrupter,
 }
@@ -53,7 +57,7 @@ impl RunOptions<'_> {
     /// A run from its beginning to its end that says nothing.
     pub fn silent() -> Self {
         let display = Display::Lines { out: Box::new(std::io::sink()), every: 1 };
-        Self { resume_from: None, display, interrupter: Interrupter::new() }
+        Self { resume_from: None, display, progress: &NoProgress, interrupter: Interrupter::new() }
     }
 }
 
@@ -90,9 +94,10 @@ pub fn pretrain<B: TrainBackend>(
     let group = Arc::new(group);
     check_shares(&config.batch, &group)?;
     config.compute.precision.check::<B>(device)?;
-    let tokenizer = Tokenizer::load(&config.data.folder.join(TOKENIZER_FILE))?;
-    if tokenizer.vocab_size() != config.model.vocab_size {
-        let (has, wants) = (tokenizer.vocab_size(), config.model.vocab_size);
+    let tokenizer = Codec::load(&config.data.folder)?;
+    let (has, wants) = (tokenizer.vocab_size(), config.model.vocab_size);
+    // Released models may have rows to spare.
+    if has > wants || (has < wants && config.base.is_none()) {
         return Err(TrainError::config(
             "model.vocab_size",
             format!("is {wants}, but the data's tokenizer has {has} pieces"),
@@ -118,7 +123,13 @@ pub fn pretrain<B: TrainBackend>(
             (Pretrainer::new(model.llama, compute, z_loss), optimizer, state.place())
         }
         None => {
-            let llama = config.model.init_in::<B>(&group.team(), config.seed, device)?;
+            let llama = match &config.base {
+                Some(base) => {
+                    let checkpoint = Checkpoint::open(base)?.continued_as(&config.model)?;
+                    load_model::<B>(&checkpoint, &group.team(), WeightFormat::F32, device, options.progress)?
+                }
+                None => config.model.init_in::<B>(&group.team(), config.seed, device)?,
+            };
             let micro_batch = (config.batch.sequences * config.batch.seq_len) as u64;
             let place = Place { loss_scale: LossScale::new(compute.precision, micro_batch), ..Default::default() };
             (Pretrainer::new(llama, compute, z_loss), AdamW::new(config.optimizer.clone()), place)

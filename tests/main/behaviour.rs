@@ -8,7 +8,7 @@ use llama::data::NoProgress;
 use llama::data::loader::TokenBatch;
 use llama::data::prepare::{PrepareOptions, prepare};
 use llama::data::source::Sources;
-use llama::data::tokenizer::Tokenizer;
+use llama::data::tokenizer::{Codec, Tokenizer};
 use llama::model::{KvCache, LlamaConfig, ModelError, TrainBackend, WeightFormat, weights};
 use llama::train::log::{self, Line};
 use llama::train::{
@@ -70,7 +70,7 @@ fn new_model<B: TrainBackend>(config: &LlamaConfig, device: &B::Device) -> (Pret
     )
 }
 
-fn parameters<B: TrainBackend>(model: &Pretrainer<B>) -> Vec<f64> {
+pub fn parameters<B: TrainBackend>(model: &Pretrainer<B>) -> Vec<f64> {
     let mut all = Vec::new();
     weights::visit_params(&model.llama, |_, value| all.extend(value.to_data().iter::<f64>()));
     all
@@ -263,10 +263,9 @@ pub fn run_config(folder: &Path) -> PretrainConfig {
     let data = folder.join("data");
     let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("llama-model/src");
     let sources = Sources { extensions: vec!["rs".into()], ..Sources::new([text]) };
-    let tokenizer = Tokenizer::bytes();
+    let tokenizer = Codec::from(Tokenizer::bytes()).install(&data).unwrap();
     let options = PrepareOptions { valid_fraction: 0.1, ..Default::default() };
     prepare(&sources, &tokenizer, &data, &options, &NoProgress).unwrap();
-    tokenizer.save(&data.join("tokenizer.model")).unwrap();
     let mut config = PretrainConfig::preset("tiny").unwrap();
     config.model = small();
     config.data.folder = data;

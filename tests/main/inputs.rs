@@ -4,7 +4,7 @@ use std::path::Path;
 
 use llama::data::prepare::{PrepareOptions, prepare};
 use llama::data::source::Sources;
-use llama::data::tokenizer::Tokenizer;
+use llama::data::tokenizer::{Codec, Tokenizer};
 use llama::data::{DataError, NoProgress};
 use llama::model::{ModelError, hf};
 use llama::train::{Group, PretrainConfig, RunOptions, TrainError, checkpoint, pretrain};
@@ -26,8 +26,8 @@ fn data(folder: &Path, text: &str) -> Result<PretrainConfig, DataError> {
     let file = folder.join("text.txt");
     std::fs::write(&file, text).unwrap();
     let options = PrepareOptions { valid_fraction: 0.0, ..Default::default() };
-    prepare(&Sources::new([file]), &Tokenizer::bytes(), &config.data.folder, &options, &NoProgress)?;
-    Tokenizer::bytes().save(&config.data.folder.join("tokenizer.model")).unwrap();
+    let tokenizer = Codec::from(Tokenizer::bytes()).install(&config.data.folder)?;
+    prepare(&Sources::new([file]), &tokenizer, &config.data.folder, &options, &NoProgress)?;
     config.run.eval_every = 0;
     Ok(config)
 }

@@ -11,6 +11,7 @@
 mod behaviour;
 mod block;
 mod cached_block;
+mod continued;
 mod data;
 mod engine;
 mod eval;

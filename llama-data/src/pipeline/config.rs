@@ -49,7 +49,7 @@ fn default_record_bytes() -> usize {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TokenizerConfig {
-    /// A SentencePiece `.model`.
+    /// A tokenizer's file: SentencePiece's `.model`, `tokenizer.json`, or tiktoken's ranks.
     pub file: Option<PathBuf>,
     /// Pieces of a trained one; 32,000 as in the paper.
     pub vocab_size: usize,

@@ -17,7 +17,7 @@ use crate::input::Limits;
 use crate::mixture::{MixtureConfig, MixtureSource};
 use crate::read::Format;
 use crate::source::{SourceFile, Sources};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::Codec;
 use crate::{DataError, Progress};
 
 /// What a source's shards are made of: written once, so that a run on a changed input or with changed rules is refused instead of mixed
@@ -54,13 +54,20 @@ pub fn run(config: &PrepareConfig, threads: usize, progress: &dyn Progress) -> R
     }
 
     let bytes: Vec<u64> = report.sources.iter().map(|source| source.total.kept.bytes).collect();
-    let tokenizer_path = config.output.join("tokenizer.model");
-    let work: Box<dyn Fn() -> Result<(), DataError> + Send + Sync> = match &config.tokenizer.file {
-        Some(file) => Box::new(|| Tokenizer::load(file)?.save(&tokenizer_path)),
-        None => Box::new(|| tokens::train(config, &cleaned, &bytes, &tokenizer_path, progress)),
+    let given = config.tokenizer.file.as_deref().map(Codec::load).transpose()?;
+    let at = |name: &str| config.output.join(name);
+    type Work<'a> = Box<dyn Fn() -> Result<(), DataError> + Send + Sync + 'a>;
+    let (result, work): (_, Work) = match given.as_ref().map(|codec| (codec, codec.sentence_piece())) {
+        Some((_, Some(pieces))) => (at("tokenizer.model"), Box::new(|| pieces.save(&at("tokenizer.model")))),
+        // A byte-level vocabulary has no such file.
+        Some((codec, None)) => (at("tokenizer.json"), Box::new(|| codec.install(&config.output).map(drop))),
+        None => {
+            let train = || tokens::train(config, &cleaned, &bytes, &at("tokenizer.model"), progress);
+            (at("tokenizer.model"), Box::new(train))
+        }
     };
-    claims::run("tokenizer", &[Task { result: tokenizer_path.clone(), units: 1, work }], 1, &crate::NoProgress)?;
-    let tokenizer = Tokenizer::load(&tokenizer_path)?;
+    claims::run("tokenizer", &[Task { result: result.clone(), units: 1, work }], 1, &crate::NoProgress)?;
+    let tokenizer = Codec::load(&result)?;
 
     for ((source, shards), report) in config.source.iter().zip(&cleaned).zip(&mut report.sources) {
         let folder = create(config.output.join("tokens").join(&source.name))?;
@@ -328,7 +335,7 @@ mod tests {
         for name in ["report.json", "report.html", "report.txt", "mixture.toml", "tokenizer.model"] {
             assert!(config.output.join(name).exists(), "{name}");
         }
-        let tokenizer = Tokenizer::load(&config.output.join("tokenizer.model")).unwrap();
+        let tokenizer = Codec::load(&config.output).unwrap();
         let mixture = crate::mixture::Mixture::open(&config.output, "train", tokenizer.fingerprint(), 16, 1).unwrap();
         assert_eq!(mixture.tokens(), report.sources.iter().map(|source| source.total.train_tokens).sum::<u64>());
     }

@@ -9,7 +9,7 @@ use super::config::PrepareConfig;
 use super::report::ShardReport;
 use super::segment::{ShardPath, read_shard};
 use crate::prepare::Split;
-use crate::tokenizer::{EncodeCaches, Tokenizer, TrainOptions};
+use crate::tokenizer::{Codec, EncodeCaches, Tokenizer, TrainOptions};
 use crate::{DataError, Progress};
 
 /// Text that is tokenized at a time.
@@ -63,7 +63,7 @@ pub(super) fn tokenize(
     shard: &ShardPath,
     index: usize,
     folder: &Path,
-    tokenizer: &Tokenizer,
+    tokenizer: &Codec,
     config: &PrepareConfig,
 ) -> Result<(), DataError> {
     let mut report = ShardReport::default();

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 
 use fancy_regex::Regex;
+use xxhash_rust::xxh3::Xxh3;
 
 /// GPT-2's words.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
@@ -183,6 +184,21 @@ impl ByteLevel {
     /// The bytes of a token.
     pub fn token(&self, id: u32) -> Option<&[u8]> {
         self.tokens.get(id as usize).map(Vec::as_slice)
+    }
+
+    /// Hashes all that encoding depends on.
+    pub(super) fn hash_into(&self, hash: &mut Xxh3) {
+        for token in &self.tokens {
+            hash.update(&(token.len() as u64).to_le_bytes());
+            hash.update(token);
+        }
+        let mut merges: Vec<_> = self.merges.iter().map(|(pair, (rank, merged))| (rank, pair, merged)).collect();
+        merges.sort_unstable();
+        for (_, (left, right), merged) in merges {
+            [left, right, merged].into_iter().for_each(|id| hash.update(&id.to_le_bytes()));
+        }
+        hash.update(self.words.pattern.as_bytes());
+        hash.update(&[u8::from(self.words.single_digits), u8::from(self.whole_words)]);
     }
 
     /// Appends the tokens of `text`.

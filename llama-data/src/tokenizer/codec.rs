@@ -1,6 +1,8 @@
 //! Whatever vocabulary a checkpoint comes with, behind one interface: text to ids and back, special tokens, and the
 //! template of a conversation.
 
+use xxhash_rust::xxh3::Xxh3;
+
 use super::byte_level::{ByteLevel, Words};
 use super::stream::{DecodeStream, Utf8Stream};
 use super::{EncodeCache, Kind, Piece, SPACE, Tokenizer};
@@ -192,6 +194,22 @@ impl Codec {
         }
     }
 
+    /// A hash of all that encoding depends on. Shards carry it, so that a shard and another tokenizer are not mixed.
+    pub fn fingerprint(&self) -> u64 {
+        match &self.vocabulary {
+            Vocabulary::SentencePiece(tokenizer) => tokenizer.fingerprint(),
+            Vocabulary::ByteLevel(vocabulary) => {
+                let mut hash = Xxh3::new();
+                vocabulary.hash_into(&mut hash);
+                for (text, id) in &self.special {
+                    hash.update(text.as_bytes());
+                    hash.update(&id.to_le_bytes());
+                }
+                hash.digest()
+            }
+        }
+    }
+
     pub(super) fn vocabulary(&self) -> &Vocabulary {
         &self.vocabulary
     }
@@ -224,6 +242,19 @@ impl Codec {
         let mut ids = Vec::new();
         self.append(text, &mut ids);
         ids
+    }
+
+    /// Tokens of a document as it stands in a shard: BOS, text, and EOS if `eos`, where the vocabulary has them.
+    pub fn encode_document(&self, text: &str, eos: bool, cache: &mut EncodeCache) -> Vec<u32> {
+        match &self.vocabulary {
+            Vocabulary::SentencePiece(tokenizer) => tokenizer.encode_document(text, eos, cache),
+            Vocabulary::ByteLevel(vocabulary) => {
+                let mut ids: Vec<u32> = self.bos.into_iter().collect();
+                vocabulary.encode(text, &mut ids);
+                ids.extend(self.eos.filter(|_| eos));
+                ids
+            }
+        }
     }
 
     /// Tokens of a text with BOS before it, if that is how the vocabulary's texts begin.

@@ -1,6 +1,7 @@
 //! Tokenizers from the files that checkpoints come with: SentencePiece's `.model`, tiktoken's ranks (LLaMA 3's
 //! `tokenizer.model`), and Hugging Face's `tokenizer.json` with `tokenizer_config.json` beside it.
 
+use std::io::Write;
 use std::path::Path;
 
 use base64::Engine;
@@ -8,8 +9,11 @@ use serde_json::{Value, json};
 
 use super::byte_level::{ByteLevel, Words};
 use super::{Codec, Tokenizer, hf_json};
-use crate::DataError;
+use crate::{DataError, write_atomically};
 
+const JSON_FILE: &str = "tokenizer.json";
+const PIECES_FILE: &str = "tokenizer.model";
+const CONFIG_FILE: &str = "tokenizer_config.json";
 /// Numbers that LLaMA 3 keeps for special tokens after its ranks.
 const LLAMA3_SPECIAL: usize = 256;
 
@@ -20,7 +24,7 @@ impl Codec {
     /// [`DataError::Io`] if there is none, [`DataError::Format`] that says what is wrong with it.
     pub fn load(path: &Path) -> Result<Self, DataError> {
         if path.is_dir() {
-            let names = ["tokenizer.json", "tokenizer.model"];
+            let names = [JSON_FILE, PIECES_FILE];
             let found = names.iter().map(|name| path.join(name)).find(|file| file.is_file());
             return Self::load(&found.unwrap_or_else(|| path.join(names[1])));
         }
@@ -35,7 +39,7 @@ impl Codec {
             Tokenizer::load(path)?.into()
         };
         let folder = path.parent().unwrap_or(Path::new("."));
-        let config = folder.join("tokenizer_config.json");
+        let config = folder.join(CONFIG_FILE);
         if config.is_file() {
             let text = std::fs::read_to_string(&config).map_err(|error| DataError::io(&config, error))?;
             let json = serde_json::from_str(&text).map_err(|error| DataError::format(&config, error.to_string()))?;
@@ -55,13 +59,8 @@ impl Codec {
     /// # Errors
     /// [`DataError::Io`].
     pub fn save(&self, folder: &Path) -> Result<(), DataError> {
-        let write = |name: &str, json: Value| {
-            let path = folder.join(name);
-            std::fs::write(&path, format!("{json:#}\n")).map_err(|error| DataError::io(&path, error))
-        };
-        write("tokenizer.json", hf_json::write(self))?;
         if let Some(tokenizer) = self.sentence_piece() {
-            tokenizer.save(&folder.join("tokenizer.model"))?;
+            tokenizer.save(&folder.join(PIECES_FILE))?;
         }
         let text = |id: Option<u32>| id.and_then(|id| self.special_text(id));
         let mut config = json!({
@@ -74,7 +73,25 @@ impl Codec {
         if let Some(template) = &self.chat_template {
             config["chat_template"] = template.as_str().into();
         }
-        write("tokenizer_config.json", config)
+        let write = |name: &str, json: Value| write_atomically(&folder.join(name), |file| writeln!(file, "{json:#}"));
+        write(CONFIG_FILE, config)?;
+        // The last: what finds it finds the others.
+        write(JSON_FILE, hf_json::write(self))
+    }
+
+    /// Puts the tokenizer into a folder of shards and reads it back, so that what makes the shards is what training will find.
+    /// Of a SentencePiece vocabulary it is the `tokenizer.model`, which has more of it than `tokenizer.json`.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save).
+    pub fn install(&self, folder: &Path) -> Result<Self, DataError> {
+        std::fs::create_dir_all(folder).map_err(|error| DataError::io(folder, error))?;
+        self.save(folder)?;
+        if self.sentence_piece().is_some() {
+            let json = folder.join(JSON_FILE);
+            std::fs::remove_file(&json).map_err(|error| DataError::io(&json, error))?;
+        }
+        Self::load(folder)
     }
 
     /// What `tokenizer_config.json` says.

@@ -112,6 +112,7 @@ pub struct Checkpoint {
     path: PathBuf,
     format: Format,
     reader: Box<dyn Reader>,
+    config: LlamaConfig,
 }
 
 impl Checkpoint {
@@ -139,7 +140,37 @@ impl Checkpoint {
         if let Some(name) = reader.unexpected() {
             return Err(ModelError::UnexpectedTensor { path: path.into(), name });
         }
-        Ok(Self { path: path.into(), format, reader })
+        let config = reader.config().clone();
+        Ok(Self { path: path.into(), format, reader, config })
+    }
+
+    /// The same weights for training that goes on with `config`: how long sequences are and how positions are encoded
+    /// (`max_seq_len`, `rope_theta`, `rope_scaling`) may differ from what the checkpoint says.
+    ///
+    /// # Errors
+    /// [`ModelError::Config`] names the first other field that does.
+    pub fn continued_as(self, config: &LlamaConfig) -> Result<Self, ModelError> {
+        config.validate()?;
+        let fields = |config: &LlamaConfig| {
+            [
+                ("d_model", config.d_model.to_string()),
+                ("n_layers", config.n_layers.to_string()),
+                ("n_heads", config.n_heads.to_string()),
+                ("n_kv_heads", config.n_kv_heads.to_string()),
+                ("head_dim", config.head_dim.to_string()),
+                ("d_ff", config.d_ff.to_string()),
+                ("vocab_size", config.vocab_size.to_string()),
+                ("norm_eps", config.norm_eps.to_string()),
+                ("tied_head", config.tied_head.to_string()),
+            ]
+        };
+        for ((field, wanted), (_, has)) in fields(config).into_iter().zip(fields(&self.config)) {
+            if wanted != has {
+                let reason = format!("is {wanted}, but {has} in {}", self.path.display());
+                return Err(ModelError::Config { field, reason });
+            }
+        }
+        Ok(Self { config: config.clone(), ..self })
     }
 
     /// Its path.
@@ -154,7 +185,7 @@ impl Checkpoint {
 
     /// The model's sizes.
     pub fn config(&self) -> &LlamaConfig {
-        self.reader.config()
+        &self.config
     }
 
     /// The tensors in its files, by name.
