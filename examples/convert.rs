@@ -98,6 +98,7 @@ fn tokenizer_files(path: &Path) -> Vec<PathBuf> {
         "tokenizer_config.json",
         "special_tokens_map.json",
         "chat_template.jinja",
+        "generation_config.json",
     ];
     let is_tokenizer = |file: &PathBuf| file.file_name().is_some_and(|name| names.iter().any(|n| *n == name));
     if path.is_file() {

@@ -6,8 +6,8 @@ use burn::tensor::{Distribution, Tensor};
 use llama_model::backend::ops::{primitive, tensor};
 use llama_model::{LlamaBackend, Precision};
 
-/// Floating-point operations per second of the best of several products of two square matrices: what a model's products could reach at
-/// most on this backend. In `precision` where the backend has products of its own for it, else in f32. Takes about a second.
+/// Floating-point operations per second of the best of several products of two square matrices, made as the model makes its own in
+/// this precision: what they could reach at most on this backend. Takes about a second.
 pub fn measure_peak_flops<B: LlamaBackend>(device: &B::Device, precision: Precision) -> f64 {
     let own = B::has_products(device, precision);
     let n = if own { 8192 } else { 2048 };
@@ -19,7 +19,7 @@ pub fn measure_peak_flops<B: LlamaBackend>(device: &B::Device, precision: Precis
     let product = || {
         let start = Instant::now();
         let (a, b) = (a.clone(), b.clone());
-        let product = if own { tensor(B::project(primitive(a), primitive(b), precision)) } else { a.matmul(b) };
+        let product: Tensor<B, 2> = tensor(B::project(primitive(a), primitive(b), precision));
         // Reading one number waits for the product without moving it.
         product.narrow(0, 0, 1).narrow(1, 0, 1).into_data();
         start.elapsed().as_secs_f64()

@@ -53,8 +53,8 @@ impl Codec {
         Ok(codec)
     }
 
-    /// Writes the tokenizer as a Hugging Face folder has it: `tokenizer.json` and `tokenizer_config.json`, and SentencePiece's
-    /// `tokenizer.model` where it is such a vocabulary.
+    /// Writes the tokenizer as a Hugging Face folder has it: `tokenizer.json`, `tokenizer_config.json`, `generation_config.json` for the
+    /// tokens that begin and end a text, and SentencePiece's `tokenizer.model` where it is such a vocabulary.
     ///
     /// # Errors
     /// [`DataError::Io`].
@@ -75,6 +75,8 @@ impl Codec {
         }
         let write = |name: &str, json: Value| write_atomically(&folder.join(name), |file| writeln!(file, "{json:#}"));
         write(CONFIG_FILE, config)?;
+        // What ends a text: transformers asks the model's files for it, not the tokenizer's.
+        write("generation_config.json", json!({ "bos_token_id": self.bos, "eos_token_id": self.eos }))?;
         // The last: what finds it finds the others.
         write(JSON_FILE, hf_json::write(self))
     }
