@@ -3,10 +3,21 @@
 //! rows. For many rows, threads widen a stretch of the weight at a time, as much as their cache holds.
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod rounded;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod whole;
 
+#[cfg(target_arch = "aarch64")]
+use std::arch::aarch64::float32x4_t;
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::__m256;
 use std::cell::RefCell;
 
 use burn::backend::Flex;
@@ -15,8 +26,9 @@ use burn_flex::FlexTensor;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use self::rounded::Rounded;
 use super::product::{self, Matrix, Output, PRODUCT, Product};
-use super::simd::{LANES, tree_sum, vectorized};
+use super::simd::{self, LANES, tree_sum, vectorized};
 use super::stored::Stored;
 use super::{Buffer, contiguous, team, values, whole};
 use crate::Precision;
@@ -106,26 +118,14 @@ struct Input<'a> {
     xs: &'a [f32],
     d_in: usize,
     /// The rows in whole numbers, if they are wanted and the CPU multiplies them.
-    #[cfg(target_arch = "x86_64")]
-    rounded: Vec<vnni::Rounded>,
+    rounded: Vec<Rounded>,
 }
 
 impl<'a> Input<'a> {
-    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
     fn new(xs: &'a [f32], d_in: usize, round: bool) -> Self {
-        #[cfg(target_arch = "x86_64")]
-        let rounded = if round && super::simd::has_vnni() {
-            // SAFETY: the CPU was asked.
-            xs.chunks_exact(d_in).map(|x| unsafe { vnni::Rounded::new(x) }).collect()
-        } else {
-            vec![]
-        };
-        Self {
-            xs,
-            d_in,
-            #[cfg(target_arch = "x86_64")]
-            rounded,
-        }
+        let round = round && simd::has_vectors();
+        let rounded = if round { xs.chunks_exact(d_in).map(Rounded::new).collect() } else { Vec::new() };
+        Self { xs, d_in, rounded }
     }
 }
 
@@ -168,20 +168,8 @@ unsafe fn dots(columns: Columns, input: &Input, weight: Stored) {
         let start = row * columns.stride + columns.start;
         // SAFETY: the caller's promise.
         let out = unsafe { std::slice::from_raw_parts_mut(columns.out.0.add(start), len) };
-        #[cfg(target_arch = "x86_64")]
-        if super::simd::has_avx512() {
-            // SAFETY: the CPU was asked; every slice has `len` rows.
-            unsafe {
-                match (weight, input.rounded.get(row)) {
-                    (Stored::F32(w), _) => avx512::dots(out, x, w),
-                    (Stored::Bf16(w), _) => avx512::dots(out, x, w),
-                    (Stored::F16(w), _) => avx512::dots(out, x, w),
-                    (Stored::Q8(w, scales), Some(x)) => vnni::dots(out, x, w, scales),
-                    (Stored::Q4(w, scales), Some(x)) => vnni::dots(out, x, w, scales),
-                    (Stored::Q8(w, scales), None) => q8_dots(out, x, w, scales),
-                    (Stored::Q4(w, scales), None) => q4_dots(out, x, w, scales),
-                }
-            }
+        // SAFETY: every slice has `len` rows.
+        if unsafe { by_hand(out, x, input.rounded.get(row), weight) } {
             continue;
         }
         match weight {
@@ -192,6 +180,49 @@ unsafe fn dots(columns: Columns, input: &Input, weight: Stored) {
             Stored::Q4(w, scales) => q4_dots(out, x, w, scales),
         }
     }
+}
+
+/// The dots of a row, if there are loops by hand for this form and CPU.
+///
+/// # Safety
+/// The weight must have a row as long as `x` for each result.
+#[cfg(target_arch = "x86_64")]
+unsafe fn by_hand(out: &mut [f32], x: &[f32], rounded: Option<&Rounded>, weight: Stored) -> bool {
+    let (wide, vnni) = (simd::has_avx512(), simd::has_vnni());
+    // SAFETY: the CPU was asked, and the caller's promise.
+    unsafe {
+        match (weight, rounded) {
+            (Stored::F32(w), _) if wide => avx512::dots(out, x, w),
+            (Stored::Bf16(w), _) if wide => avx512::dots(out, x, w),
+            (Stored::F16(w), _) if wide => avx512::dots(out, x, w),
+            (Stored::F16(w), _) if simd::has_vectors() => whole::half_dots::<__m256>(out, x, w),
+            (Stored::Q8(w, scales), Some(x)) if vnni => vnni::dots(out, x, w, scales),
+            (Stored::Q4(w, scales), Some(x)) if vnni => vnni::dots(out, x, w, scales),
+            (Stored::Q8(w, scales), Some(x)) => whole::dots::<__m256, _>(out, x, w, scales),
+            (Stored::Q4(w, scales), Some(x)) => whole::dots::<__m256, _>(out, x, w, scales),
+            _ => return false,
+        }
+    }
+    true
+}
+
+#[cfg(target_arch = "aarch64")]
+unsafe fn by_hand(out: &mut [f32], x: &[f32], rounded: Option<&Rounded>, weight: Stored) -> bool {
+    // SAFETY: the CPU was asked, and the caller's promise.
+    unsafe {
+        match (weight, rounded) {
+            (Stored::F16(w), _) if simd::has_vectors() => whole::half_dots::<float32x4_t>(out, x, w),
+            (Stored::Q8(w, scales), Some(x)) => whole::dots::<float32x4_t, _>(out, x, w, scales),
+            (Stored::Q4(w, scales), Some(x)) => whole::dots::<float32x4_t, _>(out, x, w, scales),
+            _ => return false,
+        }
+    }
+    true
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+unsafe fn by_hand(_: &mut [f32], _: &[f32], _: Option<&Rounded>, _: Stored) -> bool {
+    false
 }
 
 /// `Σ x[i] · value(w[i])` in [`LANES`] partial sums.

@@ -13,6 +13,7 @@ mod rows;
 mod simd;
 mod stored;
 mod team;
+mod vector;
 
 use burn::backend::Flex;
 use burn::tensor::ops::{FloatTensorOps, IntTensor};

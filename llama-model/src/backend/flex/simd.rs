@@ -40,6 +40,11 @@ pub(super) fn arch() -> pulp::Arch {
     })
 }
 
+/// Whether kernels by hand may use vectors: AVX2, or NEON.
+pub(super) fn has_vectors() -> bool {
+    !matches!(arch(), pulp::Arch::Scalar)
+}
+
 /// Whether kernels use AVX-512.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn has_avx512() -> bool {

@@ -1,7 +1,5 @@
-//! Dots of weights in blocks as sums of whole numbers (AVX512-VNNI). An input is rounded to 15 bits, by blocks of its own:
-//! finer than the 8 bits of the weights by a factor of a hundred, so that a result has the digits of a sum in floats. One
-//! instruction multiplies bytes and adds groups of four, so the 15 bits are a high and a low byte,
-//! `x ≈ scale · (128 · high + low)`, and a register holds the same 32 weights twice, once for each.
+//! Dots of weights in blocks as sums of whole numbers (AVX512-VNNI). One instruction multiplies bytes and adds groups of four, and a
+//! register holds the same 32 weights twice, once for the high and once for the low bytes of the input.
 
 use std::arch::x86_64::*;
 
@@ -9,76 +7,10 @@ use half::f16;
 
 use super::super::attention::avx512::four_totals;
 use super::avx512::{AHEAD, Block, fetch_ahead};
-use crate::backend::QUANT_BLOCK;
+use super::rounded::Rounded;
 
-/// The largest whole number: 127 · 128.
-const LARGEST: f32 = 16256.0;
-/// Below it the inverse of a scale would overflow; such blocks count as zeros.
-const SMALLEST: f32 = 1e-30;
 /// Rows at a time: they share what is read of the input, and the last steps of their sums.
 const ROWS: usize = 4;
-
-/// A row of the input in whole numbers.
-pub struct Rounded {
-    /// The high bytes of a block, then its low ones.
-    bytes: Vec<[i8; 2 * QUANT_BLOCK]>,
-    /// What a sum starts with for weights of 8 bits, which count from -128: -128 times the sum of the high bytes (first
-    /// number) and of the low ones (ninth).
-    starts: Vec<[i32; 16]>,
-    /// The scale of each block, with room for whole registers.
-    scales: Vec<f32>,
-    /// The scale of each block and the sum of its values.
-    scales_and_sums: Vec<f32>,
-}
-
-impl Rounded {
-    /// Rounds a row of whole blocks. A value that is not finite makes the sums that need it NaN or infinite.
-    ///
-    /// # Safety
-    /// The CPU must have AVX-512.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub unsafe fn new(x: &[f32]) -> Self {
-        let blocks = x.len() / QUANT_BLOCK;
-        let mut rounded = Self {
-            bytes: vec![[0; 2 * QUANT_BLOCK]; blocks],
-            starts: vec![[0; 16]; blocks],
-            scales: vec![0.0; blocks.next_multiple_of(16)],
-            scales_and_sums: vec![0.0; (2 * blocks).next_multiple_of(16)],
-        };
-        for (block, x) in x.as_chunks::<QUANT_BLOCK>().0.iter().enumerate() {
-            let bytes = &mut rounded.bytes[block];
-            // SAFETY: a block has two registers of floats, its bytes four quarters of 16.
-            unsafe {
-                let x = [_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16))];
-                // As whole numbers absolute values have the same order, and NaN is the largest.
-                let [a, b] = x.map(|x| _mm512_castps_si512(_mm512_abs_ps(x)));
-                let max = f32::from_bits(_mm512_reduce_max_epu32(_mm512_max_epu32(a, b)));
-                if max < SMALLEST {
-                    continue;
-                }
-                let inverse = _mm512_set1_ps(LARGEST / max);
-                let whole = x.map(|x| _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)));
-                let high = whole.map(|w| _mm512_srai_epi32::<7>(_mm512_add_epi32(w, _mm512_set1_epi32(64))));
-                let low = [0, 1].map(|i| _mm512_sub_epi32(whole[i], _mm512_slli_epi32::<7>(high[i])));
-                for (quarter, numbers) in [high[0], high[1], low[0], low[1]].into_iter().enumerate() {
-                    _mm_storeu_si128(bytes.as_mut_ptr().add(16 * quarter).cast(), _mm512_cvtepi32_epi8(numbers));
-                }
-                let [high, low] = [high, low].map(|[a, b]| _mm512_reduce_add_epi32(_mm512_add_epi32(a, b)));
-                let scale = max / LARGEST;
-                rounded.starts[block][0] = -128 * high;
-                rounded.starts[block][8] = -128 * low;
-                rounded.scales[block] = scale;
-                rounded.scales_and_sums[2 * block] = scale;
-                rounded.scales_and_sums[2 * block + 1] = scale * (128 * high + low) as f32;
-            }
-        }
-        rounded
-    }
-
-    fn blocks(&self) -> usize {
-        self.bytes.len()
-    }
-}
 
 /// A form in blocks of whole numbers.
 pub trait Integers: Block {
@@ -103,7 +35,11 @@ impl Integers for i8 {
 
     #[inline(always)]
     unsafe fn start(x: &Rounded, block: usize) -> __m512i {
-        unsafe { _mm512_loadu_si512(x.starts.as_ptr().add(block).cast()) }
+        // The weights count from -128, so it is -128 times the sum of the high bytes and that of the low ones.
+        unsafe {
+            let [high, low] = *x.sums.get_unchecked(block);
+            _mm512_setr_epi32(-128 * high, 0, 0, 0, 0, 0, 0, 0, -128 * low, 0, 0, 0, 0, 0, 0, 0)
+        }
     }
 
     #[inline(always)]

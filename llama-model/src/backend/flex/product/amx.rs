@@ -9,10 +9,10 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
 
-use super::avx512::{Pairs, has_dot, mask};
+use super::super::vector::{Vector, mask};
+use super::avx512::{Pairs, has_dot};
 use super::blocks::{Kernel, Span, Target};
 use super::tile::{Format, pack};
-use super::vector::Vector;
 use super::{Matrix, simd};
 
 /// Rows and columns of a hardware tile of sums, and pairs of terms in a step.

@@ -6,16 +6,11 @@
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 #[cfg(target_arch = "x86_64")]
-mod avx2;
-#[cfg(target_arch = "x86_64")]
 mod avx512;
 mod blocks;
-#[cfg(target_arch = "aarch64")]
-mod neon;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod split;
 mod tile;
-mod vector;
 
 #[cfg(target_arch = "aarch64")]
 use std::arch::aarch64::float32x4_t;
@@ -28,7 +23,7 @@ use pulp::Arch;
 
 use self::blocks::multiply as by;
 use self::tile::{RoundedBf16, RoundedF16, Single, Tiles};
-use self::vector::{Plain, Vector};
+use super::vector::{Plain, Vector};
 use super::{Buffer, Strided, simd};
 use crate::Precision;
 

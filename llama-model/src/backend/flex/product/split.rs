@@ -9,12 +9,12 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
+use super::super::vector::{Vector, mask};
 use super::Matrix;
 use super::amx::{MatrixUnit, TILE, TILE_LANES, UNIT, each_tile, multiply_strip};
-use super::avx512::{mask, to_bf16};
+use super::avx512::to_bf16;
 use super::blocks::{Kernel, Span, Target};
 use super::tile::ROWS_AHEAD;
-use super::vector::Vector;
 
 /// Parts of an operand.
 const PARTS: usize = 3;

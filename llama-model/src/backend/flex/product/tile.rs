@@ -3,9 +3,9 @@
 
 use std::marker::PhantomData;
 
+use super::super::vector::{MAX_LANES, Task, Vector};
 use super::Matrix;
 use super::blocks::{Kernel, Span, Target};
-use super::vector::{MAX_LANES, Task, Vector};
 
 /// Steps that panels are fetched ahead of their use.
 const AHEAD: usize = 16;

@@ -3,7 +3,7 @@
 use std::arch::aarch64::*;
 use std::mem::transmute;
 
-use super::vector::{MAX_LANES, Task, Vector, load_lanes, store_lanes};
+use super::{MAX_LANES, Task, Vector, load_lanes, store_lanes};
 
 impl Vector for float32x4_t {
     const LANES: usize = 4;
@@ -33,6 +33,10 @@ impl Vector for float32x4_t {
                 store_lanes(transmute::<Self, [f32; 4]>(self), out, count);
             }
         }
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        unsafe { vaddq_f32(self, other) }
     }
     #[inline(always)]
     unsafe fn multiply(self, by: Self) -> Self {

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use super::vector::{MAX_LANES, Task, Vector, load_lanes};
+use super::{MAX_LANES, Task, Vector, load_lanes};
 
 impl Vector for __m256 {
     const LANES: usize = 8;
@@ -52,6 +52,10 @@ impl Vector for __m256 {
                 _mm_store_ss(out, lanes);
             }
         }
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        unsafe { _mm256_add_ps(self, other) }
     }
     #[inline(always)]
     unsafe fn multiply(self, by: Self) -> Self {

@@ -1,9 +1,19 @@
-//! What the register kernels of [`tile`](super::tile) need of a CPU's vectors, and vectors for any CPU.
+//! What kernels need of a CPU's vectors, and vectors for any CPU.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx512::mask;
 
 /// Lanes of the widest vector.
 pub(super) const MAX_LANES: usize = 16;
 
-/// A vector register of f32 lanes, and the kernel's sizes that suit a CPU which has them.
+/// A vector register of f32 lanes, and the sizes of the products' kernel that suit a CPU which has them.
 ///
 /// # Safety
 /// Of all functions: the CPU must have the instructions, and what is pointed to must exist.
@@ -24,9 +34,25 @@ pub(super) trait Vector: Copy {
     unsafe fn load(src: *const f32, count: usize) -> Self;
     /// Stores the first `count` numbers, all if it is more.
     unsafe fn store(self, out: *mut f32, count: usize);
+    unsafe fn add(self, other: Self) -> Self;
     unsafe fn multiply(self, by: Self) -> Self;
     /// `self · by + sum`
     unsafe fn multiply_add(self, by: Self, sum: Self) -> Self;
+    /// The sum of its numbers.
+    #[inline(always)]
+    unsafe fn total(self) -> f32 {
+        let mut lanes = [0.0; MAX_LANES];
+        unsafe { self.store(lanes.as_mut_ptr(), Self::LANES) };
+        let mut width = Self::LANES / 2;
+        while width > 0 {
+            for lane in 0..width {
+                lanes[lane] += lanes[lane + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
+    }
+
     /// Columns become rows, of the first [`LANES`](Self::LANES) vectors.
     unsafe fn transpose(square: [Self; MAX_LANES]) -> [Self; MAX_LANES];
     /// Asks for the cache line that `ptr` is in; it may be outside of anything.
@@ -86,6 +112,10 @@ impl Vector for Plain {
     #[inline(always)]
     unsafe fn store(self, out: *mut f32, count: usize) {
         unsafe { store_lanes(self.0, out, count) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        Self([0, 1, 2, 3].map(|i| self.0[i] + other.0[i]))
     }
     #[inline(always)]
     unsafe fn multiply(self, by: Self) -> Self {

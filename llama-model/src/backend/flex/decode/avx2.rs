@@ -1,0 +1,51 @@
+//! Whole numbers by AVX2: two steps multiply bytes and add groups of four, one operand without sign.
+
+use std::arch::x86_64::*;
+
+use half::f16;
+
+use super::rounded::Bytes;
+use super::whole::Whole;
+use crate::backend::QUANT_BLOCK;
+
+impl Whole for __m256 {
+    #[inline(always)]
+    unsafe fn widen(src: *const f16) -> Self {
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(src.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn products_of_8(w: *const i8, x: &Bytes) -> Self {
+        unsafe {
+            let w = _mm256_loadu_si256(w.cast());
+            let [high, low] = halves(x);
+            // The weight's sign goes to the other operand. 2 · 128 · 127 is still a number of 16 bits.
+            products(_mm256_abs_epi8(w), _mm256_sign_epi8(high, w), _mm256_sign_epi8(low, w))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn products_of_4(w: *const u8, x: &Bytes) -> Self {
+        unsafe {
+            let w = _mm_loadu_si128(w.cast());
+            let both = _mm256_set_m128i(_mm_srli_epi16::<4>(w), w);
+            let [high, low] = halves(x);
+            products(_mm256_and_si256(both, _mm256_set1_epi8(15)), high, low)
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn halves(x: &Bytes) -> [__m256i; 2] {
+    let (high, low) = x.split_at(QUANT_BLOCK);
+    unsafe { [_mm256_loadu_si256(high.as_ptr().cast()), _mm256_loadu_si256(low.as_ptr().cast())] }
+}
+
+#[inline(always)]
+unsafe fn products(w: __m256i, high: __m256i, low: __m256i) -> __m256 {
+    unsafe {
+        let high = _mm256_madd_epi16(_mm256_maddubs_epi16(w, high), _mm256_set1_epi16(128));
+        let low = _mm256_madd_epi16(_mm256_maddubs_epi16(w, low), _mm256_set1_epi16(1));
+        _mm256_cvtepi32_ps(_mm256_add_epi32(high, low))
+    }
+}

@@ -1,0 +1,71 @@
+//! An input in whole numbers, for dots with weights in blocks: 15 bits, by blocks of its own. That is finer than the 8 bits of
+//! the weights by a factor of a hundred, so that a result has the digits of a sum in floats. Instructions multiply bytes, so the 15
+//! bits are a high and a low byte: `x ≈ scale · (128 · high + low)`.
+
+use super::super::simd::vectorized;
+use crate::backend::QUANT_BLOCK;
+
+/// The largest whole number: 127 · 128.
+const LARGEST: f32 = 16256.0;
+/// Below it the inverse of a scale would overflow; such blocks count as zeros.
+const SMALLEST: f32 = 1e-30;
+
+/// The high bytes of a block, then its low ones.
+pub(super) type Bytes = [i8; 2 * QUANT_BLOCK];
+
+/// A row of the input in whole numbers.
+pub(super) struct Rounded {
+    pub bytes: Vec<Bytes>,
+    /// The sums of a block's high bytes and of its low ones.
+    pub sums: Vec<[i32; 2]>,
+    /// The scale of each block, with room for whole registers.
+    pub scales: Vec<f32>,
+    /// The scale of each block and the sum of its values.
+    pub scales_and_sums: Vec<f32>,
+}
+
+impl Rounded {
+    /// Rounds a row of whole blocks. A value that is not finite makes the sums that need it NaN or infinite.
+    pub fn new(x: &[f32]) -> Self {
+        let blocks = x.len() / QUANT_BLOCK;
+        let mut rounded = Self {
+            bytes: vec![[0; 2 * QUANT_BLOCK]; blocks],
+            sums: vec![[0; 2]; blocks],
+            scales: vec![0.0; blocks.next_multiple_of(16)],
+            scales_and_sums: vec![0.0; (2 * blocks).next_multiple_of(16)],
+        };
+        round(x, &mut rounded);
+        rounded
+    }
+
+    pub fn blocks(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+vectorized! {
+    fn round<'a>(x: &'a [f32], rounded: &'a mut Rounded) -> () {
+        for (block, x) in x.as_chunks::<QUANT_BLOCK>().0.iter().enumerate() {
+            // As whole numbers absolute values have the same order, and NaN is the largest.
+            let max = x.iter().fold(0, |max, x| x.abs().to_bits().max(max));
+            let max = f32::from_bits(max);
+            if max < SMALLEST {
+                continue;
+            }
+            let (inverse, scale) = (LARGEST / max, max / LARGEST);
+            let (highs, lows) = rounded.bytes[block].split_at_mut(QUANT_BLOCK);
+            let mut sums = [0; 2];
+            for ((x, high), low) in x.iter().zip(highs).zip(lows) {
+                let whole = (x * inverse).round_ties_even() as i32;
+                let upper = (whole + 64) >> 7;
+                let lower = whole - (upper << 7);
+                (*high, *low) = (upper as i8, lower as i8);
+                sums = [sums[0] + upper, sums[1] + lower];
+            }
+            rounded.sums[block] = sums;
+            rounded.scales[block] = scale;
+            rounded.scales_and_sums[2 * block] = scale;
+            rounded.scales_and_sums[2 * block + 1] = scale * (128 * sums[0] + sums[1]) as f32;
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Dots with weights in blocks and in f16 by the vectors of AVX2 and NEON.
+
+use std::marker::PhantomData;
+
+use half::f16;
+
+use super::super::vector::{Task, Vector};
+use super::rounded::{Bytes, Rounded};
+use crate::backend::QUANT_BLOCK;
+
+/// Bytes between what is read and what is asked for; rows are read one after the other.
+const AHEAD: usize = 4096;
+/// Sums at a time, so that none waits for the one before.
+const SUMS: usize = 4;
+
+/// Vectors with what these dots need.
+///
+/// # Safety
+/// Of all functions: as of [`Vector`]'s.
+pub trait Whole: Vector {
+    /// The numbers at `src`, of which there must be as many as lanes.
+    unsafe fn widen(src: *const f16) -> Self;
+    /// Σ w · (128 · high + low) over a block of 8-bit weights, in lanes.
+    unsafe fn products_of_8(w: *const i8, x: &Bytes) -> Self;
+    /// The same for weights of 4 bits, the first half of a block in the low bits of its bytes.
+    unsafe fn products_of_4(w: *const u8, x: &Bytes) -> Self;
+}
+
+/// The integers of weights in blocks.
+pub trait Block: Copy {
+    /// Bytes of a block.
+    const BYTES: usize;
+    /// Floats that describe a block: its scale, and perhaps its minimum.
+    const SCALES: usize;
+    /// What the floats of blocks are multiplied with.
+    fn factors(x: &Rounded) -> &[f32];
+    /// # Safety
+    /// As of [`Whole`]'s.
+    unsafe fn products<V: Whole>(w: *const Self, x: &Bytes) -> V;
+}
+
+impl Block for i8 {
+    const BYTES: usize = QUANT_BLOCK;
+    const SCALES: usize = 1;
+    fn factors(x: &Rounded) -> &[f32] {
+        &x.scales
+    }
+    #[inline(always)]
+    unsafe fn products<V: Whole>(w: *const i8, x: &Bytes) -> V {
+        unsafe { V::products_of_8(w, x) }
+    }
+}
+
+impl Block for u8 {
+    const BYTES: usize = QUANT_BLOCK / 2;
+    const SCALES: usize = 2;
+    fn factors(x: &Rounded) -> &[f32] {
+        &x.scales_and_sums
+    }
+    #[inline(always)]
+    unsafe fn products<V: Whole>(w: *const u8, x: &Bytes) -> V {
+        unsafe { V::products_of_4(w, x) }
+    }
+}
+
+/// `out[i] = Σ x · w[i]` of weights in blocks.
+///
+/// # Safety
+/// `w` must have a row of as many blocks as `x` for each result, and `scales` their floats; the CPU must have the vectors.
+pub unsafe fn dots<V: Whole, T: Block>(out: &mut [f32], x: &Rounded, w: &[T], scales: &[f16]) {
+    unsafe { V::run(Blocks::<V, T> { out, x, w, scales, kind: PhantomData }) }
+}
+
+struct Blocks<'a, V, T> {
+    out: &'a mut [f32],
+    x: &'a Rounded,
+    w: &'a [T],
+    scales: &'a [f16],
+    kind: PhantomData<V>,
+}
+
+impl<V: Whole, T: Block> Task for Blocks<'_, V, T> {
+    #[inline(always)]
+    unsafe fn run(self) {
+        let Self { out, x, w, scales, .. } = self;
+        let per_row = x.blocks() * T::SCALES;
+        let factors = &T::factors(x)[..per_row];
+        let mut floats = vec![0.0f32; per_row];
+        let rows = w.chunks_exact(x.blocks() * T::BYTES).zip(scales.chunks_exact(per_row));
+        for (out, (w, scales)) in out.iter_mut().zip(rows) {
+            // SAFETY: there are so many numbers and blocks; fetching reads nothing.
+            unsafe {
+                for at in (0..per_row).step_by(V::LANES) {
+                    let count = per_row - at;
+                    let scales = match count >= V::LANES {
+                        true => V::widen(scales.as_ptr().add(at)),
+                        false => {
+                            let mut rest = [f16::ZERO; 16];
+                            rest[..count].copy_from_slice(&scales[at..]);
+                            V::widen(rest.as_ptr())
+                        }
+                    };
+                    scales.multiply(V::load(factors.as_ptr().add(at), count)).store(floats.as_mut_ptr().add(at), count);
+                }
+                let mut sums = [V::splat(0.0); SUMS];
+                for (block, bytes) in x.bytes.iter().enumerate() {
+                    let place = w.as_ptr().add(block * T::BYTES);
+                    V::prefetch(place.wrapping_add(AHEAD).cast());
+                    let scale = V::splat(*floats.get_unchecked(block * T::SCALES));
+                    let sum = &mut sums[block % SUMS];
+                    *sum = T::products::<V>(place, bytes).multiply_add(scale, *sum);
+                }
+                *out = total(sums);
+            }
+            if T::SCALES == 2 {
+                // The minima times the sums of the blocks' values.
+                *out += floats.iter().skip(1).step_by(2).sum::<f32>();
+            }
+        }
+    }
+}
+
+/// `out[i] = Σ x · w[i]` of weights in f16.
+///
+/// # Safety
+/// `w` must have a row as long as `x` for each result; the CPU must have the vectors.
+pub unsafe fn half_dots<V: Whole>(out: &mut [f32], x: &[f32], w: &[f16]) {
+    unsafe { V::run(Halves::<V> { out, x, w, kind: PhantomData }) }
+}
+
+struct Halves<'a, V> {
+    out: &'a mut [f32],
+    x: &'a [f32],
+    w: &'a [f16],
+    kind: PhantomData<V>,
+}
+
+impl<V: Whole> Task for Halves<'_, V> {
+    #[inline(always)]
+    unsafe fn run(self) {
+        let Self { out, x, w, .. } = self;
+        let step = SUMS * V::LANES;
+        let vectors = x.len() / step * step;
+        for (out, w) in out.iter_mut().zip(w.chunks_exact(x.len())) {
+            let rest: f32 = x[vectors..].iter().zip(&w[vectors..]).map(|(x, w)| x * w.to_f32()).sum();
+            // SAFETY: there are so many numbers; fetching reads nothing.
+            unsafe {
+                let mut sums = [V::splat(0.0); SUMS];
+                for at in (0..vectors).step_by(step) {
+                    V::prefetch(w.as_ptr().add(at).wrapping_add(AHEAD / 2).cast());
+                    for (i, sum) in sums.iter_mut().enumerate() {
+                        let at = at + i * V::LANES;
+                        *sum = V::widen(w.as_ptr().add(at)).multiply_add(V::load(x.as_ptr().add(at), V::LANES), *sum);
+                    }
+                }
+                *out = total(sums) + rest;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn total<V: Vector>([a, b, c, d]: [V; SUMS]) -> f32 {
+    unsafe { a.add(b).add(c.add(d)).total() }
+}
