@@ -3,9 +3,8 @@
 //!
 //! Threads take heads. Tensors are read with their strides, so neither projections nor caches are copied.
 
-#[cfg(target_arch = "x86_64")]
-pub(super) mod avx512;
 mod few;
+mod vectors;
 
 use std::cell::RefCell;
 use std::marker::PhantomData;

@@ -1,13 +1,10 @@
 //! One query over many keys, as in decoding: there is no tile of queries to share a packed key with, so keys and values are
 //! read where they are.
 
-#[cfg(target_arch = "x86_64")]
-use super::super::simd::has_avx512;
 use super::super::simd::{exp, max, sum1, sum2, vectorized};
 use super::super::team;
-#[cfg(target_arch = "x86_64")]
-use super::avx512;
-use super::{Heads, Rows, Sizes, Starts};
+use super::super::vector::{MAX_LANES, by_vectors};
+use super::{Heads, Rows, Sizes, Starts, vectors};
 
 /// Keys that a task takes, of one head: fixed, so that results do not depend on the number of threads. The queries of a group
 /// find them in the cache after the first.
@@ -77,12 +74,11 @@ fn attend(out: &mut [f32], q: &[f32], keys: Rows, vals: Rows, scale: f32) -> [f3
     }
     let mut weights = [0.0f32; CHUNK];
     let weights = &mut weights[..keys.tile.rows];
-    #[cfg(target_arch = "x86_64")]
-    if has_avx512() && q.len().is_multiple_of(16) {
+    if q.len().is_multiple_of(MAX_LANES) {
         // SAFETY: the CPU was asked; keys and values are rows as long as the query, which fills vectors.
-        unsafe { avx512::scores(weights, q, keys.tile, scale) };
+        unsafe { by_vectors!(vectors::scores(weights, q, keys.tile, scale)) };
         let sums = exponentials(weights);
-        unsafe { avx512::mix(out, weights, vals.tile) };
+        unsafe { by_vectors!(vectors::mix(out, weights, vals.tile)) };
         return sums;
     }
     scores(weights, q, keys, scale);

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::super::attention::avx512::four_totals;
+use super::super::vector::Vector;
 use super::avx512::{AHEAD, Block, fetch_ahead};
 use super::rounded::Rounded;
 
@@ -84,8 +84,7 @@ pub unsafe fn dots<T: Integers>(out: &mut [f32], x: &Rounded, w: &[T], scales: &
         // SAFETY: there are so many rows, and scales of their blocks.
         unsafe {
             if out.len() == ROWS {
-                let [a, b, c, d] = sums::<T, ROWS>(x, w, scales, &mut floats);
-                _mm_storeu_ps(out.as_mut_ptr(), four_totals(a, b, c, d));
+                out.copy_from_slice(&__m512::four_totals(sums::<T, ROWS>(x, w, scales, &mut floats)));
                 continue;
             }
             let rows = w.chunks_exact(width).zip(scales.chunks_exact(per_row));

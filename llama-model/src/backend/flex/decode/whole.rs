@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use half::f16;
 
-use super::super::vector::{Task, Vector};
+use super::super::vector::{MAX_LANES, Task, Vector};
 use super::rounded::{Bytes, Rounded};
 use crate::backend::QUANT_BLOCK;
 
@@ -84,38 +84,60 @@ impl<V: Whole, T: Block> Task for Blocks<'_, V, T> {
     unsafe fn run(self) {
         let Self { out, x, w, scales, .. } = self;
         let per_row = x.blocks() * T::SCALES;
-        let factors = &T::factors(x)[..per_row];
-        let mut floats = vec![0.0f32; per_row];
-        let rows = w.chunks_exact(x.blocks() * T::BYTES).zip(scales.chunks_exact(per_row));
-        for (out, (w, scales)) in out.iter_mut().zip(rows) {
+        let factors = T::factors(x);
+        // Whole registers, as the factors.
+        let mut floats = vec![0.0f32; factors.len()];
+        let rows = w.chunks_exact(x.blocks() * T::BYTES).enumerate();
+        for (out, (row, w)) in out.iter_mut().zip(rows) {
+            let scales = &scales[row * per_row..];
             // SAFETY: there are so many numbers and blocks; fetching reads nothing.
             unsafe {
                 for at in (0..per_row).step_by(V::LANES) {
-                    let count = per_row - at;
-                    let scales = match count >= V::LANES {
-                        true => V::widen(scales.as_ptr().add(at)),
-                        false => {
-                            let mut rest = [f16::ZERO; 16];
-                            rest[..count].copy_from_slice(&scales[at..]);
-                            V::widen(rest.as_ptr())
-                        }
+                    // What is behind a row's scales are the next row's, but for the last.
+                    let widened = if at + V::LANES <= scales.len() {
+                        V::widen(scales.as_ptr().add(at))
+                    } else {
+                        let mut rest = [f16::ZERO; MAX_LANES];
+                        rest[..scales.len() - at].copy_from_slice(&scales[at..]);
+                        V::widen(rest.as_ptr())
                     };
-                    scales.multiply(V::load(factors.as_ptr().add(at), count)).store(floats.as_mut_ptr().add(at), count);
+                    let product = widened.multiply(V::load(factors.as_ptr().add(at), V::LANES));
+                    product.store(floats.as_mut_ptr().add(at), V::LANES);
                 }
                 let mut sums = [V::splat(0.0); SUMS];
-                for (block, bytes) in x.bytes.iter().enumerate() {
-                    let place = w.as_ptr().add(block * T::BYTES);
-                    V::prefetch(place.wrapping_add(AHEAD).cast());
-                    let scale = V::splat(*floats.get_unchecked(block * T::SCALES));
-                    let sum = &mut sums[block % SUMS];
-                    *sum = T::products::<V>(place, bytes).multiply_add(scale, *sum);
-                }
-                *out = total(sums);
-            }
-            if T::SCALES == 2 {
                 // The minima times the sums of the blocks' values.
-                *out += floats.iter().skip(1).step_by(2).sum::<f32>();
+                let mut minima = 0.0;
+                let (fours, rest) = x.bytes.as_chunks::<SUMS>();
+                let mut add = Add { place: w.as_ptr(), floats: floats.as_ptr() };
+                for four in fours {
+                    for (bytes, sum) in four.iter().zip(&mut sums) {
+                        (*sum, minima) = add.block(bytes, *sum, minima);
+                    }
+                }
+                for bytes in rest {
+                    (sums[0], minima) = add.block(bytes, sums[0], minima);
+                }
+                *out = total(sums) + minima;
             }
+        }
+    }
+}
+
+/// Where the next block of a row and its floats are.
+struct Add<T> {
+    place: *const T,
+    floats: *const f32,
+}
+
+impl<T: Block> Add<T> {
+    #[inline(always)]
+    unsafe fn block<V: Whole>(&mut self, bytes: &Bytes, sum: V, minima: f32) -> (V, f32) {
+        unsafe {
+            let Self { place, floats } = *self;
+            (self.place, self.floats) = (place.add(T::BYTES), floats.add(T::SCALES));
+            V::prefetch(place.wrapping_add(AHEAD).cast());
+            let minima = if T::SCALES == 2 { minima + *floats.add(1) } else { minima };
+            (T::products::<V>(place, bytes).multiply_add(V::splat(*floats), sum), minima)
         }
     }
 }

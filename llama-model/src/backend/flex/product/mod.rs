@@ -12,19 +12,18 @@ mod blocks;
 mod split;
 mod tile;
 
-#[cfg(target_arch = "aarch64")]
-use std::arch::aarch64::float32x4_t;
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{__m256, __m512};
+use std::arch::x86_64::__m512;
 
 use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
-use pulp::Arch;
 
 use self::blocks::multiply as by;
 use self::tile::{RoundedBf16, RoundedF16, Single, Tiles};
-use super::vector::{Plain, Vector};
-use super::{Buffer, Strided, simd};
+#[cfg(target_arch = "x86_64")]
+use super::simd;
+use super::vector::{Vector, by_vectors};
+use super::{Buffer, Strided};
 use crate::Precision;
 
 /// Below this many multiply-adds one thread is faster.
@@ -120,26 +119,24 @@ pub(super) unsafe fn multiply(out: *mut f32, out_row_stride: isize, a: Matrix, b
     }
     // SAFETY: the caller's promise, and the CPU was asked.
     unsafe {
-        match simd::arch() {
-            #[cfg(target_arch = "x86_64")]
-            Arch::V4(_) => match product.precision {
+        #[cfg(target_arch = "x86_64")]
+        if simd::has_avx512() {
+            match product.precision {
                 #[cfg(target_os = "linux")]
                 Precision::F32 if split::worthwhile((a.rows, b.cols, a.cols)) && amx::available() => {
-                    by::<split::ThreeParts>(out, out_row_stride, a, b, product);
+                    return by::<split::ThreeParts>(out, out_row_stride, a, b, product);
                 }
                 #[cfg(target_os = "linux")]
-                Precision::Bf16 if amx::available() => by::<amx::MatrixUnit>(out, out_row_stride, a, b, product),
-                Precision::Bf16 if avx512::fast_dot() => {
-                    by::<Tiles<__m512, avx512::Pairs>>(out, out_row_stride, a, b, product);
+                Precision::Bf16 if amx::available() => {
+                    return by::<amx::MatrixUnit>(out, out_row_stride, a, b, product);
                 }
-                _ => by_vectors::<__m512>(out, out_row_stride, a, b, product),
-            },
-            #[cfg(target_arch = "x86_64")]
-            Arch::V3(_) => by_vectors::<__m256>(out, out_row_stride, a, b, product),
-            #[cfg(target_arch = "aarch64")]
-            Arch::Neon(_) => by_vectors::<float32x4_t>(out, out_row_stride, a, b, product),
-            _ => by_vectors::<Plain>(out, out_row_stride, a, b, product),
+                Precision::Bf16 if avx512::fast_dot() => {
+                    return by::<Tiles<__m512, avx512::Pairs>>(out, out_row_stride, a, b, product);
+                }
+                _ => {}
+            }
         }
+        by_vectors!(by_tiles(out, out_row_stride, a, b, product))
     }
 }
 
@@ -147,7 +144,7 @@ pub(super) unsafe fn multiply(out: *mut f32, out_row_stride: isize, a: Matrix, b
 ///
 /// # Safety
 /// As there; the CPU must have the vectors.
-unsafe fn by_vectors<V: Vector>(out: Output, out_row_stride: isize, a: Matrix, b: Matrix, product: Product) {
+unsafe fn by_tiles<V: Vector>(out: Output, out_row_stride: isize, a: Matrix, b: Matrix, product: Product) {
     // SAFETY: the caller's promise.
     unsafe {
         match product.precision {
@@ -200,7 +197,12 @@ fn fill(out: &mut Buffer, a: Matrix, b: Matrix, how: Product) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::vector::Plain;
     use super::*;
+    #[cfg(target_arch = "aarch64")]
+    use std::arch::aarch64::float32x4_t;
+    #[cfg(target_arch = "x86_64")]
+    use std::arch::x86_64::__m256;
 
     fn noise(len: usize, seed: usize) -> Vec<f32> {
         (0..len).map(|i| ((i * 7919 + seed * 104_729) % 2003) as f32 / 1001.5 - 1.0).collect()
@@ -286,7 +288,7 @@ mod tests {
         check_vectors::<float32x4_t>("neon");
         #[cfg(target_arch = "x86_64")]
         {
-            if !matches!(simd::arch(), Arch::Scalar) {
+            if simd::has_vectors() {
                 check_vectors::<__m256>("avx2");
             }
             if simd::has_avx512() {

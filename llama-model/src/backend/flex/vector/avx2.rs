@@ -66,6 +66,14 @@ impl Vector for __m256 {
         unsafe { _mm256_fmadd_ps(self, by, sum) }
     }
     #[inline(always)]
+    unsafe fn four_totals([a, b, c, d]: [Self; 4]) -> [f32; 4] {
+        unsafe {
+            let all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+            let sums = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps::<1>(all));
+            transmute::<__m128, [f32; 4]>(sums)
+        }
+    }
+    #[inline(always)]
     unsafe fn transpose(mut square: [Self; MAX_LANES]) -> [Self; MAX_LANES] {
         unsafe {
             let upper = quads([0, 1, 2, 3].map(|i| square[i]));

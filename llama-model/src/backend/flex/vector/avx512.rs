@@ -48,6 +48,23 @@ impl Vector for __m512 {
         unsafe { _mm512_fmadd_ps(self, by, sum) }
     }
     #[inline(always)]
+    unsafe fn four_totals([a, b, c, d]: [Self; 4]) -> [f32; 4] {
+        unsafe {
+            // Two steps make each quarter hold a part of all four sums.
+            let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            let [ab, cd] = [_mm512_castps_pd(ab), _mm512_castps_pd(cd)];
+            let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+            let all = _mm512_add_ps(low, _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+            let halves = _mm256_add_ps(
+                _mm512_castps512_ps256(all),
+                _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(all))),
+            );
+            let sums = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves));
+            std::mem::transmute::<__m128, [f32; 4]>(sums)
+        }
+    }
+    #[inline(always)]
     unsafe fn transpose(square: [Self; MAX_LANES]) -> [Self; MAX_LANES] {
         unsafe {
             let low = |a, b| _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));

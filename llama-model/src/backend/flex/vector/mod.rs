@@ -53,6 +53,12 @@ pub(super) trait Vector: Copy {
         lanes[0]
     }
 
+    /// The sums of four vectors.
+    #[inline(always)]
+    unsafe fn four_totals([a, b, c, d]: [Self; 4]) -> [f32; 4] {
+        unsafe { [a.total(), b.total(), c.total(), d.total()] }
+    }
+
     /// Columns become rows, of the first [`LANES`](Self::LANES) vectors.
     unsafe fn transpose(square: [Self; MAX_LANES]) -> [Self; MAX_LANES];
     /// Asks for the cache line that `ptr` is in; it may be outside of anything.
@@ -80,6 +86,22 @@ pub(super) trait Vector: Copy {
         }
     }
 }
+
+/// Calls a function with the CPU's vectors for its type: `by_vectors!(f(arguments))`.
+macro_rules! by_vectors {
+    ($($function:ident)::+($($argument:expr),* $(,)?)) => {
+        match crate::backend::flex::simd::arch() {
+            #[cfg(target_arch = "x86_64")]
+            pulp::Arch::V4(_) => $($function)::+::<std::arch::x86_64::__m512>($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            pulp::Arch::V3(_) => $($function)::+::<std::arch::x86_64::__m256>($($argument),*),
+            #[cfg(target_arch = "aarch64")]
+            pulp::Arch::Neon(_) => $($function)::+::<std::arch::aarch64::float32x4_t>($($argument),*),
+            _ => $($function)::+::<crate::backend::flex::vector::Plain>($($argument),*),
+        }
+    };
+}
+pub(super) use by_vectors;
 
 /// Something to do; `run` must be inlined, or it is not compiled for the vectors that it uses.
 pub(super) trait Task {

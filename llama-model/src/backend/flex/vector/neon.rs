@@ -47,6 +47,10 @@ impl Vector for float32x4_t {
         unsafe { vfmaq_f32(sum, self, by) }
     }
     #[inline(always)]
+    unsafe fn four_totals([a, b, c, d]: [Self; 4]) -> [f32; 4] {
+        unsafe { transmute::<Self, [f32; 4]>(vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))) }
+    }
+    #[inline(always)]
     unsafe fn transpose(mut square: [Self; MAX_LANES]) -> [Self; MAX_LANES] {
         unsafe {
             let [a, b, c, d] = [0, 1, 2, 3].map(|i| vreinterpretq_f64_f32(square[i]));
