@@ -88,7 +88,7 @@ pub fn train_tokenizer(
 /// not UTF-8 are passed over and reported.
 ///
 /// # Errors
-/// Those of reading and writing, and [`DataError::Empty`] if the sources hold no text.
+/// Those of reading and writing, [`DataError::Empty`] if the sources hold no text, and those of [`Codec::check_separates`].
 pub fn prepare(
     sources: &Sources,
     tokenizer: &Codec,
@@ -96,6 +96,7 @@ pub fn prepare(
     options: &PrepareOptions,
     progress: &dyn Progress,
 ) -> Result<PrepareReport, DataError> {
+    tokenizer.check_separates(options.eos)?;
     let files = sources.files()?;
     std::fs::create_dir_all(folder).map_err(|error| DataError::io(folder, error))?;
     let mut train = Split::new(folder, "train", 0, tokenizer, options.shard_tokens);
@@ -304,11 +305,13 @@ mod tests {
         tokens.extend([b"on".to_vec(), b"one".to_vec(), Vec::new()]);
         let vocabulary = ByteLevel::from_ranks(tokens, Words::gpt2()).unwrap();
         let mut codec = Codec::byte_level(vocabulary, vec![("<end>".into(), 258)]);
+        let options = PrepareOptions { valid_fraction: 0.0, ..Default::default() };
+        let prepare = |codec: &Codec| prepare(&Sources::new([&text]), codec, &out, &options, &NoProgress);
+        assert!(prepare(&codec).unwrap_err().to_string().contains("would run together"));
         codec.eos = codec.special("<end>");
         let installed = codec.install(&out).unwrap();
         assert_eq!(installed.encode("one two\n"), codec.encode("one two\n"));
-        let options = PrepareOptions { valid_fraction: 0.0, ..Default::default() };
-        prepare(&Sources::new([&text]), &installed, &out, &options, &NoProgress).unwrap();
+        prepare(&installed).unwrap();
         let shard = Shard::open(&out.join("train-00000.bin")).unwrap();
         let mut ids = Vec::new();
         shard.read(0, shard.tokens(), |id| ids.push(id));

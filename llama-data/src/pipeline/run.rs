@@ -68,6 +68,7 @@ pub fn run(config: &PrepareConfig, threads: usize, progress: &dyn Progress) -> R
     };
     claims::run("tokenizer", &[Task { result: result.clone(), units: 1, work }], 1, &crate::NoProgress)?;
     let tokenizer = Codec::load(&result)?;
+    tokenizer.check_separates(config.tokenizer.eos)?;
 
     for ((source, shards), report) in config.source.iter().zip(&cleaned).zip(&mut report.sources) {
         let folder = create(config.output.join("tokens").join(&source.name))?;

@@ -59,6 +59,33 @@ impl Codec {
     /// # Errors
     /// [`DataError::Io`].
     pub fn save(&self, folder: &Path) -> Result<(), DataError> {
+        // What ends a text: transformers asks the model's files for it, not the tokenizer's.
+        let ids = json!({ "bos_token_id": self.bos, "eos_token_id": self.eos });
+        write_json(&folder.join("generation_config.json"), &ids)?;
+        self.save_pieces(folder)?;
+        // The last: what finds it finds the others.
+        write_json(&folder.join(JSON_FILE), &hf_json::write(self))
+    }
+
+    /// Puts the tokenizer into a folder of shards and reads it back, so that what makes the shards is what training will find.
+    /// Of a SentencePiece vocabulary it is the `tokenizer.model`, which has more of it than `tokenizer.json`.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save).
+    pub fn install(&self, folder: &Path) -> Result<Self, DataError> {
+        std::fs::create_dir_all(folder).map_err(|error| DataError::io(folder, error))?;
+        self.save_pieces(folder)?;
+        let json = folder.join(JSON_FILE);
+        if self.sentence_piece().is_none() {
+            write_json(&json, &hf_json::write(self))?;
+        } else if json.exists() {
+            std::fs::remove_file(&json).map_err(|error| DataError::io(&json, error))?;
+        }
+        Self::load(folder)
+    }
+
+    /// `tokenizer.model`, if it is such a vocabulary, and `tokenizer_config.json`.
+    fn save_pieces(&self, folder: &Path) -> Result<(), DataError> {
         if let Some(tokenizer) = self.sentence_piece() {
             tokenizer.save(&folder.join(PIECES_FILE))?;
         }
@@ -73,27 +100,7 @@ impl Codec {
         if let Some(template) = &self.chat_template {
             config["chat_template"] = template.as_str().into();
         }
-        let write = |name: &str, json: Value| write_atomically(&folder.join(name), |file| writeln!(file, "{json:#}"));
-        write(CONFIG_FILE, config)?;
-        // What ends a text: transformers asks the model's files for it, not the tokenizer's.
-        write("generation_config.json", json!({ "bos_token_id": self.bos, "eos_token_id": self.eos }))?;
-        // The last: what finds it finds the others.
-        write(JSON_FILE, hf_json::write(self))
-    }
-
-    /// Puts the tokenizer into a folder of shards and reads it back, so that what makes the shards is what training will find.
-    /// Of a SentencePiece vocabulary it is the `tokenizer.model`, which has more of it than `tokenizer.json`.
-    ///
-    /// # Errors
-    /// As [`save`](Self::save).
-    pub fn install(&self, folder: &Path) -> Result<Self, DataError> {
-        std::fs::create_dir_all(folder).map_err(|error| DataError::io(folder, error))?;
-        self.save(folder)?;
-        if self.sentence_piece().is_some() {
-            let json = folder.join(JSON_FILE);
-            std::fs::remove_file(&json).map_err(|error| DataError::io(&json, error))?;
-        }
-        Self::load(folder)
+        write_json(&folder.join(CONFIG_FILE), &config)
     }
 
     /// What `tokenizer_config.json` says.
@@ -106,6 +113,10 @@ impl Codec {
         self.add_bos = json["add_bos_token"].as_bool().unwrap_or(self.add_bos) && self.bos.is_some();
         self.chat_template = json["chat_template"].as_str().map(str::to_string).or(self.chat_template.take());
     }
+}
+
+fn write_json(path: &Path, json: &Value) -> Result<(), DataError> {
+    write_atomically(path, |file| writeln!(file, "{json:#}"))
 }
 
 /// Lines of a token in base64 and its rank; none if the file is something else.
