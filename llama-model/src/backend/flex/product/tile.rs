@@ -215,7 +215,8 @@ impl<V: Vector, F: Format<V>> Tiles<V, F> {
         macro_rules! by_rows {
             ($($count:literal)*) => {
                 match rows {
-                    $($count if $count <= V::ROWS => {
+                    // Nothing is compiled for rows that there are not.
+                    $($count if const { $count <= V::ROWS } => {
                         let tile = Tile::<V, F, $count, VECTORS> { steps, a, b, target, kind: PhantomData };
                         // SAFETY: the caller's promise.
                         unsafe { F::run(tile) }
@@ -257,7 +258,8 @@ impl<V: Vector, F: Format<V>> Kernel for Tiles<V, F> {
                 match target.cols.div_ceil(V::LANES) {
                     1 => Self::tile::<1>(rows, steps, a, strip, target),
                     2 => Self::tile::<2>(rows, steps, a, strip, target),
-                    _ => Self::tile::<3>(rows, steps, a, strip, target),
+                    3 if const { V::VECTORS >= 3 } => Self::tile::<3>(rows, steps, a, strip, target),
+                    _ => unreachable!("a strip has as many columns as a tile at most"),
                 }
             }
         }
