@@ -38,6 +38,7 @@ pub(super) trait Vector: Copy {
     unsafe fn multiply(self, by: Self) -> Self;
     /// `self · by + sum`
     unsafe fn multiply_add(self, by: Self, sum: Self) -> Self;
+
     /// The sum of its numbers.
     #[inline(always)]
     unsafe fn total(self) -> f32 {
