@@ -15,9 +15,8 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use llama::data::prepare::{PrepareOptions, prepare, train_tokenizer};
 use llama::data::shard::Shard;
-use llama::data::tokenizer::{Codec, Tokenizer, TrainOptions};
+use llama::data::tokenizer::{Codec, PIECES_FILE, Tokenizer, TrainOptions};
 use llama::text;
-use llama::train::checkpoint::TOKENIZER_FILE;
 
 /// Trains tokenizers, shows what they do, and writes token shards.
 #[derive(Parser)]
@@ -54,7 +53,7 @@ enum Command {
         #[arg(long, default_value_t = 64)]
         max_mb: u64,
         /// File to write; SentencePiece reads it too
-        #[arg(long, default_value = TOKENIZER_FILE)]
+        #[arg(long, default_value = PIECES_FILE)]
         out: PathBuf,
     },
     /// Shows the tokens of a text

@@ -19,7 +19,7 @@ const LONG_DOCUMENT: usize = 64 << 10;
 pub struct PrepareOptions {
     /// Share of the text held out for validation. Nothing is held out of a text of few short documents.
     pub valid_fraction: f64,
-    /// Whether a document ends with EOS. It always begins with BOS, if the vocabulary has one.
+    /// Whether a document ends with EOS. It begins with BOS, if that is how the vocabulary's texts begin.
     pub eos: bool,
     /// A shard is closed at the first document that brings it to this many tokens.
     pub shard_tokens: u64,

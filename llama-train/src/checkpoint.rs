@@ -27,8 +27,6 @@ use crate::parallel::{self, Piece, Snapshot};
 use crate::strategy::Place;
 use crate::{AdamW, Group, LossScale, OptimizerConfig, PretrainConfig, Pretrainer, RunConfig, TrainError};
 
-/// Name of a SentencePiece tokenizer in checkpoints and data folders.
-pub const TOKENIZER_FILE: &str = "tokenizer.model";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const STATE_FILE: &str = "state.json";
 const FOLDER: &str = "checkpoints";

@@ -55,7 +55,7 @@ pub struct TokenizerConfig {
     pub vocab_size: usize,
     /// Bytes of text it is trained on, from all sources by weight.
     pub train_bytes: u64,
-    /// Whether a document ends with EOS. It always begins with BOS.
+    /// Whether a document ends with EOS. It begins with BOS, if that is how the vocabulary's texts begin.
     pub eos: bool,
 }
 

@@ -17,7 +17,7 @@ use crate::input::Limits;
 use crate::mixture::{MixtureConfig, MixtureSource};
 use crate::read::Format;
 use crate::source::{SourceFile, Sources};
-use crate::tokenizer::Codec;
+use crate::tokenizer::{Codec, JSON_FILE, PIECES_FILE};
 use crate::{DataError, Progress};
 
 /// What a source's shards are made of: written once, so that a run on a changed input or with changed rules is refused instead of mixed
@@ -58,12 +58,12 @@ pub fn run(config: &PrepareConfig, threads: usize, progress: &dyn Progress) -> R
     let at = |name: &str| config.output.join(name);
     type Work<'a> = Box<dyn Fn() -> Result<(), DataError> + Send + Sync + 'a>;
     let (result, work): (_, Work) = match given.as_ref().map(|codec| (codec, codec.sentence_piece())) {
-        Some((_, Some(pieces))) => (at("tokenizer.model"), Box::new(|| pieces.save(&at("tokenizer.model")))),
+        Some((_, Some(pieces))) => (at(PIECES_FILE), Box::new(|| pieces.save(&at(PIECES_FILE)))),
         // A byte-level vocabulary has no such file.
-        Some((codec, None)) => (at("tokenizer.json"), Box::new(|| codec.install(&config.output).map(drop))),
+        Some((codec, None)) => (at(JSON_FILE), Box::new(|| codec.install(&config.output).map(drop))),
         None => {
-            let train = || tokens::train(config, &cleaned, &bytes, &at("tokenizer.model"), progress);
-            (at("tokenizer.model"), Box::new(train))
+            let train = || tokens::train(config, &cleaned, &bytes, &at(PIECES_FILE), progress);
+            (at(PIECES_FILE), Box::new(train))
         }
     };
     claims::run("tokenizer", &[Task { result: result.clone(), units: 1, work }], 1, &crate::NoProgress)?;

@@ -11,8 +11,10 @@ use super::byte_level::{ByteLevel, Words};
 use super::{Codec, Tokenizer, hf_json};
 use crate::{DataError, write_atomically};
 
-const JSON_FILE: &str = "tokenizer.json";
-const PIECES_FILE: &str = "tokenizer.model";
+/// Name of Hugging Face's file of a tokenizer.
+pub const JSON_FILE: &str = "tokenizer.json";
+/// Name of SentencePiece's file of a tokenizer.
+pub const PIECES_FILE: &str = "tokenizer.model";
 const CONFIG_FILE: &str = "tokenizer_config.json";
 /// Numbers that LLaMA 3 keeps for special tokens after its ranks.
 const LLAMA3_SPECIAL: usize = 256;

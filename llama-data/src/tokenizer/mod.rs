@@ -17,6 +17,7 @@ mod train;
 pub use bpe::{EncodeCache, EncodeCaches};
 pub use byte_level::{ByteLevel, Words};
 pub use codec::{Codec, CodecStream, RawVocabulary};
+pub use codec_files::{JSON_FILE, PIECES_FILE};
 pub use stream::DecodeStream;
 pub use train::TrainOptions;
 

@@ -15,9 +15,9 @@ mod vnni;
 mod whole;
 
 #[cfg(target_arch = "aarch64")]
-use std::arch::aarch64::float32x4_t;
+use std::arch::aarch64::float32x4_t as Own;
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::__m256;
+use std::arch::x86_64::__m256 as Own;
 use std::cell::RefCell;
 
 use burn::backend::Flex;
@@ -186,34 +186,24 @@ unsafe fn dots(columns: Columns, input: &Input, weight: Stored) {
 ///
 /// # Safety
 /// The weight must have a row as long as `x` for each result.
-#[cfg(target_arch = "x86_64")]
-unsafe fn by_hand(out: &mut [f32], x: &[f32], rounded: Option<&Rounded>, weight: Stored) -> bool {
-    let (wide, vnni) = (simd::has_avx512(), simd::has_vnni());
-    // SAFETY: the CPU was asked, and the caller's promise.
-    unsafe {
-        match (weight, rounded) {
-            (Stored::F32(w), _) if wide => avx512::dots(out, x, w),
-            (Stored::Bf16(w), _) if wide => avx512::dots(out, x, w),
-            (Stored::F16(w), _) if wide => avx512::dots(out, x, w),
-            (Stored::F16(w), _) if simd::has_vectors() => whole::half_dots::<__m256>(out, x, w),
-            (Stored::Q8(w, scales), Some(x)) if vnni => vnni::dots(out, x, w, scales),
-            (Stored::Q4(w, scales), Some(x)) if vnni => vnni::dots(out, x, w, scales),
-            (Stored::Q8(w, scales), Some(x)) => whole::dots::<__m256, _>(out, x, w, scales),
-            (Stored::Q4(w, scales), Some(x)) => whole::dots::<__m256, _>(out, x, w, scales),
-            _ => return false,
-        }
-    }
-    true
-}
-
-#[cfg(target_arch = "aarch64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 unsafe fn by_hand(out: &mut [f32], x: &[f32], rounded: Option<&Rounded>, weight: Stored) -> bool {
     // SAFETY: the CPU was asked, and the caller's promise.
     unsafe {
         match (weight, rounded) {
-            (Stored::F16(w), _) if simd::has_vectors() => whole::half_dots::<float32x4_t>(out, x, w),
-            (Stored::Q8(w, scales), Some(x)) => whole::dots::<float32x4_t, _>(out, x, w, scales),
-            (Stored::Q4(w, scales), Some(x)) => whole::dots::<float32x4_t, _>(out, x, w, scales),
+            #[cfg(target_arch = "x86_64")]
+            (Stored::F32(w), _) if simd::has_avx512() => avx512::dots(out, x, w),
+            #[cfg(target_arch = "x86_64")]
+            (Stored::Bf16(w), _) if simd::has_avx512() => avx512::dots(out, x, w),
+            #[cfg(target_arch = "x86_64")]
+            (Stored::F16(w), _) if simd::has_avx512() => avx512::dots(out, x, w),
+            #[cfg(target_arch = "x86_64")]
+            (Stored::Q8(w, scales), Some(x)) if simd::has_vnni() => vnni::dots(out, x, w, scales),
+            #[cfg(target_arch = "x86_64")]
+            (Stored::Q4(w, scales), Some(x)) if simd::has_vnni() => vnni::dots(out, x, w, scales),
+            (Stored::F16(w), _) if simd::has_vectors() => whole::half_dots::<Own>(out, x, w),
+            (Stored::Q8(w, scales), Some(x)) => whole::dots::<Own, _>(out, x, w, scales),
+            (Stored::Q4(w, scales), Some(x)) => whole::dots::<Own, _>(out, x, w, scales),
             _ => return false,
         }
     }

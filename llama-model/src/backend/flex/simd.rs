@@ -103,8 +103,13 @@ pub(super) fn max(a: &[f32]) -> f32 {
 /// in decoding took a fifth longer.
 #[inline(always)]
 pub(super) fn tree_sum<const N: usize>(lanes: [f32; N]) -> f32 {
-    let mut lanes = std::hint::black_box(lanes);
-    let mut width = N / 2;
+    sum_halves(&mut std::hint::black_box(lanes))
+}
+
+/// The sum of a power of two of numbers, half of them added to the other half until one is left.
+#[inline(always)]
+pub(super) fn sum_halves(lanes: &mut [f32]) -> f32 {
+    let mut width = lanes.len() / 2;
     while width > 0 {
         for lane in 0..width {
             lanes[lane] += lanes[lane + width];

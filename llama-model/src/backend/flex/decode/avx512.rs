@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
+use super::rounded::Block;
 use crate::backend::QUANT_BLOCK;
 
 /// Sums at a time, so that none waits for the one before.
@@ -54,11 +55,7 @@ impl Widen for f16 {
 }
 
 /// The integer of a form in blocks, one or more to a byte.
-pub trait Block: Copy {
-    /// Bytes of a block.
-    const BYTES: usize;
-    /// Floats that describe a block.
-    const SCALES: usize;
+pub(in crate::backend::flex) trait Widened: Block {
     /// The values of a block, by halves.
     ///
     /// # Safety
@@ -66,10 +63,7 @@ pub trait Block: Copy {
     unsafe fn load(bytes: *const Self, scales: *const f32) -> [__m512; 2];
 }
 
-impl Block for i8 {
-    const BYTES: usize = QUANT_BLOCK;
-    const SCALES: usize = 1;
-
+impl Widened for i8 {
     #[inline(always)]
     unsafe fn load(bytes: *const i8, scales: *const f32) -> [__m512; 2] {
         unsafe {
@@ -81,10 +75,7 @@ impl Block for i8 {
     }
 }
 
-impl Block for u8 {
-    const BYTES: usize = QUANT_BLOCK / 2;
-    const SCALES: usize = 2;
-
+impl Widened for u8 {
     #[inline(always)]
     unsafe fn load(bytes: *const u8, scales: *const f32) -> [__m512; 2] {
         unsafe {
@@ -128,7 +119,7 @@ pub unsafe fn dots<T: Widen>(out: &mut [f32], x: &[f32], w: &[T]) {
 /// # Safety
 /// `out` must have room for the blocks and `scales` have their floats; the CPU must have AVX-512.
 #[target_feature(enable = "avx512f")]
-pub unsafe fn widen<T: Block>(out: &mut [f32], w: &[T], scales: &[f16]) {
+pub(in crate::backend::flex) unsafe fn widen<T: Widened>(out: &mut [f32], w: &[T], scales: &[f16]) {
     /// Blocks whose scales are widened together.
     const STEP: usize = 64;
     let mut floats = [0.0f32; 2 * STEP];

@@ -11,10 +11,10 @@ const LARGEST: f32 = 16256.0;
 const SMALLEST: f32 = 1e-30;
 
 /// The high bytes of a block, then its low ones.
-pub(super) type Bytes = [i8; 2 * QUANT_BLOCK];
+pub(in crate::backend::flex) type Bytes = [i8; 2 * QUANT_BLOCK];
 
 /// A row of the input in whole numbers.
-pub(super) struct Rounded {
+pub(in crate::backend::flex) struct Rounded {
     pub bytes: Vec<Bytes>,
     /// The sums of a block's high bytes and of its low ones.
     pub sums: Vec<[i32; 2]>,
@@ -40,6 +40,32 @@ impl Rounded {
 
     pub fn blocks(&self) -> usize {
         self.bytes.len()
+    }
+}
+
+/// The integers of weights in blocks.
+pub(in crate::backend::flex) trait Block: Copy {
+    /// Bytes of a block.
+    const BYTES: usize;
+    /// Floats that describe a block: its scale, and perhaps its minimum.
+    const SCALES: usize;
+    /// What the floats of blocks are multiplied with.
+    fn factors(x: &Rounded) -> &[f32];
+}
+
+impl Block for i8 {
+    const BYTES: usize = QUANT_BLOCK;
+    const SCALES: usize = 1;
+    fn factors(x: &Rounded) -> &[f32] {
+        &x.scales
+    }
+}
+
+impl Block for u8 {
+    const BYTES: usize = QUANT_BLOCK / 2;
+    const SCALES: usize = 2;
+    fn factors(x: &Rounded) -> &[f32] {
+        &x.scales_and_sums
     }
 }
 

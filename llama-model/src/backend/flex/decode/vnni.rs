@@ -6,16 +6,14 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::super::vector::Vector;
-use super::avx512::{AHEAD, Block, fetch_ahead};
-use super::rounded::Rounded;
+use super::avx512::{AHEAD, fetch_ahead};
+use super::rounded::{Block, Rounded};
 
 /// Rows at a time: they share what is read of the input, and the last steps of their sums.
 const ROWS: usize = 4;
 
 /// A form in blocks of whole numbers.
-pub trait Integers: Block {
-    /// What the floats of blocks are multiplied with.
-    fn factors(x: &Rounded) -> &[f32];
+pub(super) trait Integers: Block {
     /// What a block's sum starts with.
     ///
     /// # Safety
@@ -29,10 +27,6 @@ pub trait Integers: Block {
 }
 
 impl Integers for i8 {
-    fn factors(x: &Rounded) -> &[f32] {
-        &x.scales
-    }
-
     #[inline(always)]
     unsafe fn start(x: &Rounded, block: usize) -> __m512i {
         // The weights count from -128, so it is -128 times the sum of the high bytes and that of the low ones.
@@ -52,10 +46,6 @@ impl Integers for i8 {
 }
 
 impl Integers for u8 {
-    fn factors(x: &Rounded) -> &[f32] {
-        &x.scales_and_sums
-    }
-
     #[inline(always)]
     unsafe fn start(_: &Rounded, _: usize) -> __m512i {
         unsafe { _mm512_setzero_si512() }
@@ -76,7 +66,7 @@ impl Integers for u8 {
 /// # Safety
 /// `w` must have a row of as many blocks as `x` for each result, and `scales` their floats; the CPU must have AVX512-VNNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub unsafe fn dots<T: Integers>(out: &mut [f32], x: &Rounded, w: &[T], scales: &[f16]) {
+pub(super) unsafe fn dots<T: Integers>(out: &mut [f32], x: &Rounded, w: &[T], scales: &[f16]) {
     let (width, per_row) = (x.blocks() * T::BYTES, x.blocks() * T::SCALES);
     let mut floats = vec![0.0f32; ROWS * per_row.next_multiple_of(16)];
     let groups = out.chunks_mut(ROWS).zip(w.chunks(ROWS * width)).zip(scales.chunks(ROWS * per_row));

@@ -5,8 +5,7 @@ use std::marker::PhantomData;
 use half::f16;
 
 use super::super::vector::{MAX_LANES, Task, Vector};
-use super::rounded::{Bytes, Rounded};
-use crate::backend::QUANT_BLOCK;
+use super::rounded::{Block, Bytes, Rounded};
 
 /// Bytes between what is read and what is asked for; rows are read one after the other.
 const AHEAD: usize = 4096;
@@ -17,7 +16,7 @@ const SUMS: usize = 4;
 ///
 /// # Safety
 /// Of all functions: as of [`Vector`]'s.
-pub trait Whole: Vector {
+pub(super) trait Whole: Vector {
     /// The numbers at `src`, of which there must be as many as lanes.
     unsafe fn widen(src: *const f16) -> Self;
     /// Σ w · (128 · high + low) over a block of 8-bit weights, in lanes.
@@ -26,37 +25,21 @@ pub trait Whole: Vector {
     unsafe fn products_of_4(w: *const u8, x: &Bytes) -> Self;
 }
 
-/// The integers of weights in blocks.
-pub trait Block: Copy {
-    /// Bytes of a block.
-    const BYTES: usize;
-    /// Floats that describe a block: its scale, and perhaps its minimum.
-    const SCALES: usize;
-    /// What the floats of blocks are multiplied with.
-    fn factors(x: &Rounded) -> &[f32];
+/// Integers that these vectors multiply.
+pub(super) trait Multiplied: Block {
     /// # Safety
     /// As of [`Whole`]'s.
     unsafe fn products<V: Whole>(w: *const Self, x: &Bytes) -> V;
 }
 
-impl Block for i8 {
-    const BYTES: usize = QUANT_BLOCK;
-    const SCALES: usize = 1;
-    fn factors(x: &Rounded) -> &[f32] {
-        &x.scales
-    }
+impl Multiplied for i8 {
     #[inline(always)]
     unsafe fn products<V: Whole>(w: *const i8, x: &Bytes) -> V {
         unsafe { V::products_of_8(w, x) }
     }
 }
 
-impl Block for u8 {
-    const BYTES: usize = QUANT_BLOCK / 2;
-    const SCALES: usize = 2;
-    fn factors(x: &Rounded) -> &[f32] {
-        &x.scales_and_sums
-    }
+impl Multiplied for u8 {
     #[inline(always)]
     unsafe fn products<V: Whole>(w: *const u8, x: &Bytes) -> V {
         unsafe { V::products_of_4(w, x) }
@@ -67,7 +50,7 @@ impl Block for u8 {
 ///
 /// # Safety
 /// `w` must have a row of as many blocks as `x` for each result, and `scales` their floats; the CPU must have the vectors.
-pub unsafe fn dots<V: Whole, T: Block>(out: &mut [f32], x: &Rounded, w: &[T], scales: &[f16]) {
+pub(super) unsafe fn dots<V: Whole, T: Multiplied>(out: &mut [f32], x: &Rounded, w: &[T], scales: &[f16]) {
     unsafe { V::run(Blocks::<V, T> { out, x, w, scales, kind: PhantomData }) }
 }
 
@@ -79,7 +62,7 @@ struct Blocks<'a, V, T> {
     kind: PhantomData<V>,
 }
 
-impl<V: Whole, T: Block> Task for Blocks<'_, V, T> {
+impl<V: Whole, T: Multiplied> Task for Blocks<'_, V, T> {
     #[inline(always)]
     unsafe fn run(self) {
         let Self { out, x, w, scales, .. } = self;
@@ -129,7 +112,7 @@ struct Add<T> {
     floats: *const f32,
 }
 
-impl<T: Block> Add<T> {
+impl<T: Multiplied> Add<T> {
     #[inline(always)]
     unsafe fn block<V: Whole>(&mut self, bytes: &Bytes, sum: V, minima: f32) -> (V, f32) {
         unsafe {
@@ -146,7 +129,7 @@ impl<T: Block> Add<T> {
 ///
 /// # Safety
 /// `w` must have a row as long as `x` for each result; the CPU must have the vectors.
-pub unsafe fn half_dots<V: Whole>(out: &mut [f32], x: &[f32], w: &[f16]) {
+pub(super) unsafe fn half_dots<V: Whole>(out: &mut [f32], x: &[f32], w: &[f16]) {
     unsafe { V::run(Halves::<V> { out, x, w, kind: PhantomData }) }
 }
 

@@ -111,6 +111,9 @@ pub(super) const PRODUCT: Product = Product { factor: 1.0, add: false, threads: 
 pub(super) unsafe fn multiply(out: *mut f32, out_row_stride: isize, a: Matrix, b: Matrix, product: Product) {
     debug_assert_eq!(a.cols, b.rows);
     let product = Product { threads: product.threads && a.rows * a.cols * b.cols >= PARALLEL, ..product };
+    if a.rows == 0 || b.cols == 0 {
+        return;
+    }
     let out = Output(out);
     if a.cols == 0 {
         let row = |row| out.at(row, out_row_stride, 0);
@@ -305,9 +308,15 @@ mod tests {
         }
     }
 
-    /// The sum of nothing is zero, or what was there.
+    /// The sum of nothing is zero, or what was there; of no rows or columns there is no result.
     #[test]
-    fn sums_without_terms_are_zero() {
+    fn products_of_nothing_are_zero_or_none() {
+        for (rows, cols) in [(0, 3), (2, 0), (0, 0)] {
+            let mut out = [1.0f32; 6];
+            let (a, b) = (Matrix::rows(&[1.0; 8], rows, 4), Matrix::rows(&[1.0; 12], 4, cols));
+            unsafe { multiply(out.as_mut_ptr(), 3, a, b, ON_ALL_THREADS) };
+            assert_eq!(out, [1.0; 6]);
+        }
         for (add, expected) in [(false, 0.0), (true, 1.0)] {
             let mut out = [1.0f32; 6];
             let (a, b) = (Matrix::rows(&[], 2, 0), Matrix::rows(&[], 0, 3));

@@ -10,6 +10,8 @@ mod neon;
 #[cfg(target_arch = "x86_64")]
 pub(super) use avx512::mask;
 
+use super::simd::sum_halves;
+
 /// Lanes of the widest vector.
 pub(super) const MAX_LANES: usize = 16;
 
@@ -44,14 +46,7 @@ pub(super) trait Vector: Copy {
     unsafe fn total(self) -> f32 {
         let mut lanes = [0.0; MAX_LANES];
         unsafe { self.store(lanes.as_mut_ptr(), Self::LANES) };
-        let mut width = Self::LANES / 2;
-        while width > 0 {
-            for lane in 0..width {
-                lanes[lane] += lanes[lane + width];
-            }
-            width /= 2;
-        }
-        lanes[0]
+        sum_halves(&mut lanes[..Self::LANES])
     }
 
     /// The sums of four vectors.
