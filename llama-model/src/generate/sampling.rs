@@ -1,5 +1,8 @@
 //! Choosing the next token from logits, on the host.
 
+use std::borrow::Cow;
+use std::cmp::Ordering;
+
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -69,52 +72,34 @@ impl Sampler {
     /// Chooses a token. `past` are the sequence's tokens so far, for the repetition penalty.
     ///
     /// # Errors
-    /// [`ModelError::Generation`] if no logit is a number.
+    /// [`ModelError::Generation`] if no logit is a number, or one is infinite.
     pub fn sample(&mut self, logits: &[f32], past: &[u32]) -> Result<u32, ModelError> {
         Ok(self.draw(&self.distribution(logits, past)?))
     }
 
-    /// The tokens that may be chosen and their probabilities, the most likely first.
+    /// The tokens that may be chosen, with their probabilities.
     pub(super) fn distribution(&self, logits: &[f32], past: &[u32]) -> Result<Vec<(u32, f64)>, ModelError> {
         let Sampling { repetition_penalty, temperature, top_k, top_p } = self.sampling;
-        let mut logits = logits.to_vec();
-        if repetition_penalty != 1.0 {
-            let mut seen = past.to_vec();
-            seen.sort_unstable();
-            seen.dedup();
-            for token in seen {
-                if let Some(logit) = logits.get_mut(token as usize) {
-                    *logit = if *logit > 0.0 { *logit / repetition_penalty } else { *logit * repetition_penalty };
-                }
-            }
+        let logits = match repetition_penalty {
+            1.0 => Cow::Borrowed(logits),
+            penalty => Cow::Owned(penalised(logits, past, penalty)),
+        };
+        let max = largest(&logits);
+        if !max.is_finite() {
+            return Err(not_finite(max));
         }
-        // Most likely first, and the lower id first among equals.
-        let mut order: Vec<u32> = (0..logits.len() as u32).filter(|&token| !logits[token as usize].is_nan()).collect();
-        let by_logit = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-        if temperature == 0.0 {
-            return order.into_iter().min_by(by_logit).map(|token| vec![(token, 1.0)]).ok_or_else(no_numbers);
+        let tokens = (0u32..).zip(logits.iter().copied()).filter(|(_, logit)| !logit.is_nan());
+        // As good as zero, if its inverse is infinite.
+        if temperature < f32::MIN_POSITIVE {
+            return Ok(tokens.filter(|(_, logit)| *logit == max).take(1).map(|(token, _)| (token, 1.0)).collect());
         }
-        if let Some(k) = top_k.filter(|&k| k < order.len()) {
-            order.select_nth_unstable_by(k - 1, by_logit);
-            order.truncate(k);
-        }
-        order.sort_unstable_by(by_logit);
-        let &first = order.first().ok_or_else(no_numbers)?;
-
-        let max = logits[first as usize];
-        let weight = |token: u32| (f64::from(logits[token as usize] - max) / f64::from(temperature)).exp();
-        let mut weights: Vec<(u32, f64)> = order.into_iter().map(|token| (token, weight(token))).collect();
-        if let Some(p) = top_p {
-            let total: f64 = weights.iter().map(|(_, weight)| weight).sum();
-            let mut before = 0.0;
-            let kept = weights.iter().take_while(|(_, weight)| {
-                let keep = before / total <= f64::from(p);
-                before += weight;
-                keep
-            });
-            let kept = kept.count();
-            weights.truncate(kept);
-        }
+        let scale = Scale { max, inverse: temperature.recip() };
+        let mut weights = match (top_k, top_p) {
+            (None, None) => scale.weights(tokens),
+            (None, Some(p)) => nucleus(tokens, scale, f64::from(p)),
+            (Some(k), None) => scale.weights(most_likely(tokens, k).into_iter()),
+            (Some(k), Some(p)) => nucleus(most_likely(tokens, k).into_iter(), scale, f64::from(p)),
+        };
         let total: f64 = weights.iter().map(|(_, weight)| weight).sum();
         weights.iter_mut().for_each(|(_, weight)| *weight /= total);
         Ok(weights)
@@ -142,8 +127,120 @@ impl Sampler {
     }
 }
 
-fn no_numbers() -> ModelError {
-    ModelError::Generation("the logits are not numbers (NaN); the weights are broken".into())
+/// Divides the positive and multiplies the negative logits of `past`.
+fn penalised(logits: &[f32], past: &[u32], penalty: f32) -> Vec<f32> {
+    let (mut logits, mut seen) = (logits.to_vec(), past.to_vec());
+    seen.sort_unstable();
+    seen.dedup();
+    for token in seen {
+        if let Some(logit) = logits.get_mut(token as usize) {
+            *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+        }
+    }
+    logits
+}
+
+/// The largest that is a number; in lanes, which are compared at once.
+fn largest(logits: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for chunk in logits.chunks(lanes.len()) {
+        for (lane, logit) in lanes.iter_mut().zip(chunk) {
+            *lane = lane.max(*logit);
+        }
+    }
+    lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// Tokens and their logits, or weights; the most likely first, and the lower id first among equals.
+fn by_likelihood<T: Into<f64> + Copy>(a: &(u32, T), b: &(u32, T)) -> Ordering {
+    b.1.into().total_cmp(&a.1.into()).then(a.0.cmp(&b.0))
+}
+
+/// The `k` most likely tokens.
+fn most_likely(tokens: impl Iterator<Item = (u32, f32)>, k: usize) -> Vec<(u32, f32)> {
+    let mut best = Vec::new();
+    let mut least = f32::NEG_INFINITY;
+    let keep = |best: &mut Vec<(u32, f32)>| {
+        best.select_nth_unstable_by(k - 1, by_likelihood);
+        best.truncate(k);
+        best[k - 1].1
+    };
+    // Of equals the later ones are not better.
+    for (token, logit) in tokens {
+        if best.len() < k || logit > least {
+            best.push((token, logit));
+            if best.len() == 2 * k {
+                least = keep(&mut best);
+            }
+        }
+    }
+    if best.len() > k {
+        keep(&mut best);
+    }
+    best
+}
+
+/// From logits to weights.
+#[derive(Clone, Copy)]
+struct Scale {
+    max: f32,
+    /// One over the temperature.
+    inverse: f32,
+}
+
+impl Scale {
+    /// How far a logit is below the largest, in temperatures.
+    fn depth(self, logit: f32) -> f32 {
+        (self.max - logit) * self.inverse
+    }
+
+    /// Of which the largest is 1.
+    fn weight(self, logit: f32) -> f64 {
+        f64::from((-self.depth(logit)).exp())
+    }
+
+    fn weights(self, tokens: impl Iterator<Item = (u32, f32)>) -> Vec<(u32, f64)> {
+        tokens.map(|(token, logit)| (token, self.weight(logit))).collect()
+    }
+}
+
+/// The most likely tokens, in order, as long as those before them sum to at most `p` of all weights.
+///
+/// Sorting a whole vocabulary takes as long as a small model's token. So weights are first summed by their tokens' depth, and only
+/// tokens that are as deep as the nucleus reaches are sorted.
+fn nucleus(tokens: impl Iterator<Item = (u32, f32)> + Clone, scale: Scale, p: f64) -> Vec<(u32, f64)> {
+    const DEPTHS: usize = 64;
+    let mut sums = [0.0; DEPTHS];
+    for (_, logit) in tokens.clone() {
+        // The last is for all that are deeper.
+        sums[scale.depth(logit).min(DEPTHS as f32 - 1.0) as u8 as usize] += scale.weight(logit);
+    }
+    let total: f64 = sums.iter().sum();
+    let mut sum_above = 0.0;
+    let last = sums[..DEPTHS - 1].iter().position(|sum| {
+        sum_above += sum;
+        // By more than what adding in another order makes of it.
+        sum_above > total * p * (1.0 + 1e-9)
+    });
+    let mut weights = match last {
+        Some(last) => scale.weights(tokens.filter(|(_, logit)| scale.depth(*logit) < last as f32 + 1.0)),
+        None => scale.weights(tokens),
+    };
+    weights.sort_unstable_by(by_likelihood);
+    let mut before = 0.0;
+    let kept = weights.iter().take_while(|(_, weight)| {
+        let keep = before / total <= p;
+        before += weight;
+        keep
+    });
+    let kept = kept.count();
+    weights.truncate(kept);
+    weights
+}
+
+fn not_finite(max: f32) -> ModelError {
+    let what = if max > 0.0 { "a logit is infinite" } else { "no logit is a finite number (NaN, infinity)" };
+    ModelError::Generation(format!("{what}; the weights are broken, or too large for their precision"))
 }
 
 #[cfg(test)]
@@ -182,9 +279,19 @@ mod tests {
     }
 
     #[test]
-    fn top_k_keeps_k() {
+    fn top_k_keeps_k_and_of_equals_the_first() {
         let top = Sampling { temperature: 1.0, top_k: Some(2), ..Sampling::greedy() };
         close(&frequencies(top, &logits(), &[]), &[0.0, 0.625, 0.0, 0.375]);
+        let logits: Vec<f32> = (0..999u32).map(|i| (i * 7919 % 101) as f32).collect();
+        for k in [1, 2, 10, 500, 998, 999, 2000] {
+            let mut expected: Vec<u32> = (0..999).collect();
+            expected.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]));
+            expected.truncate(k);
+            let mut found: Vec<u32> = most_likely((0..).zip(logits.iter().copied()), k).iter().map(|x| x.0).collect();
+            expected.sort_unstable();
+            found.sort_unstable();
+            assert_eq!(found, expected, "{k}");
+        }
     }
 
     #[test]
@@ -193,6 +300,36 @@ mod tests {
         close(&frequencies(nucleus(0.6), &logits(), &[]), &[0.0, 0.625, 0.0, 0.375]);
         close(&frequencies(nucleus(0.4), &logits(), &[]), &[0.0, 1.0, 0.0, 0.0]);
         close(&frequencies(nucleus(1.0), &logits(), &[]), &[0.15, 0.5, 0.05, 0.3]);
+    }
+
+    /// Against sorting everything and walking, for vocabularies from peaked to flat, with ties.
+    #[test]
+    fn the_nucleus_is_that_of_a_sorted_vocabulary() {
+        for (seed, spread) in [0.0f32, 0.1, 1.0, 4.0, 30.0].into_iter().enumerate() {
+            let noise = |i: u32| ((i * 7919 + seed as u32 * 104_729) % 2003) as f32 / 2003.0;
+            let logits: Vec<f32> = (0..5000).map(|i| spread * noise(i).powi(3)).collect();
+            for (p, temperature) in [(0.1f32, 1.0f32), (0.5, 0.7), (0.95, 0.8), (1.0, 1.0), (0.999, 3.0)] {
+                let max = largest(&logits);
+                let weight = |x: &f32| f64::from(((x - max) * temperature.recip()).exp());
+                let mut expected: Vec<(u32, f64)> = (0u32..).zip(logits.iter().map(weight)).collect();
+                expected.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+                let total: f64 = expected.iter().map(|(_, weight)| weight).sum();
+                let mut before = 0.0;
+                expected.retain(|(_, weight)| {
+                    before += weight;
+                    (before - weight) / total <= f64::from(p)
+                });
+                let sampling = Sampling { temperature, top_p: Some(p), ..Sampling::greedy() };
+                let found = Sampler::new(sampling, 0, 0).distribution(&logits, &[]).unwrap();
+                // Sums in another order may decide otherwise about one token.
+                assert!(found.len().abs_diff(expected.len()) <= 1, "{spread} {p}: {} {}", found.len(), expected.len());
+                let kept: f64 = expected.iter().map(|(_, weight)| weight).sum();
+                for ((token, found), (expected, weight)) in found.iter().zip(&expected) {
+                    assert_eq!(token, expected, "{spread} {p}");
+                    assert!((found - weight / kept).abs() < 1e-3 * found, "{spread} {p}: {found}");
+                }
+            }
+        }
     }
 
     #[test]
@@ -225,6 +362,15 @@ mod tests {
         ] {
             assert!(bad.validate().is_err(), "{bad:?}");
         }
-        assert!(Sampler::new(Sampling::greedy(), 0, 0).sample(&[f32::NAN; 3], &[]).is_err());
+        for sampling in
+            [Sampling::greedy(), Sampling::default(), Sampling { temperature: 1e-40, ..Sampling::default() }]
+        {
+            let mut sampler = Sampler::new(sampling, 0, 0);
+            for broken in [[f32::NAN; 2], [f32::NEG_INFINITY; 2], [1.0, f32::INFINITY]] {
+                let error = sampler.sample(&broken, &[]).expect_err("no number is the largest").to_string();
+                assert!(error.contains("infini"), "{error}");
+            }
+            assert_eq!(sampler.sample(&[f32::NAN, 1.0, f32::NEG_INFINITY], &[]).unwrap(), 1);
+        }
     }
 }

@@ -9,7 +9,9 @@ use super::rounded::{Block, Bytes, Rounded};
 
 /// Bytes between what is read and what is asked for; rows are read one after the other.
 const AHEAD: usize = 4096;
-/// Sums at a time, so that none waits for the one before.
+/// Rows of blocks at a time: they share what is read of the input, and the last steps of their sums.
+const ROWS: usize = 4;
+/// Sums of a row of floats at a time, so that none waits for the one before.
 const SUMS: usize = 4;
 
 /// Vectors with what these dots need.
@@ -66,62 +68,97 @@ impl<V: Whole, T: Multiplied> Task for Blocks<'_, V, T> {
     #[inline(always)]
     unsafe fn run(self) {
         let Self { out, x, w, scales, .. } = self;
-        let per_row = x.blocks() * T::SCALES;
-        let factors = T::factors(x);
-        // Whole registers, as the factors.
-        let mut floats = vec![0.0f32; factors.len()];
-        let rows = w.chunks_exact(x.blocks() * T::BYTES).enumerate();
-        for (out, (row, w)) in out.iter_mut().zip(rows) {
-            let scales = &scales[row * per_row..];
-            // SAFETY: there are so many numbers and blocks; fetching reads nothing.
+        let (width, per_row) = (x.blocks() * T::BYTES, x.blocks() * T::SCALES);
+        let mut floats = vec![0.0f32; ROWS * T::factors(x).len()];
+        let mut place = 0;
+        for out in out.chunks_mut(ROWS) {
+            let (w, scales) = (&w[place * width..], &scales[place * per_row..]);
+            place += out.len();
+            // SAFETY: there are so many rows, and scales of their blocks.
             unsafe {
-                for at in (0..per_row).step_by(V::LANES) {
-                    // What is behind a row's scales are the next row's, but for the last.
-                    let widened = if at + V::LANES <= scales.len() {
-                        V::widen(scales.as_ptr().add(at))
-                    } else {
-                        let mut rest = [f16::ZERO; MAX_LANES];
-                        rest[..scales.len() - at].copy_from_slice(&scales[at..]);
-                        V::widen(rest.as_ptr())
-                    };
-                    let product = widened.multiply(V::load(factors.as_ptr().add(at), V::LANES));
-                    product.store(floats.as_mut_ptr().add(at), V::LANES);
+                if out.len() == ROWS {
+                    let sums: [V; ROWS] = sums(x, w, scales, &mut floats);
+                    out.copy_from_slice(&V::four_totals(sums));
+                    continue;
                 }
-                let mut sums = [V::splat(0.0); SUMS];
-                // The minima times the sums of the blocks' values.
-                let mut minima = 0.0;
-                let (fours, rest) = x.bytes.as_chunks::<SUMS>();
-                let mut add = Add { place: w.as_ptr(), floats: floats.as_ptr() };
-                for four in fours {
-                    for (bytes, sum) in four.iter().zip(&mut sums) {
-                        (*sum, minima) = add.block(bytes, *sum, minima);
-                    }
+                for (row, out) in out.iter_mut().enumerate() {
+                    let [sum]: [V; 1] = sums(x, &w[row * width..], &scales[row * per_row..], &mut floats);
+                    *out = sum.total();
                 }
-                for bytes in rest {
-                    (sums[0], minima) = add.block(bytes, sums[0], minima);
-                }
-                *out = total(sums) + minima;
             }
         }
     }
 }
 
-/// Where the next block of a row and its floats are.
-struct Add<T> {
-    place: *const T,
-    floats: *const f32,
+/// The products with the first `N` rows, whose elements are still to be summed. `floats` has room for a row's factors, `N` times.
+#[inline(always)]
+unsafe fn sums<V: Whole, T: Multiplied, const N: usize>(
+    x: &Rounded,
+    w: &[T],
+    scales: &[f16],
+    floats: &mut [f32],
+) -> [V; N] {
+    let (width, per_row) = (x.blocks() * T::BYTES, x.blocks() * T::SCALES);
+    let stride = T::factors(x).len();
+    // SAFETY: the caller's promise; factors and floats are whole registers, and fetching reads nothing.
+    unsafe {
+        let mut sums = [V::splat(0.0); N];
+        for (row, sum) in sums.iter_mut().enumerate() {
+            let (scales, floats) = (&scales[row * per_row..], &mut floats[row * stride..][..stride]);
+            *sum = multiply_scales::<V, T>(&mut *floats, T::factors(x), scales, per_row);
+        }
+        for (block, bytes) in x.bytes.iter().enumerate() {
+            // The rows are fetched one after the other, though they are read side by side.
+            for line in (0..N * T::BYTES).step_by(64) {
+                V::prefetch(w.as_ptr().wrapping_add(block * N * T::BYTES + line + AHEAD).cast());
+            }
+            for (row, sum) in sums.iter_mut().enumerate() {
+                let products: V = T::products(w.as_ptr().add(row * width + block * T::BYTES), bytes);
+                let scale = V::splat(*floats.get_unchecked(row * stride + block * T::SCALES));
+                *sum = products.multiply_add(scale, *sum);
+            }
+        }
+        sums
+    }
 }
 
-impl<T: Multiplied> Add<T> {
-    #[inline(always)]
-    unsafe fn block<V: Whole>(&mut self, bytes: &Bytes, sum: V, minima: f32) -> (V, f32) {
-        unsafe {
-            let Self { place, floats } = *self;
-            (self.place, self.floats) = (place.add(T::BYTES), floats.add(T::SCALES));
-            V::prefetch(place.wrapping_add(AHEAD).cast());
-            let minima = if T::SCALES == 2 { minima + *floats.add(1) } else { minima };
-            (T::products::<V>(place, bytes).multiply_add(V::splat(*floats), sum), minima)
+/// The floats of a row's blocks times what they are multiplied with. Returns the sum of the minima among them, in lanes.
+#[inline(always)]
+unsafe fn multiply_scales<V: Whole, T: Multiplied>(
+    floats: &mut [f32],
+    factors: &[f32],
+    scales: &[f16],
+    per_row: usize,
+) -> V {
+    let ones: [f32; MAX_LANES] = std::array::from_fn(|i| (i % T::SCALES) as f32);
+    let whole = per_row / V::LANES * V::LANES;
+    let (mut floats, mut factors, mut from) = (floats.as_mut_ptr(), factors.as_ptr(), scales.as_ptr());
+    // SAFETY: the caller's promise; of the scales only what is left is read.
+    unsafe {
+        let (ones, mut minima) = (V::load(ones.as_ptr(), V::LANES), V::splat(0.0));
+        for _ in 0..whole / V::LANES {
+            let product = V::widen(from).multiply(V::load(factors, V::LANES));
+            product.store(floats, V::LANES);
+            if T::SCALES == 2 {
+                minima = product.multiply_add(ones, minima);
+            }
+            (floats, factors, from) = (floats.add(V::LANES), factors.add(V::LANES), from.add(V::LANES));
         }
+        if whole < per_row {
+            // What is behind a row's scales are the next row's, but for the last.
+            let mut last = [f16::ZERO; MAX_LANES];
+            if whole + V::LANES > scales.len() {
+                last[..scales.len() - whole].copy_from_slice(&scales[whole..]);
+                from = last.as_ptr();
+            }
+            V::widen(from).multiply(V::load(factors, V::LANES)).store(floats, V::LANES);
+            if T::SCALES == 2 {
+                for i in (1..per_row - whole).step_by(2) {
+                    minima = minima.add(V::load(floats.add(i), 1));
+                }
+            }
+        }
+        minima
     }
 }
 
