@@ -31,8 +31,8 @@ use others::{Follow, Others};
 pub struct EngineOptions {
     /// Where to compute. All of them, also those of other processes, divide the model, each with a part of every block.
     pub devices: Devices,
-    /// How matrices are kept in memory; fewer bytes decode faster.
-    pub weights: WeightFormat,
+    /// How matrices are kept in memory; fewer bytes decode faster. By default as the checkpoint has them ([`Checkpoint::load`]).
+    pub weights: Option<WeightFormat>,
     /// Precision of products when a text is read; by default what [suits](suitable_precision) the weights.
     pub precision: Option<Precision>,
     /// Adapters that fine-tuning made: a folder in PEFT's layout, or a run.
@@ -42,9 +42,9 @@ pub struct EngineOptions {
 }
 
 impl EngineOptions {
-    /// Weights in f32, no adapters.
+    /// Weights as they are stored, no adapters.
     pub fn new(devices: Devices) -> Self {
-        Self { devices, weights: WeightFormat::F32, precision: None, adapter: None, tokenizer: None }
+        Self { devices, weights: None, precision: None, adapter: None, tokenizer: None }
     }
 }
 
@@ -73,7 +73,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Opens a checkpoint in any format, or the newest of a run, with its tokenizer and weights in f32.
+    /// Opens a checkpoint in any format, or the newest of a run, with its tokenizer.
     ///
     /// # Errors
     /// Whatever is missing or broken, by the file's name; [`ModelError::Device`] if the device does not answer;
@@ -302,7 +302,8 @@ impl Open<'_> {
             Some(folder) => Adapters::open(&adapter_path(folder))?.apply(model)?,
             None => model,
         };
-        let precision = options.precision.unwrap_or_else(|| options.weights.precision::<B>(device));
+        let weights = options.weights.unwrap_or_else(|| checkpoint.stored_format());
+        let precision = options.precision.unwrap_or_else(|| weights.precision::<B>(device));
         precision.check::<B>(device)?;
         Ok(model.with_compute(Compute { precision, ..Default::default() }))
     }

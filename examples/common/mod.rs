@@ -173,10 +173,10 @@ pub struct ModelArgs {
     /// Adapters that fine-tuning made: a folder in PEFT's layout, or a run of `finetune`
     #[arg(long)]
     pub adapter: Option<PathBuf>,
-    /// How matrices are kept in memory: f32, bf16, f16, q8 or q4 (8 or 4 bits in blocks of 32); fewer bytes decode faster
-    #[arg(long, default_value = "f32")]
-    pub weights: WeightFormat,
-    /// Precision of products when a text is read, f32, bf16 or f16; by default short for short weights
+    /// How matrices are kept in memory: f32, bf16, f16, q8 or q4 (8 or 4 bits in blocks of 32), fewer bytes decode faster; by default as the checkpoint has them
+    #[arg(long)]
+    pub weights: Option<WeightFormat>,
+    /// Precision of products when a text is read, f32, bf16 or f16; by default short for short weights, but f32 for an evaluation
     #[arg(long)]
     pub precision: Option<Precision>,
     #[command(flatten)]

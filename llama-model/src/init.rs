@@ -50,7 +50,11 @@ impl<'a, B: LlamaBackend> Init<'a, B> {
 
     pub(crate) fn normal(&self, dims: [usize; 2], std: f64) -> Param<Tensor<B, 2>> {
         let split = Split::of(&self.weight());
-        let Some(seed) = self.seed else { return self.zeros(split.part_dims(dims, self.shard.count)) };
+        let Some(seed) = self.seed else {
+            // One number that is seen everywhere: in f32 a model may need several times the memory that it is loaded into.
+            let zero = Tensor::<B, 2>::zeros([1, 1], self.device);
+            return self.param(zero.expand(split.part_dims(dims, self.shard.count)));
+        };
         let mut rng = ChaCha8Rng::seed_from_u64(self.hash(seed));
         let values: Vec<f32> = (0..dims[0] * dims[1])
             .map(|_| {
@@ -89,5 +93,31 @@ impl<'a, B: LlamaBackend> Init<'a, B> {
     /// The path of the parameter.
     fn weight(&self) -> String {
         format!("{}.weight", self.path)
+    }
+}
+
+#[cfg(test)]
+#[cfg(feature = "flex")]
+mod tests {
+    use burn::backend::Flex;
+
+    use crate::LlamaConfig;
+    use crate::shard::Team;
+
+    /// What a checkpoint is loaded into takes no memory of its own: 65B would be 261 GB in f32, and these are 13.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn empty_models_take_no_memory() {
+        let gigabytes = || {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let line = status.lines().find(|line| line.starts_with("VmSize")).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() / 1e6
+        };
+        let before = gigabytes();
+        let config = LlamaConfig { n_layers: 16, ..LlamaConfig::llama_7b() };
+        let model = config.init_empty::<Flex>(&Team::default(), &Default::default()).unwrap();
+        assert_eq!(model.layers[15].feed_forward.w1.dims(), [11_008, 4096]);
+        let grown = gigabytes() - before;
+        assert!(grown < 3.0, "{grown} GB");
     }
 }

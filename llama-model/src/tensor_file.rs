@@ -12,8 +12,8 @@ use memmap2::Mmap;
 use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, View};
 
-use crate::ModelError;
 use crate::formats::TensorInfo;
+use crate::{ModelError, WeightFormat};
 
 fn file_dtype(dtype: DType) -> Dtype {
     match dtype {
@@ -172,6 +172,15 @@ impl TensorFile {
             dtype: format!("{:?}", info.dtype),
             bytes: (info.data_offsets.1 - info.data_offsets.0) as u64,
         })
+    }
+
+    /// The format that a tensor is stored in, f32 if it is of another type or missing.
+    pub(crate) fn stored(&self, name: &str) -> WeightFormat {
+        match self.metadata.info(name).map(|info| info.dtype) {
+            Some(Dtype::BF16) => WeightFormat::Bf16,
+            Some(Dtype::F16) => WeightFormat::F16,
+            _ => WeightFormat::F32,
+        }
     }
 
     /// A tensor with exactly this shape.

@@ -40,6 +40,30 @@ impl WeightFormat {
         }
     }
 
+    /// That of a float.
+    pub(crate) fn of_float(dtype: DType) -> Self {
+        match dtype {
+            DType::BF16 => Self::Bf16,
+            DType::F16 => Self::F16,
+            _ => Self::F32,
+        }
+    }
+
+    /// The shorter of those that lose next to nothing of both.
+    pub(crate) fn or_longer(self, other: Self) -> Self {
+        match (self, other) {
+            // One has the range, the other the digits.
+            (Self::Bf16, Self::F16) | (Self::F16, Self::Bf16) => Self::F32,
+            _ if self.bytes_per_weight() < other.bytes_per_weight() => other,
+            _ => self,
+        }
+    }
+
+    /// Whether a matrix can be stored so: rows in blocks must be whole blocks.
+    pub(crate) fn fits(self, [_, d_in]: [usize; 2]) -> bool {
+        self.dtype().is_some() || d_in.is_multiple_of(QUANT_BLOCK)
+    }
+
     /// Whether a device has the type of whole matrices. It always has that of blocks.
     ///
     /// # Errors
@@ -100,25 +124,29 @@ impl<B: LlamaBackend> Llama<B> {
         match format.dtype() {
             Some(dtype) => Ok(map_params(self, &mut Cast(dtype))),
             None => {
-                self.quantize(format, |_, weight| Ok(weight.val().into_data()))?;
+                self.quantize(|_, _| format, |_, weight| Ok(weight.val().into_data()))?;
                 Ok(self)
             }
         }
     }
 
-    /// Replaces each matrix by the one that `read` gives for its path, in blocks.
+    /// Replaces each matrix whose format is one of blocks by the one that `read` gives for its path.
     pub(crate) fn quantize(
         &mut self,
-        format: WeightFormat,
+        format_of: impl Fn(&str, [usize; 2]) -> WeightFormat,
         mut read: impl FnMut(&str, &Param<Tensor<B, 2>>) -> Result<TensorData, ModelError>,
     ) -> Result<(), ModelError> {
         for Slot { path, weight, quantized, vocabulary } in self.slots() {
-            let [_, d_in] = weight.dims();
-            if !d_in.is_multiple_of(QUANT_BLOCK) {
+            let dims @ [_, d_in] = weight.dims();
+            let format = format_of(&path, dims);
+            if !format.fits(dims) {
                 return Err(ModelError::Config {
                     field: "d_model, d_ff",
                     reason: format!("must be multiples of {QUANT_BLOCK} for {format} weights, not {d_in}"),
                 });
+            }
+            if format.dtype().is_some() {
+                continue;
             }
             let bits = if format == WeightFormat::Q4 && !vocabulary { Bits::Four } else { Bits::Eight };
             let matrix = Quantized::new(read(&path, weight)?, bits, &weight.device());

@@ -5,14 +5,14 @@ use llama_model::formats::Checkpoint;
 use llama_model::shard::{Split, Team};
 use llama_model::{Llama, LlamaBackend, ModelError, WeightFormat};
 
-/// The model of a checkpoint, or a part of it, with its progress in parameters.
+/// The model of a checkpoint, or a part of it, with its progress in parameters; without a format, as it is stored.
 ///
 /// # Errors
 /// As [`Checkpoint::load_in`].
 pub fn load_model<B: LlamaBackend>(
     checkpoint: &Checkpoint,
     team: &Team,
-    weights: WeightFormat,
+    weights: impl Into<Option<WeightFormat>>,
     device: &B::Device,
     progress: &dyn Progress,
 ) -> Result<Llama<B>, ModelError> {

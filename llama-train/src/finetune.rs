@@ -10,7 +10,7 @@ use llama_data::loader::Sequences;
 use llama_data::tokenizer::Codec;
 use llama_model::formats::Checkpoint;
 use llama_model::lora::{self, Adapters, LoraConfig};
-use llama_model::{Compute, Llama, LlamaConfig, TrainBackend};
+use llama_model::{Compute, Llama, LlamaConfig, TrainBackend, WeightFormat};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, RunState};
@@ -32,7 +32,7 @@ pub struct FinetuneConfig {
     pub seed: u64,
     /// The checkpoint that is fine-tuned.
     pub base: PathBuf,
-    /// How its matrices are kept in memory while they are frozen, by the name of a [`WeightFormat`](llama_model::WeightFormat).
+    /// How its matrices are kept in memory while they are frozen, by the name of a [`WeightFormat`].
     pub weights: String,
     /// Its sizes.
     pub model: LlamaConfig,
@@ -171,7 +171,8 @@ pub fn finetune<B: TrainBackend>(
     // What goes on with all weights does not need those it began with.
     let own = options.resume_from.filter(|_| config.lora.is_none());
     let checkpoint = Checkpoint::open(own.unwrap_or(&config.base))?.continued_as(&config.model)?;
-    let base = load_model::<B>(&checkpoint, &group.team(), config.weights.parse()?, device, options.progress)?;
+    let base =
+        load_model::<B>(&checkpoint, &group.team(), config.weights.parse::<WeightFormat>()?, device, options.progress)?;
     let (llama, optimizer, place) = match options.resume_from {
         Some(checkpoint) => {
             let state: RunState<FinetuneConfig> = checkpoint::load_state_of(checkpoint)?;

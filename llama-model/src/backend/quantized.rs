@@ -147,8 +147,9 @@ pub(crate) fn quantize(bits: Bits, weights: &[f32]) -> (Vec<i32>, Vec<f16>) {
             Bits::Four => {
                 let min = block.iter().copied().fold(f32::INFINITY, f32::min);
                 let max = block.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let steps = steps(block, min, max);
                 let min = f16::from_f32(min);
-                let (scale, inverse) = scale((max - min.to_f32()) / 15.0);
+                let (scale, inverse) = scale((max - min.to_f32()) / steps);
                 let low = min.to_f32();
                 let value = |w: &f32| nearest((w - low) * inverse).clamp(0, 15) as u8;
                 let (first, second) = block.split_at(QUANT_BLOCK / 2);
@@ -159,6 +160,20 @@ pub(crate) fn quantize(bits: Bits, weights: &[f32]) -> (Vec<i32>, Vec<f16>) {
     }
     let words = bytes.as_chunks::<4>().0.iter().map(|word| i32::from_le_bytes(*word)).collect();
     (words, scales)
+}
+
+/// Steps from the smallest to the largest value: 15, or fewer if the values were rounded to 4 bits before and have not all of them, so
+/// that rounding again changes nothing.
+fn steps(block: &[f32; QUANT_BLOCK], min: f32, max: f32) -> f32 {
+    let all_on = |steps: f32| {
+        let inverse = steps / (max - min);
+        let off = |w: &f32| {
+            let x = (w - min) * inverse;
+            (x - nearest(x) as f32).abs()
+        };
+        block.iter().all(|w| off(w) < 0.01)
+    };
+    (1..=15u8).rev().map(f32::from).find(|steps| all_on(*steps)).unwrap_or(15.0)
 }
 
 /// A scale in half precision and its inverse, 0 for 0.
@@ -218,6 +233,22 @@ mod tests {
             let once = dense(bits, &weights, 1);
             let twice = dense(bits, &once, 1);
             assert!(once.iter().zip(&twice).all(|(a, b)| (a - b).abs() < 1e-6), "{bits:?}");
+        }
+    }
+
+    /// Nor those of other programs' 4 bits, whose largest or smallest value need not occur.
+    #[test]
+    fn values_on_any_grid_of_four_bits_stay() {
+        for steps in 1..=15u32 {
+            for (scale, min) in [(0.0123f32, -0.1), (3.1e-4, -2.4e-3), (0.5, 2.0)] {
+                let (scale, min) = (f16::from_f32(scale).to_f32(), f16::from_f32(min).to_f32());
+                let value = |i: u32| ((i * 7919) % 257 % (steps + 1)).max(u32::from(i == 3)) as f32;
+                let weights: Vec<f32> = (0..64).map(|i| min + scale * value(i)).collect();
+                let found = dense(Bits::Four, &weights, 1);
+                let worst = found.iter().zip(&weights).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                // What half precision makes of the smallest value.
+                assert!(worst <= 0.01 * scale, "{steps} steps of {scale}: off by {worst}");
+            }
         }
     }
 

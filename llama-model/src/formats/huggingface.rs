@@ -10,7 +10,7 @@ use super::dtype::FileType;
 use super::{Reader, TensorInfo, Weights, stray};
 use crate::hf::{CONFIG_FILE, WEIGHTS_FILE, load_config, to_json};
 use crate::weights::{self, Streamed, TensorFile, file_name};
-use crate::{LlamaConfig, ModelError};
+use crate::{LlamaConfig, ModelError, WeightFormat};
 
 const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Bytes of weights in a file, at most, as transformers writes them.
@@ -74,6 +74,11 @@ impl Reader for Folder {
 
     fn tensors(&self) -> Vec<TensorInfo> {
         self.files.iter().flat_map(TensorFile::infos).collect()
+    }
+
+    fn stored(&self, path: &str) -> WeightFormat {
+        let place = file_name(path).and_then(|name| Some((*self.places.get(&name)?, name)));
+        place.map_or_else(Default::default, |(index, name)| self.files[index].stored(&name))
     }
 
     fn unexpected(&self) -> Option<String> {

@@ -10,7 +10,7 @@ use memmap2::Mmap;
 
 use super::dtype::{FileType, decode, floats};
 use super::{Reader, Rotary, TensorInfo, Weights, map_file, reorder, wrong_shape};
-use crate::{LlamaConfig, ModelError, weights};
+use crate::{LlamaConfig, ModelError, WeightFormat, weights};
 
 /// `ak42`, little-endian.
 const MAGIC: u32 = 0x616b_3432;
@@ -199,6 +199,11 @@ impl Reader for File {
             bytes: entry.bytes() as u64,
         };
         self.entries.iter().map(info).collect()
+    }
+
+    fn stored(&self, path: &str) -> WeightFormat {
+        let group = self.entries.get(path).and_then(|entry| entry.group);
+        group.map_or(WeightFormat::F32, |_| WeightFormat::Q8)
     }
 
     fn unexpected(&self) -> Option<String> {

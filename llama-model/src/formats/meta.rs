@@ -13,7 +13,7 @@ use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use super::dtype::{FileType, decode};
 use super::{Reader, Rotary, TensorInfo, Weights, map_file, pickle, reorder, stray, wrong_shape};
-use crate::{LlamaConfig, ModelError, RopeScaling, weights};
+use crate::{LlamaConfig, ModelError, RopeScaling, WeightFormat, weights};
 
 pub(super) const PARAMS_FILE: &str = "params.json";
 
@@ -242,6 +242,10 @@ impl Reader for Folder {
             })
         });
         infos.collect()
+    }
+
+    fn stored(&self, path: &str) -> WeightFormat {
+        self.parts[0].tensors.get(path).map_or_else(Default::default, |stored| WeightFormat::of_float(stored.dtype))
     }
 
     fn unexpected(&self) -> Option<String> {

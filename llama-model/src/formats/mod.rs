@@ -17,6 +17,7 @@ mod dtype;
 mod gguf;
 mod huggingface;
 mod llama2c;
+mod load;
 mod meta;
 mod pickle;
 mod quants;
@@ -25,15 +26,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
+use burn::tensor::TensorData;
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor, TensorData};
 
 pub use dtype::FileType;
 pub use gguf::{GgufFile, Value};
 
-use crate::shard::{Shard, Split, Team};
-use crate::weights::{self, ParamMap};
-use crate::{Llama, LlamaBackend, LlamaConfig, ModelError, WeightFormat};
+use crate::weights;
+use crate::{LlamaConfig, ModelError, WeightFormat};
 
 /// A checkpoint format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +103,8 @@ pub trait Weights {
 trait Reader: Weights {
     fn config(&self) -> &LlamaConfig;
     fn tensors(&self) -> Vec<TensorInfo>;
+    /// The format that is nearest to how the weight at `path` is stored, and no shorter; f32 if there is none.
+    fn stored(&self, path: &str) -> WeightFormat;
     /// A tensor that the model has no place for.
     fn unexpected(&self) -> Option<String>;
 }
@@ -194,63 +196,11 @@ impl Checkpoint {
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
         tensors
     }
-
-    /// The model, with its matrices in a format. Peak memory is the model and one tensor; `each` is called with the
-    /// number of parameters that were read, for a progress bar.
-    ///
-    /// # Errors
-    /// As [`Weights::weight`], and [`Llama::with_weights`].
-    pub fn load<B: LlamaBackend>(
-        &self,
-        format: WeightFormat,
-        device: &B::Device,
-        each: impl FnMut(u64),
-    ) -> Result<Llama<B>, ModelError> {
-        self.load_in(&Team::default(), format, device, each)
-    }
-
-    /// The part of the model that a member of a team has; as [`load`](Self::load).
-    ///
-    /// # Errors
-    /// As there, and [`ModelError::Config`] if the model cannot be divided among as many.
-    pub fn load_in<B: LlamaBackend>(
-        &self,
-        team: &Team,
-        format: WeightFormat,
-        device: &B::Device,
-        mut each: impl FnMut(u64),
-    ) -> Result<Llama<B>, ModelError> {
-        format.check::<B>(device)?;
-        let mut model = self.config().init_empty::<B>(team, device)?;
-        let weights = Parts { whole: self, shard: team.shard() };
-        if format.dtype().is_none() {
-            // Matrices go from the file to their blocks one by one.
-            model.quantize(format, |path, weight| {
-                let data = weights.weight(path, &weight.dims())?;
-                each(data.num_elements() as u64);
-                Ok(data)
-            })?;
-        }
-        load_weights(model, &weights, format.dtype(), each)
-    }
 }
 
 impl Weights for Checkpoint {
     fn weight(&self, path: &str, dims: &[usize]) -> Result<TensorData, ModelError> {
         self.reader.weight(path, dims)
-    }
-}
-
-/// Weights as a member of a team has them.
-struct Parts<'a> {
-    whole: &'a dyn Weights,
-    shard: Shard,
-}
-
-impl Weights for Parts<'_> {
-    fn weight(&self, path: &str, dims: &[usize]) -> Result<TensorData, ModelError> {
-        let split = Split::of(path);
-        Ok(split.cut(self.whole.weight(path, &split.whole_dims(dims, self.shard.count))?, self.shard))
     }
 }
 
@@ -273,41 +223,6 @@ impl Weights for ModelWeights {
         let missing = || ModelError::MissingTensor { path: "the model in memory".into(), name: path.into() };
         check_shape(Path::new("the model in memory"), path, self.0.get(path).ok_or_else(missing)?.clone(), dims)
     }
-}
-
-/// Replaces every parameter of a module by a weight, matrices in `dtype`; without one, matrices stay as they are.
-fn load_weights<B: LlamaBackend, M: Module<B>>(
-    module: M,
-    weights: &dyn Weights,
-    dtype: Option<DType>,
-    each: impl FnMut(u64),
-) -> Result<M, ModelError> {
-    struct Load<'a, F> {
-        weights: &'a dyn Weights,
-        dtype: Option<DType>,
-        each: F,
-        error: Option<ModelError>,
-    }
-    impl<B: Backend, F: FnMut(u64)> ParamMap<B> for Load<'_, F> {
-        fn map<const D: usize>(&mut self, path: &str, value: Tensor<B, D>) -> Tensor<B, D> {
-            let dtype = if D > 1 { self.dtype } else { Some(DType::F32) };
-            let (Some(dtype), None) = (dtype, &self.error) else { return value };
-            let (dims, device) = (value.dims(), value.device());
-            match self.weights.weight(path, &dims) {
-                Ok(data) => {
-                    (self.each)(dims.iter().product::<usize>() as u64);
-                    Tensor::from_data(data.convert_dtype(dtype), (&device, dtype))
-                }
-                Err(error) => {
-                    self.error = Some(error);
-                    value
-                }
-            }
-        }
-    }
-    let mut load = Load { weights, dtype, each, error: None };
-    let module = weights::map_params(module, &mut load);
-    load.error.map_or(Ok(module), Err)
 }
 
 /// What goes into a checkpoint beside the weights.

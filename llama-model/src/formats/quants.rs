@@ -4,6 +4,8 @@
 
 use half::f16;
 
+use crate::WeightFormat;
+
 /// Values of a block in the simple types.
 pub(super) const BLOCK: usize = 32;
 /// Values of a block in the `K` types.
@@ -40,6 +42,14 @@ impl Quant {
             Self::Q4K => (K_BLOCK, 144),
             Self::Q5K => (K_BLOCK, 176),
             Self::Q6K => (K_BLOCK, 210),
+        }
+    }
+
+    /// The shortest format that loses next to nothing of it.
+    pub(super) fn stored(self) -> WeightFormat {
+        match self {
+            Self::Q4_0 | Self::Q4_1 | Self::Q4K => WeightFormat::Q4,
+            _ => WeightFormat::Q8,
         }
     }
 

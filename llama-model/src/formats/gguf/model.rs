@@ -4,10 +4,10 @@ use std::path::Path;
 
 use burn::tensor::TensorData;
 
-use super::{Entry, GgufFile, ROPE_FACTORS, Value, file_name};
+use super::{Entry, GgufFile, Kind, ROPE_FACTORS, Value, file_name};
 use crate::formats::dtype::floats;
 use crate::formats::{self, Rotary, TensorInfo, Weights, reorder, stray, wrong_shape};
-use crate::{LlamaConfig, ModelError, RopeScaling};
+use crate::{LlamaConfig, ModelError, RopeScaling, WeightFormat};
 
 /// A GGUF file as a checkpoint.
 pub(in crate::formats) struct Reader {
@@ -119,6 +119,14 @@ impl formats::Reader for Reader {
             bytes: entry.range.len() as u64,
         };
         self.file.tensors.iter().map(info).collect()
+    }
+
+    fn stored(&self, path: &str) -> WeightFormat {
+        let entry = file_name(path).and_then(|name| self.file.tensors.get(&name));
+        entry.map_or(WeightFormat::F32, |entry| match entry.kind {
+            Kind::Float(dtype) => WeightFormat::of_float(dtype),
+            Kind::Blocks(quant) => quant.stored(),
+        })
     }
 
     fn unexpected(&self) -> Option<String> {
