@@ -10,6 +10,10 @@ use crate::modules::Quantized;
 use crate::weights::{ParamMap, map_params};
 use crate::{Llama, LlamaBackend, ModelError, Precision};
 
+/// The matrices that have a row for each token.
+const EMBEDDINGS: &str = "tok_embeddings.weight";
+const HEAD: &str = "output.weight";
+
 /// How matrices are stored. Norm gains, activations and the key/value cache are f32 in every case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightFormat {
@@ -38,6 +42,12 @@ impl WeightFormat {
             Self::F16 => Some(DType::F16),
             Self::Q8 | Self::Q4 => None,
         }
+    }
+
+    /// The format of one of the matrices.
+    pub(crate) fn of_matrix(self, path: &str) -> Self {
+        let vocabulary = path == EMBEDDINGS || path == HEAD;
+        if self == Self::Q4 && vocabulary { Self::Q8 } else { self }
     }
 
     /// That of a float.
@@ -104,8 +114,6 @@ struct Slot<'a, B: LlamaBackend> {
     path: String,
     weight: &'a mut Param<Tensor<B, 2>>,
     quantized: &'a mut Option<Quantized<B>>,
-    /// Whether it has a row for each token.
-    vocabulary: bool,
 }
 
 impl<B: LlamaBackend> Llama<B> {
@@ -124,7 +132,7 @@ impl<B: LlamaBackend> Llama<B> {
         match format.dtype() {
             Some(dtype) => Ok(map_params(self, &mut Cast(dtype))),
             None => {
-                self.quantize(|_, _| format, |_, weight| Ok(weight.val().into_data()))?;
+                self.quantize(|path, _| format.of_matrix(path), |_, weight| Ok(weight.val().into_data()))?;
                 Ok(self)
             }
         }
@@ -136,7 +144,7 @@ impl<B: LlamaBackend> Llama<B> {
         format_of: impl Fn(&str, [usize; 2]) -> WeightFormat,
         mut read: impl FnMut(&str, &Param<Tensor<B, 2>>) -> Result<TensorData, ModelError>,
     ) -> Result<(), ModelError> {
-        for Slot { path, weight, quantized, vocabulary } in self.slots() {
+        for Slot { path, weight, quantized } in self.slots() {
             let dims @ [_, d_in] = weight.dims();
             let format = format_of(&path, dims);
             if !format.fits(dims) {
@@ -148,7 +156,7 @@ impl<B: LlamaBackend> Llama<B> {
             if format.dtype().is_some() {
                 continue;
             }
-            let bits = if format == WeightFormat::Q4 && !vocabulary { Bits::Four } else { Bits::Eight };
+            let bits = if format == WeightFormat::Q4 { Bits::Four } else { Bits::Eight };
             let matrix = Quantized::new(read(&path, weight)?, bits, &weight.device());
             *weight = matrix.placeholder(weight);
             *quantized = Some(matrix);
@@ -159,25 +167,19 @@ impl<B: LlamaBackend> Llama<B> {
     /// Every matrix of the model.
     fn slots(&mut self) -> Vec<Slot<'_, B>> {
         let embedding = &mut self.tok_embeddings;
-        let mut slots = vec![Slot {
-            path: "tok_embeddings.weight".into(),
-            weight: &mut embedding.weight,
-            quantized: &mut embedding.quantized,
-            vocabulary: true,
-        }];
+        let mut slots =
+            vec![Slot { path: EMBEDDINGS.into(), weight: &mut embedding.weight, quantized: &mut embedding.quantized }];
         for (layer, block) in self.layers.iter_mut().enumerate() {
             slots.extend(block.linears_mut().map(|(name, linear)| Slot {
                 path: format!("layers.{layer}.{name}.weight"),
                 weight: &mut linear.weight,
                 quantized: &mut linear.quantized,
-                vocabulary: false,
             }));
         }
         slots.extend(self.output.as_mut().map(|output| Slot {
-            path: "output.weight".into(),
+            path: HEAD.into(),
             weight: &mut output.weight,
             quantized: &mut output.quantized,
-            vocabulary: true,
         }));
         slots
     }

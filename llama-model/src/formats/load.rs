@@ -17,7 +17,7 @@ impl Checkpoint {
     ///
     /// Stored are 4 bits in blocks of 32 and 8 bits where the file has no more than them (of GGUF's types `Q4_0`, `Q4_1` and `Q4_K`, and
     /// the other types of blocks), and bf16 and f16 where the device has them; f32 otherwise. Of matrices with one input all are as the
-    /// longest is. Embeddings and head are not shorter than 8 bits.
+    /// longest is.
     ///
     /// # Errors
     /// As [`Weights::weight`], and [`Llama::with_weights`].
@@ -44,11 +44,12 @@ impl Checkpoint {
         let format = format.into();
         format.map_or(Ok(()), |format| format.check::<B>(device))?;
         let format_of = |path: &str, dims: [usize; 2]| {
-            format.unwrap_or_else(|| {
+            let of_file = || {
                 let stored = self.stored_together(path);
                 let fits = stored.fits(dims) && stored.check::<B>(device).is_ok();
                 if fits { stored } else { WeightFormat::F32 }
-            })
+            };
+            format.map_or_else(of_file, |format| format.of_matrix(path))
         };
         let mut model = self.config().init_empty::<B>(team, device)?;
         let weights = Parts { whole: self, shard: team.shard() };
