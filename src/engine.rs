@@ -302,7 +302,7 @@ impl Open<'_> {
             Some(folder) => Adapters::open(&adapter_path(folder))?.apply(model)?,
             None => model,
         };
-        let weights = options.weights.unwrap_or_else(|| checkpoint.stored_format());
+        let weights = options.weights.unwrap_or_else(|| checkpoint.stored_format().on::<B>(device));
         let precision = options.precision.unwrap_or_else(|| weights.precision::<B>(device));
         precision.check::<B>(device)?;
         Ok(model.with_compute(Compute { precision, ..Default::default() }))

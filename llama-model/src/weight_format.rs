@@ -88,6 +88,11 @@ impl WeightFormat {
         }
     }
 
+    /// This format if the device has it, f32 if not.
+    pub fn on<B: Backend>(self, device: &B::Device) -> Self {
+        if self.check::<B>(device).is_ok() { self } else { Self::F32 }
+    }
+
     /// Bytes that a weight of a linear layer takes.
     pub fn bytes_per_weight(self) -> f64 {
         match self {

@@ -23,6 +23,7 @@ mod ops;
 mod parallel;
 mod parity;
 mod programs;
+mod stored_weights;
 mod support;
 mod tensor_parallel;
 mod tokenizers;

@@ -42,12 +42,13 @@ impl Checkpoint {
         mut each: impl FnMut(u64),
     ) -> Result<Llama<B>, ModelError> {
         let format = format.into();
-        format.map_or(Ok(()), |format| format.check::<B>(device))?;
+        if let Some(format) = format {
+            format.check::<B>(device)?;
+        }
         let format_of = |path: &str, dims: [usize; 2]| {
             let of_file = || {
-                let stored = self.stored_together(path);
-                let fits = stored.fits(dims) && stored.check::<B>(device).is_ok();
-                if fits { stored } else { WeightFormat::F32 }
+                let stored = self.stored_together(path).on::<B>(device);
+                if stored.fits(dims) { stored } else { WeightFormat::F32 }
             };
             format.map_or_else(of_file, |format| format.of_matrix(path))
         };

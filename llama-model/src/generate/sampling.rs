@@ -169,7 +169,7 @@ fn most_likely(tokens: impl Iterator<Item = (u32, f32)>, k: usize) -> Vec<(u32, 
     for (token, logit) in tokens {
         if best.len() < k || logit > least {
             best.push((token, logit));
-            if best.len() == 2 * k {
+            if best.len() == k.saturating_mul(2) {
                 least = keep(&mut best);
             }
         }
@@ -283,7 +283,7 @@ mod tests {
         let top = Sampling { temperature: 1.0, top_k: Some(2), ..Sampling::greedy() };
         close(&frequencies(top, &logits(), &[]), &[0.0, 0.625, 0.0, 0.375]);
         let logits: Vec<f32> = (0..999u32).map(|i| (i * 7919 % 101) as f32).collect();
-        for k in [1, 2, 10, 500, 998, 999, 2000] {
+        for k in [1, 2, 10, 500, 998, 999, 2000, usize::MAX] {
             let mut expected: Vec<u32> = (0..999).collect();
             expected.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]));
             expected.truncate(k);

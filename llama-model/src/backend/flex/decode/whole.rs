@@ -70,10 +70,9 @@ impl<V: Whole, T: Multiplied> Task for Blocks<'_, V, T> {
         let Self { out, x, w, scales, .. } = self;
         let (width, per_row) = (x.blocks() * T::BYTES, x.blocks() * T::SCALES);
         let mut floats = vec![0.0f32; ROWS * T::factors(x).len()];
-        let mut place = 0;
-        for out in out.chunks_mut(ROWS) {
-            let (w, scales) = (&w[place * width..], &scales[place * per_row..]);
-            place += out.len();
+        for (group, out) in out.chunks_mut(ROWS).enumerate() {
+            let first = group * ROWS;
+            let (w, scales) = (&w[first * width..], &scales[first * per_row..]);
             // SAFETY: there are so many rows, and scales of their blocks.
             unsafe {
                 if out.len() == ROWS {
@@ -105,7 +104,7 @@ unsafe fn sums<V: Whole, T: Multiplied, const N: usize>(
         let mut sums = [V::splat(0.0); N];
         for (row, sum) in sums.iter_mut().enumerate() {
             let (scales, floats) = (&scales[row * per_row..], &mut floats[row * stride..][..stride]);
-            *sum = multiply_scales::<V, T>(&mut *floats, T::factors(x), scales, per_row);
+            *sum = multiply_scales::<V, T>(floats, T::factors(x), scales, per_row);
         }
         for (block, bytes) in x.bytes.iter().enumerate() {
             // The rows are fetched one after the other, though they are read side by side.
