@@ -43,7 +43,9 @@ pub mod weights;
 
 mod compute;
 mod config;
+mod copy;
 mod error;
+mod file_map;
 mod init;
 mod names;
 mod process;

@@ -2,16 +2,15 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap};
-use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, TensorData};
-use half::{bf16, f16};
-use memmap2::Mmap;
 use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, View};
 
+use crate::copy::concat;
+use crate::file_map::FileMap;
 use crate::formats::TensorInfo;
 use crate::{ModelError, WeightFormat};
 
@@ -138,7 +137,7 @@ pub(crate) fn replace(
 /// A safetensors file mapped into memory. Tensors are read when asked for.
 pub struct TensorFile {
     path: PathBuf,
-    map: Mmap,
+    map: FileMap,
     metadata: Metadata,
     /// Where the tensors begin, after the header and its length.
     start: usize,
@@ -150,10 +149,7 @@ impl TensorFile {
     /// # Errors
     /// [`ModelError::Io`] or [`ModelError::Format`].
     pub fn open(path: &Path) -> Result<Self, ModelError> {
-        let file = File::open(path).map_err(|error| ModelError::io(path, error))?;
-        // SAFETY: the map is read only. As with every memory-mapped reader, another process that truncates the file
-        // while it is read can end this one; our own writers replace files instead of changing them.
-        let map = unsafe { Mmap::map(&file) }.map_err(|error| ModelError::io(path, error))?;
+        let map = FileMap::open(path)?;
         let (header, metadata) = SafeTensors::read_metadata(&map)
             .map_err(|error| ModelError::format(path, format!("not a whole safetensors file: {error}")))?;
         Ok(Self { path: path.into(), map, metadata, start: size_of::<u64>() + header })
@@ -199,18 +195,17 @@ impl TensorFile {
                 found: info.shape.clone(),
             });
         }
-        let shape = dims.to_vec();
-        let (from, to) = info.data_offsets;
-        let bytes = &self.map[self.start + from..self.start + to];
-        Ok(match info.dtype {
-            Dtype::F32 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, f32>(bytes), shape),
-            Dtype::F64 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, f64>(bytes), shape),
-            Dtype::F16 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, f16>(bytes), shape),
-            Dtype::BF16 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, bf16>(bytes), shape),
+        let dtype = match info.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::F64 => DType::F64,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
             other => {
                 let reason = format!("tensor `{name}` has dtype {other:?}; F32, F64, F16 and BF16 are read");
                 return Err(ModelError::format(&self.path, reason));
             }
-        })
+        };
+        let (from, to) = info.data_offsets;
+        Ok(self.map.read(self.start + from..self.start + to, |bytes| concat(dtype, [bytes], dims)))
     }
 }

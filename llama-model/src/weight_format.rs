@@ -2,8 +2,9 @@
 
 use burn::module::Param;
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Tensor};
 
+use crate::backend::rounding::BlockData;
 use crate::backend::{Bits, QUANT_BLOCK};
 use crate::compute::names;
 use crate::modules::Quantized;
@@ -137,7 +138,9 @@ impl<B: LlamaBackend> Llama<B> {
         match format.dtype() {
             Some(dtype) => Ok(map_params(self, &mut Cast(dtype))),
             None => {
-                self.quantize(|path, _| format.of_matrix(path), |_, weight| Ok(weight.val().into_data()))?;
+                let round =
+                    |_: &str, weight: &Param<Tensor<B, 2>>, bits| Ok(BlockData::round(&weight.val().into_data(), bits));
+                self.quantize(|path, _| format.of_matrix(path), round)?;
                 Ok(self)
             }
         }
@@ -147,7 +150,7 @@ impl<B: LlamaBackend> Llama<B> {
     pub(crate) fn quantize(
         &mut self,
         format_of: impl Fn(&str, [usize; 2]) -> WeightFormat,
-        mut read: impl FnMut(&str, &Param<Tensor<B, 2>>) -> Result<TensorData, ModelError>,
+        mut read: impl FnMut(&str, &Param<Tensor<B, 2>>, Bits) -> Result<BlockData, ModelError>,
     ) -> Result<(), ModelError> {
         for Slot { path, weight, quantized } in self.slots() {
             let dims @ [_, d_in] = weight.dims();
@@ -162,7 +165,7 @@ impl<B: LlamaBackend> Llama<B> {
                 continue;
             }
             let bits = if format == WeightFormat::Q4 { Bits::Four } else { Bits::Eight };
-            let matrix = Quantized::new(read(&path, weight)?, bits, &weight.device());
+            let matrix = Quantized::from_blocks(read(&path, weight, bits)?, &weight.device());
             *weight = matrix.placeholder(weight);
             *quantized = Some(matrix);
         }

@@ -19,6 +19,7 @@ mod flex;
 pub mod ops;
 pub mod quantized;
 pub mod reference;
+pub(crate) mod rounding;
 
 use burn::tensor::DType;
 use burn::tensor::backend::{AutodiffBackend, Backend};

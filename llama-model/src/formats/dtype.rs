@@ -1,7 +1,6 @@
 //! Types of numbers in files.
 
 use burn::tensor::{DType, TensorData};
-use half::{bf16, f16};
 
 use super::quants;
 
@@ -58,14 +57,4 @@ impl FileType {
 pub(super) fn floats(data: TensorData) -> Vec<f32> {
     let data = data.convert::<f32>();
     data.as_slice::<f32>().map(<[f32]>::to_vec).unwrap_or_default()
-}
-
-/// Little-endian bytes of a float type as data, whatever their alignment.
-pub(super) fn decode(dtype: DType, bytes: &[u8], shape: Vec<usize>) -> TensorData {
-    match dtype {
-        DType::F64 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, f64>(bytes), shape),
-        DType::F16 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, f16>(bytes), shape),
-        DType::BF16 => TensorData::new(bytemuck::pod_collect_to_vec::<u8, bf16>(bytes), shape),
-        _ => TensorData::new(bytemuck::pod_collect_to_vec::<u8, f32>(bytes), shape),
-    }
 }

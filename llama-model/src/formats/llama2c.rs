@@ -6,10 +6,11 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, TensorData};
-use memmap2::Mmap;
 
-use super::dtype::{FileType, decode, floats};
-use super::{Reader, Rotary, TensorInfo, Weights, map_file, reorder, wrong_shape};
+use super::dtype::{FileType, floats};
+use super::{Reader, Rotary, TensorInfo, Weights, reorder, wrong_shape};
+use crate::copy::concat;
+use crate::file_map::FileMap;
 use crate::{LlamaConfig, ModelError, WeightFormat, weights};
 
 /// `ak42`, little-endian.
@@ -21,7 +22,7 @@ const NORM_EPS: f64 = 1e-5;
 
 pub(super) struct File {
     path: PathBuf,
-    map: Mmap,
+    map: FileMap,
     config: LlamaConfig,
     entries: BTreeMap<String, Entry>,
 }
@@ -124,7 +125,7 @@ fn order(version: u32, config: &LlamaConfig) -> Vec<String> {
 
 impl File {
     pub(super) fn open(path: &Path) -> Result<Self, ModelError> {
-        let map = map_file(path)?;
+        let map = FileMap::open(path)?;
         let read = || -> Result<_, String> {
             let (version, config, group, start) = header(&map)?;
             let shapes: BTreeMap<_, _> = config.parameters().into_iter().collect();
@@ -171,9 +172,8 @@ impl Weights for File {
         if entry.dims != dims {
             return Err(wrong_shape(&self.path, path, dims, &entry.dims));
         }
-        let bytes = &self.map[entry.start..][..entry.bytes()];
-        let data = match entry.group {
-            None => decode(DType::F32, bytes, entry.dims.clone()),
+        let data = self.map.read(entry.start..entry.start + entry.bytes(), |bytes| match entry.group {
+            None => concat(DType::F32, [bytes], &entry.dims),
             Some(group) => {
                 let (values, scales) = bytes.split_at(entry.len());
                 let scales = bytemuck::pod_collect_to_vec::<u8, f32>(scales);
@@ -181,7 +181,7 @@ impl Weights for File {
                 let values = groups.flat_map(|(values, scale)| values.iter().map(move |q| f32::from(*q as i8) * scale));
                 TensorData::new(values.collect::<Vec<f32>>(), entry.dims.clone())
             }
-        };
+        });
         Ok(reorder(path, &self.config, data, Rotary::ToHalves))
     }
 }

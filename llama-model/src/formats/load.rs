@@ -4,6 +4,8 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
 
 use super::{Checkpoint, Weights};
+use crate::backend::Bits;
+use crate::backend::rounding::BlockData;
 use crate::shard::{Shard, Split, Team};
 use crate::weights::{ParamMap, map_params};
 use crate::{Llama, LlamaBackend, ModelError, WeightFormat};
@@ -55,10 +57,10 @@ impl Checkpoint {
         let mut model = self.config().init_empty::<B>(team, device)?;
         let weights = Parts { whole: self, shard: team.shard() };
         // Matrices go from the file to their blocks one by one.
-        model.quantize(format_of, |path, weight| {
-            let data = weights.weight(path, &weight.dims())?;
-            each(data.num_elements() as u64);
-            Ok(data)
+        model.quantize(format_of, |path, weight, bits| {
+            let blocks = weights.blocks(path, weight.dims(), bits)?;
+            each(weight.dims().iter().product::<usize>() as u64);
+            Ok(blocks)
         })?;
         let mut load = Load { weights: &weights, format_of, each, error: None };
         let model = map_params(model, &mut load);
@@ -89,8 +91,18 @@ impl Checkpoint {
 
 /// Weights as a member of a team has them.
 struct Parts<'a> {
-    whole: &'a dyn Weights,
+    whole: &'a Checkpoint,
     shard: Shard,
+}
+
+impl Parts<'_> {
+    /// A matrix whose rows are whole blocks in every part.
+    fn blocks(&self, path: &str, dims: [usize; 2], bits: Bits) -> Result<BlockData, ModelError> {
+        let split = Split::of(path);
+        let whole = split.whole_dims(&dims, self.shard.count);
+        let BlockData { words, scales, .. } = self.whole.reader.blocks(path, [whole[0], whole[1]], bits)?;
+        Ok(BlockData { bits, words: split.cut(words, self.shard), scales: split.cut(scales, self.shard) })
+    }
 }
 
 impl Weights for Parts<'_> {

@@ -6,13 +6,14 @@ use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, TensorData};
-use memmap2::Mmap;
 use serde_json::{Value, json};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
-use super::dtype::{FileType, decode};
-use super::{Reader, Rotary, TensorInfo, Weights, map_file, pickle, reorder, stray, wrong_shape};
+use super::dtype::FileType;
+use super::{Reader, Rotary, TensorInfo, Weights, pickle, reorder, stray, wrong_shape};
+use crate::copy::concat;
+use crate::file_map::FileMap;
 use crate::{LlamaConfig, ModelError, RopeScaling, WeightFormat, weights};
 
 pub(super) const PARAMS_FILE: &str = "params.json";
@@ -20,7 +21,7 @@ pub(super) const PARAMS_FILE: &str = "params.json";
 /// One model-parallel part.
 struct Part {
     path: PathBuf,
-    map: Mmap,
+    map: FileMap,
     tensors: BTreeMap<String, Stored>,
 }
 
@@ -72,7 +73,7 @@ fn dtype(kind: &str) -> Option<(DType, &'static str)> {
 
 impl Part {
     fn open(path: &Path) -> Result<Self, ModelError> {
-        let map = map_file(path)?;
+        let map = FileMap::open(path)?;
         let tensors = tensors(&map).map_err(|reason| ModelError::format(path, reason))?;
         Ok(Self { path: path.into(), map, tensors })
     }
@@ -209,19 +210,16 @@ impl Weights for Folder {
         }
         let (dtype, part_dims) = (parts[0].0, part_dims.unwrap_or_default());
         let split = Split::of(part_dims, dims, count).ok_or_else(|| wrong_shape(&self.path, path, dims, part_dims))?;
-        let bytes = match split {
-            Split::Copied => parts[0].1.to_vec(),
-            Split::Rows => parts.iter().flat_map(|(_, bytes)| bytes.iter().copied()).collect(),
+        let data = match split {
+            Split::Copied => concat(dtype, [parts[0].1], dims),
+            Split::Rows => concat(dtype, parts.iter().map(|(_, bytes)| *bytes), dims),
             Split::Columns => {
                 let row = part_dims[1] * dtype.size();
-                let mut whole = Vec::with_capacity(count * parts[0].1.len());
-                for at in (0..part_dims[0]).map(|i| i * row) {
-                    parts.iter().for_each(|(_, bytes)| whole.extend_from_slice(&bytes[at..at + row]));
-                }
-                whole
+                let of_row = |i: usize| parts.iter().map(move |(_, bytes)| &bytes[i * row..][..row]);
+                concat(dtype, (0..part_dims[0]).flat_map(of_row), dims)
             }
         };
-        let data = decode(dtype, &bytes, dims.to_vec());
+        self.parts.iter().for_each(|part| part.map.release(part.tensors[path].range.clone()));
         Ok(reorder(path, &self.config, data, Rotary::ToHalves))
     }
 }

@@ -32,6 +32,10 @@ use burn::tensor::backend::Backend;
 pub use dtype::FileType;
 pub use gguf::{GgufFile, Value};
 
+use crate::backend::Bits;
+use crate::backend::rounding::BlockData;
+use crate::copy::concat;
+use crate::file_map::FileMap;
 use crate::weights;
 use crate::{LlamaConfig, ModelError, WeightFormat};
 
@@ -66,7 +70,7 @@ impl Format {
             let reason = "a folder with neither config.json (Hugging Face) nor params.json (Meta)";
             return Err(ModelError::format(path, reason));
         }
-        let map = map_file(path)?;
+        let map = FileMap::open(path)?;
         if map.starts_with(gguf::MAGIC) {
             return Ok(Self::Gguf);
         }
@@ -105,6 +109,10 @@ trait Reader: Weights {
     fn tensors(&self) -> Vec<TensorInfo>;
     /// The format that is nearest to how the weight at `path` is stored, and no shorter; f32 if there is none.
     fn stored(&self, path: &str) -> WeightFormat;
+    /// A matrix in blocks along its rows, as [`Weights::weight`]: its values rounded, or the blocks that it is stored in.
+    fn blocks(&self, path: &str, dims: [usize; 2], bits: Bits) -> Result<BlockData, ModelError> {
+        Ok(BlockData::round(&self.weight(path, &dims)?, bits))
+    }
     /// A tensor that the model has no place for.
     fn unexpected(&self) -> Option<String>;
 }
@@ -272,15 +280,6 @@ fn stray<'a>(
     names.find(|name| !expected.contains(*name) && !known(name)).cloned()
 }
 
-/// A file as bytes that are read from disk when they are used.
-fn map_file(path: &Path) -> Result<memmap2::Mmap, ModelError> {
-    let io = |error| ModelError::io(path, error);
-    let file = std::fs::File::open(path).map_err(io)?;
-    // SAFETY: the map is read only. As with every memory-mapped reader, another process that truncates the file while it
-    // is read can end this one; our own writers replace files instead of changing them.
-    unsafe { memmap2::Mmap::map(&file) }.map_err(io)
-}
-
 /// The data, if it has this shape.
 fn check_shape(path: &Path, name: &str, data: TensorData, dims: &[usize]) -> Result<TensorData, ModelError> {
     if *data.shape == *dims { Ok(data) } else { Err(wrong_shape(path, name, dims, &data.shape)) }
@@ -299,28 +298,31 @@ enum Rotary {
     ToPairs,
 }
 
-/// Reorders the rows of `wq` and `wk` for the other form of rotary embedding; others stay as they are.
+/// Whether a weight has rows for rotary embedding: `wq` and `wk`.
+fn is_rotary(path: &str) -> bool {
+    path.ends_with("attention.wq.weight") || path.ends_with("attention.wk.weight")
+}
+
+/// The row that comes to `row` in the other form.
 ///
 /// Row `2 i + p` of a head in pairs is row `i + p · head_dim / 2` in halves.
+fn source_row(row: usize, head_dim: usize, to: Rotary) -> usize {
+    let (head, at, half) = (row / head_dim * head_dim, row % head_dim, head_dim / 2);
+    head + match to {
+        Rotary::ToHalves => 2 * (at % half) + at / half,
+        Rotary::ToPairs => at / 2 + at % 2 * half,
+    }
+}
+
+/// Reorders the rows of `wq` and `wk` for the other form of rotary embedding; others stay as they are.
 fn reorder(path: &str, config: &LlamaConfig, data: TensorData, to: Rotary) -> TensorData {
-    if !path.ends_with("attention.wq.weight") && !path.ends_with("attention.wk.weight") {
+    if !is_rotary(path) {
         return data;
     }
-    let (shape, dtype) = (data.shape.clone(), data.dtype);
-    let rows = shape[0];
-    let bytes = data.as_bytes();
+    let (rows, bytes) = (data.shape[0], data.as_bytes());
     let row_bytes = bytes.len() / rows.max(1);
-    let half = config.head_dim / 2;
-    let mut out = Vec::with_capacity(bytes.len());
-    for row in 0..rows {
-        let (head, at) = (row / config.head_dim * config.head_dim, row % config.head_dim);
-        let from = match to {
-            Rotary::ToHalves => 2 * (at % half) + at / half,
-            Rotary::ToPairs => at / 2 + at % 2 * half,
-        };
-        out.extend_from_slice(&bytes[(head + from) * row_bytes..][..row_bytes]);
-    }
-    TensorData::from_bytes_vec(out, shape, dtype)
+    let row = |row| &bytes[source_row(row, config.head_dim, to) * row_bytes..][..row_bytes];
+    concat(data.dtype, (0..rows).map(row), &data.shape)
 }
 
 #[cfg(test)]

@@ -3,8 +3,12 @@
 //! A block holds 32 values, or 256 in the `K` types, and begins or ends with its scales in half precision.
 
 use half::f16;
+use rayon::prelude::*;
 
 use crate::WeightFormat;
+use crate::backend::rounding::round;
+use crate::backend::{Bits, QUANT_BLOCK};
+use crate::copy::fill;
 
 /// Values of a block in the simple types.
 pub(super) const BLOCK: usize = 32;
@@ -53,6 +57,42 @@ impl Quant {
         }
     }
 
+    /// The values of whole blocks, by all threads.
+    pub(super) fn decode_all(self, bytes: &[u8]) -> Vec<f32> {
+        /// Blocks that a thread takes at a time.
+        const PIECE: usize = 1024;
+        let (values, size) = self.block();
+        let (len, pieces) = (bytes.len() / size * values, bytes.par_chunks(PIECE * size));
+        fill(len, PIECE * values, pieces, |out, bytes| out.copy_from_slice(&self.decode(bytes)))
+    }
+
+    /// Writes our blocks of as many values: with the file's own integers where it has no more bits, else rounded.
+    pub(super) fn write_blocks(self, bits: Bits, bytes: &[u8], values: &mut [u8], scales: &mut [f16]) {
+        let (count, size) = self.block();
+        let ours = count / QUANT_BLOCK;
+        let values = values.chunks_exact_mut(ours * 4 * bits.words());
+        let scales = scales.chunks_exact_mut(ours * bits.scales());
+        for ((block, values), scales) in bytes.chunks_exact(size).zip(values).zip(scales) {
+            match (self, bits) {
+                (Self::Q4_0, Bits::Four) => {
+                    values.copy_from_slice(&block[2..]);
+                    scales.copy_from_slice(&[stored(block, 0), to_half(-8.0 * half(block, 0))]);
+                }
+                (Self::Q4_1, Bits::Four) => {
+                    values.copy_from_slice(&block[4..]);
+                    scales.copy_from_slice(&[stored(block, 0), stored(block, 2)]);
+                }
+                (Self::Q4K, Bits::Four) => q4_k_blocks(block, values, scales),
+                // Ours has no -128.
+                (Self::Q8_0, Bits::Eight) if !block[2..].iter().fold(false, |any, q| any | (*q == 128)) => {
+                    values.copy_from_slice(&block[2..]);
+                    scales[0] = stored(block, 0);
+                }
+                _ => round(bits, &self.decode(block), values, scales),
+            }
+        }
+    }
+
     /// The values of whole blocks.
     pub(super) fn decode(self, bytes: &[u8]) -> Vec<f32> {
         let (values, size) = self.block();
@@ -86,7 +126,17 @@ impl Quant {
 }
 
 fn half(block: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
+    stored(block, at).to_f32()
+}
+
+fn stored(block: &[u8], at: usize) -> f16 {
+    f16::from_le_bytes([block[at], block[at + 1]])
+}
+
+/// In half precision, which has no larger numbers than these.
+fn to_half(x: f32) -> f16 {
+    let max = f16::MAX.to_f32();
+    f16::from_f32(x.clamp(-max, max))
 }
 
 fn bits(bytes: &[u8]) -> u32 {
@@ -142,6 +192,19 @@ fn q4_k(block: &[u8], out: &mut Vec<f32>) {
         let (scale, low) = scale_and_min(scales, i);
         let part = &packed[i / 2 * 32..][..32];
         out.extend(part.iter().map(|q| d * scale * f32::from(q >> (i % 2 * 4) & 15) - min * low));
+    }
+}
+
+/// The same integers as blocks of 32.
+fn q4_k_blocks(block: &[u8], values: &mut [u8], scales: &mut [f16]) {
+    let (d, min, packed) = (half(block, 0), half(block, 2), &block[16..144]);
+    let blocks = values.chunks_exact_mut(QUANT_BLOCK / 2).zip(scales.chunks_exact_mut(2));
+    for (i, (values, scales)) in blocks.enumerate() {
+        let (scale, low) = scale_and_min(&block[4..16], i);
+        scales.copy_from_slice(&[d * scale, -min * low].map(to_half));
+        let (first, second) = packed[i / 2 * 32..][..32].split_at(QUANT_BLOCK / 2);
+        let value = |q: u8| q >> (i % 2 * 4) & 15;
+        values.iter_mut().zip(first.iter().zip(second)).for_each(|(q, (a, b))| *q = value(*a) | value(*b) << 4);
     }
 }
 
@@ -216,5 +279,69 @@ mod tests {
         }
         assert!(Quant::Q8_0.decode(&encode_q8_0(&[0.0; 32])).iter().all(|x| *x == 0.0));
         assert!(Quant::Q4_0.decode(&encode_q4_0(&[0.0; 32])).iter().all(|x| *x == 0.0));
+    }
+
+    /// Every type's blocks as ours have the file's values: the same where ours have as many bits, else those next to them.
+    #[test]
+    fn blocks_of_files_become_ours() {
+        use Quant::*;
+        for quant in [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K, Q6K] {
+            let (count, size) = quant.block();
+            // Any bytes, with sound scales of both signs, and one that is -128.
+            let mut bytes: Vec<u8> = (0..6 * size).map(|i| (i * 7919 % 251 + i / size * 16 % 251) as u8).collect();
+            for (i, block) in bytes.chunks_exact_mut(size).enumerate() {
+                let scale = |x: f32| f16::from_f32(if i % 2 == 0 { x } else { -x }).to_le_bytes();
+                for at in match quant {
+                    Q2K => 80..84,
+                    Q3K => 108..110,
+                    Q6K => 208..210,
+                    Q4_1 | Q5_1 | Q4K | Q5K => 0..4,
+                    _ => 0..2,
+                }
+                .step_by(2)
+                {
+                    block[at..at + 2].copy_from_slice(&scale(0.0123 + at as f32 * 1e-4));
+                }
+            }
+            if quant == Q8_0 {
+                // Only the last block has -128.
+                bytes.iter_mut().filter(|byte| **byte == 128).for_each(|byte| *byte = 1);
+                bytes[5 * size + 9] = 128;
+            }
+            let exact = quant.decode(&bytes);
+            assert_eq!(quant.decode_all(&bytes), exact);
+            for (bits, steps) in [(Bits::Four, 15.0), (Bits::Eight, 254.0)] {
+                let ours = exact.len() / QUANT_BLOCK;
+                let mut values = vec![0; ours * 4 * bits.words()];
+                let mut scales = vec![f16::ZERO; ours * bits.scales()];
+                quant.write_blocks(bits, &bytes, &mut values, &mut scales);
+                let blocks = values.chunks(4 * bits.words()).zip(scales.chunks(bits.scales()));
+                let found: Vec<f32> = blocks
+                    .flat_map(|(values, scales)| match bits {
+                        Bits::Eight => values.iter().map(|q| f32::from(*q as i8) * scales[0].to_f32()).collect(),
+                        Bits::Four => {
+                            let halves = values.iter().map(|q| q & 15).chain(values.iter().map(|q| q >> 4));
+                            let value = |q| f32::from(q) * scales[0].to_f32() + scales[1].to_f32();
+                            halves.map(value).collect::<Vec<f32>>()
+                        }
+                    })
+                    .collect();
+                let same = matches!((quant, bits), (Q4_0 | Q4_1, Bits::Four) | (Q8_0, Bits::Eight));
+                for (block, (found, exact)) in found.chunks(32).zip(exact.chunks(32)).enumerate() {
+                    let largest = exact.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+                    let half_precision = 1.5e-3 * largest;
+                    let tolerance = match (quant, bits) {
+                        _ if same && block < 5 => 1e-6,
+                        (Q4K, Bits::Four) => half_precision,
+                        _ => 1.02 * largest / steps + half_precision,
+                    };
+                    let worst = found.iter().zip(exact).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                    assert!(
+                        worst <= tolerance,
+                        "{quant:?} to {bits:?}, block {block} of {count}: off by {worst}, {tolerance}"
+                    );
+                }
+            }
+        }
     }
 }

@@ -3,8 +3,8 @@
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
-use crate::backend::quantized::quantize;
-use crate::backend::{Bits, LlamaBackend, QUANT_BLOCK, QuantizedWeight, ops};
+use crate::backend::rounding::BlockData;
+use crate::backend::{Bits, LlamaBackend, QuantizedWeight, ops};
 
 /// A matrix in blocks along its rows; [`backend::quantized`](crate::backend::quantized) has their layout.
 #[derive(Module, Debug)]
@@ -24,18 +24,16 @@ impl<B: LlamaBackend> Quantized<B> {
     /// # Panics
     /// If the rows are not whole blocks, or the data is no matrix of floats.
     pub fn new(data: TensorData, bits: Bits, device: &B::Device) -> Self {
-        let [d_out, d_in] = data.shape.dims();
-        assert!(d_in.is_multiple_of(QUANT_BLOCK), "rows of {d_in} are not whole blocks of {QUANT_BLOCK}");
-        let data = data.convert::<f32>();
-        let (words, scales) = quantize(bits, data.as_slice::<f32>().expect("it was just converted"));
-        let blocks = d_in / QUANT_BLOCK;
-        let words = TensorData::new(words, [d_out, blocks * bits.words()]);
-        let scales = TensorData::new(scales, [d_out, blocks * bits.scales()]);
+        Self::from_blocks(BlockData::round(&data, bits), device)
+    }
+
+    /// On a device.
+    pub(crate) fn from_blocks(blocks: BlockData, device: &B::Device) -> Self {
         let dtype = if B::supports_dtype(device, DType::F16) { DType::F16 } else { DType::F32 };
         Self {
-            words: Tensor::from_data(words, (device, DType::I32)),
-            scales: Tensor::from_data(scales.convert_dtype(dtype), (device, dtype)),
-            bits,
+            words: Tensor::from_data(blocks.words, (device, DType::I32)),
+            scales: Tensor::from_data(blocks.scales.convert_dtype(dtype), (device, dtype)),
+            bits: blocks.bits,
         }
     }
 

@@ -23,6 +23,8 @@ use burn::tensor::TensorData;
 pub(crate) use team::Pending;
 pub use team::{Collective, Team};
 
+use crate::copy::concat;
+
 /// One part of what is divided, of how many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shard {
@@ -105,18 +107,17 @@ impl Split {
         let [rows, columns] = whole.shape.dims();
         let (size, bytes) = (whole.dtype.size(), whole.as_bytes());
         let row = columns * size;
-        let (bytes, dims) = match self {
+        match self {
             Self::Columns => {
                 let part = shard.range(columns);
                 let rows_of_part = bytes.chunks_exact(row).map(|row| &row[part.start * size..part.end * size]);
-                (rows_of_part.collect::<Vec<_>>().concat(), [rows, part.len()])
+                concat(whole.dtype, rows_of_part, &[rows, part.len()])
             }
             _ => {
                 let part = shard.range(rows);
-                (bytes[part.start * row..part.end * row].to_vec(), [part.len(), columns])
+                concat(whole.dtype, [&bytes[part.start * row..part.end * row]], &[part.len(), columns])
             }
-        };
-        TensorData::from_bytes_vec(bytes, dims, whole.dtype)
+        }
     }
 
     /// The whole of all its parts, in their order.
@@ -129,15 +130,14 @@ impl Split {
         }
         let dtype = parts[0].dtype;
         let dims = self.whole_dims(&parts[0].shape, parts.len());
-        let slices: Vec<&[u8]> = match self {
+        match self {
             Self::Columns => {
                 let row = |part: &TensorData| part.shape[1] * dtype.size();
                 let of_row = |index| parts.iter().map(move |part| &part.as_bytes()[index * row(part)..][..row(part)]);
-                (0..dims[0]).flat_map(of_row).collect()
+                concat(dtype, (0..dims[0]).flat_map(of_row), &dims)
             }
-            _ => parts.iter().map(TensorData::as_bytes).collect(),
-        };
-        TensorData::from_bytes_vec(slices.concat(), dims, dtype)
+            _ => concat(dtype, parts.iter().map(TensorData::as_bytes), &dims),
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use burn::tensor::{DType, TensorData, TensorMetadata};
 
 use super::Shard;
 use crate::backend::ops::tensor;
+use crate::copy::concat;
 use crate::{ModelError, Precision};
 
 /// What joins the members of a team.
@@ -168,7 +169,7 @@ impl Team {
             State::Gather { sent: Sent { own, rows, width, as_dtype, device }, dtype } => {
                 let row = width * as_dtype.size();
                 let parts = self.receive(own, |from| from.range(rows).len() * row);
-                let all = TensorData::from_bytes_vec(parts.concat(), [rows, width], as_dtype);
+                let all = concat(as_dtype, parts.iter().map(Vec::as_slice), &[rows, width]);
                 B::float_from_data(all.convert_dtype(dtype), &device)
             }
             State::Sum(Sent { own, rows, width, as_dtype, device }) => {

@@ -296,7 +296,15 @@ vectorized! {
 mod tests {
     use super::*;
     use crate::backend::Bits;
-    use crate::backend::quantized::quantize;
+    use crate::backend::rounding::round;
+
+    /// Words and scales.
+    fn rounded(bits: Bits, weights: &[f32]) -> (Vec<i32>, Vec<f16>) {
+        let blocks = weights.len() / QUANT_BLOCK;
+        let (mut words, mut scales) = (vec![0; blocks * bits.words()], vec![f16::ZERO; blocks * bits.scales()]);
+        round(bits, weights, bytemuck::cast_slice_mut(&mut words), &mut scales);
+        (words, scales)
+    }
 
     /// Every form against sums in f64, for rows that do not divide evenly, with SIMD and without, few rows and many.
     #[test]
@@ -334,11 +342,11 @@ mod tests {
             let wide = check("f16", Stored::F16(&half), &|out, x| f16_dots(out, x, &half));
             assert!(wide.iter().zip(&half).all(|(wide, w)| *wide == w.to_f32()));
             if width % QUANT_BLOCK == 0 {
-                let (words, scales) = quantize(Bits::Eight, &w);
+                let (words, scales) = rounded(Bits::Eight, &w);
                 let bytes = bytemuck::cast_slice(&words);
                 let wide = check("q8", Stored::Q8(bytes, &scales), &|out, x| q8_dots(out, x, bytes, &scales));
                 assert!(wide.iter().zip(&w).all(|(wide, w)| (wide - w).abs() < 0.01));
-                let (words, scales) = quantize(Bits::Four, &w);
+                let (words, scales) = rounded(Bits::Four, &w);
                 let bytes = bytemuck::cast_slice(&words);
                 let wide = check("q4", Stored::Q4(bytes, &scales), &|out, x| q4_dots(out, x, bytes, &scales));
                 assert!(wide.iter().zip(&w).all(|(wide, w)| (wide - w).abs() < 0.08));
@@ -350,7 +358,7 @@ mod tests {
     #[test]
     fn unusual_inputs_of_blocks_are_what_they_are() {
         for bits in [Bits::Eight, Bits::Four] {
-            let (words, scales) = quantize(bits, &[1.0; 128]);
+            let (words, scales) = rounded(bits, &[1.0; 128]);
             let bytes: &[u8] = bytemuck::cast_slice(&words);
             let weight = match bits {
                 Bits::Eight => Stored::Q8(bytemuck::cast_slice(bytes), &scales),
@@ -377,7 +385,7 @@ mod tests {
     fn widening_by_hand_is_widening() {
         let weights: Vec<f32> = (0..96 * 32).map(|i| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0).collect();
         for bits in [Bits::Eight, Bits::Four] {
-            let (words, scales) = quantize(bits, &weights);
+            let (words, scales) = rounded(bits, &weights);
             let mut found = vec![0.0; weights.len()];
             let mut plain = found.clone();
             match bits {

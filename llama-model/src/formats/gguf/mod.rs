@@ -12,12 +12,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, TensorData};
-use memmap2::Mmap;
+use half::f16;
 
-use super::dtype::decode;
-use super::map_file;
 use super::quants::Quant;
 use crate::ModelError;
+use crate::backend::Bits;
+use crate::backend::rounding::{round, widen};
+use crate::copy::concat;
+use crate::file_map::FileMap;
 
 pub(super) const MAGIC: &[u8] = b"GGUF";
 /// Tensors begin at multiples of this where a file says nothing else.
@@ -221,6 +223,14 @@ impl Kind {
             }
         }
     }
+
+    /// Rows in our blocks.
+    fn write_blocks(self, bits: Bits, bytes: &[u8], values: &mut [u8], scales: &mut [f16]) {
+        match self {
+            Self::Float(dtype) => round(bits, &widen(dtype, bytes), values, scales),
+            Self::Blocks(quant) => quant.write_blocks(bits, bytes, values, scales),
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -236,7 +246,7 @@ struct Entry {
 /// An opened GGUF file: metadata, and where the tensors are.
 pub struct GgufFile {
     path: PathBuf,
-    map: Mmap,
+    map: FileMap,
     metadata: BTreeMap<String, Value>,
     tensors: BTreeMap<String, Entry>,
 }
@@ -247,7 +257,7 @@ impl GgufFile {
     /// # Errors
     /// [`ModelError::Io`], or [`ModelError::Format`] that says what is wrong.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
-        let map = map_file(path)?;
+        let map = FileMap::open(path)?;
         let (metadata, tensors) = header(&map).map_err(|reason| ModelError::format(path, reason))?;
         Ok(Self { path: path.into(), map, metadata, tensors })
     }
@@ -264,11 +274,10 @@ impl GgufFile {
 
     /// A tensor's values, as floats.
     fn data(&self, entry: &Entry) -> TensorData {
-        let bytes = &self.map[entry.range.clone()];
-        match entry.kind {
-            Kind::Float(dtype) => decode(dtype, bytes, entry.dims.clone()),
-            Kind::Blocks(quant) => TensorData::new(quant.decode(bytes), entry.dims.clone()),
-        }
+        self.map.read(entry.range.clone(), |bytes| match entry.kind {
+            Kind::Float(dtype) => concat(dtype, [bytes], &entry.dims),
+            Kind::Blocks(quant) => TensorData::new(quant.decode_all(bytes), entry.dims.clone()),
+        })
     }
 }
 

@@ -5,8 +5,10 @@ use std::path::Path;
 use burn::tensor::TensorData;
 
 use super::{Entry, GgufFile, Kind, ROPE_FACTORS, Value, file_name};
+use crate::backend::Bits;
+use crate::backend::rounding::BlockData;
 use crate::formats::dtype::floats;
-use crate::formats::{self, Rotary, TensorInfo, Weights, reorder, stray, wrong_shape};
+use crate::formats::{self, Rotary, TensorInfo, Weights, is_rotary, reorder, source_row, stray, wrong_shape};
 use crate::{LlamaConfig, ModelError, RopeScaling, WeightFormat};
 
 /// A GGUF file as a checkpoint.
@@ -94,15 +96,22 @@ fn llama3_scaling(divisors: &[f32], config: &LlamaConfig) -> Result<RopeScaling,
     if fits { Ok(candidate) } else { Err(format!("`{ROPE_FACTORS}` is not the scaling of a released LLaMA 3")) }
 }
 
-impl Weights for Reader {
-    fn weight(&self, path: &str, dims: &[usize]) -> Result<TensorData, ModelError> {
+impl Reader {
+    /// Where the weight at `path` is, which has this shape.
+    fn entry(&self, path: &str, dims: &[usize]) -> Result<&Entry, ModelError> {
         let name = file_name(path).unwrap_or_else(|| path.into());
         let missing = || ModelError::MissingTensor { path: self.file.path.clone(), name: name.clone() };
         let entry = self.file.tensors.get(&name).ok_or_else(missing)?;
         if entry.dims != dims {
             return Err(wrong_shape(&self.file.path, &name, dims, &entry.dims));
         }
-        Ok(reorder(path, &self.config, self.file.data(entry), Rotary::ToHalves))
+        Ok(entry)
+    }
+}
+
+impl Weights for Reader {
+    fn weight(&self, path: &str, dims: &[usize]) -> Result<TensorData, ModelError> {
+        Ok(reorder(path, &self.config, self.file.data(self.entry(path, dims)?), Rotary::ToHalves))
     }
 }
 
@@ -127,6 +136,18 @@ impl formats::Reader for Reader {
             Kind::Float(dtype) => WeightFormat::of_float(dtype),
             Kind::Blocks(quant) => quant.stored(),
         })
+    }
+
+    fn blocks(&self, path: &str, dims: [usize; 2], bits: Bits) -> Result<BlockData, ModelError> {
+        let entry = self.entry(path, &dims)?;
+        let rotary = is_rotary(path);
+        Ok(self.file.map.read(entry.range.clone(), |bytes| {
+            let row_bytes = bytes.len() / dims[0].max(1);
+            BlockData::by_rows(bits, dims, |row, values, scales| {
+                let from = if rotary { source_row(row, self.config.head_dim, Rotary::ToHalves) } else { row };
+                entry.kind.write_blocks(bits, &bytes[from * row_bytes..][..row_bytes], values, scales);
+            })
+        }))
     }
 
     fn unexpected(&self) -> Option<String> {
