@@ -55,7 +55,11 @@ impl Weights for Shown<'_> {
     }
 }
 
+#[global_allocator]
+static MEMORY: llama::model::HugePages = llama::model::HugePages;
+
 fn main() -> Result<()> {
+    llama::model::tune_process();
     let args = Args::parse();
     let from = common::checkpoint_path(&args.from)?;
     let checkpoint = Checkpoint::open(&from)?;

@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 
 use burn::tensor::{DType, Element, TensorData};
 use bytemuck::Pod;
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -72,6 +73,58 @@ fn numbers<'a, T: Element + Pod>(len: usize, pieces: impl Iterator<Item = &'a [u
     all
 }
 
+/// The data in another float type; as `TensorData::convert_dtype`, but by all threads.
+pub(crate) fn convert(data: TensorData, dtype: DType) -> TensorData {
+    const SHORT: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+    let (from, len) = (data.dtype, data.num_elements());
+    // What has more digits than f32 is rounded once.
+    if from == dtype || !SHORT.contains(&from) || !SHORT.contains(&dtype) {
+        return data.convert_dtype(dtype);
+    }
+    let piece = PIECE / from.size();
+    let (pieces, shape) = (data.as_bytes().par_chunks(PIECE), data.shape.clone());
+    match dtype {
+        DType::F16 => {
+            let narrow = |to: &mut [f16], bytes: &[u8]| to.convert_from_f32_slice(&widen(from, bytes));
+            TensorData::new(fill(len, piece, pieces, narrow), shape)
+        }
+        DType::BF16 => {
+            let narrow = |to: &mut [bf16], bytes: &[u8]| to.convert_from_f32_slice(&widen(from, bytes));
+            TensorData::new(fill(len, piece, pieces, narrow), shape)
+        }
+        _ => {
+            let widen = |to: &mut [f32], bytes: &[u8]| to.copy_from_slice(&widen(from, bytes));
+            TensorData::new(fill(len, piece, pieces, widen), shape)
+        }
+    }
+}
+
+/// Values in f32.
+///
+/// # Panics
+/// If they are no floats.
+pub(crate) fn floats(data: TensorData) -> Vec<f32> {
+    convert(data, DType::F32).into_vec().expect("it was just converted")
+}
+
+/// Little-endian floats in f32.
+///
+/// # Panics
+/// If they are no floats.
+pub(crate) fn widen(dtype: DType, bytes: &[u8]) -> Vec<f32> {
+    fn each<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+        bytes.as_chunks().0.iter().map(|bytes| value(*bytes)).collect()
+    }
+    match dtype {
+        DType::F64 => each(bytes, |bytes| f64::from_le_bytes(bytes) as f32),
+        DType::F32 => each(bytes, f32::from_le_bytes),
+        DType::BF16 => each(bytes, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+        // This conversion is one instruction, where a CPU has it.
+        DType::F16 => bytemuck::pod_collect_to_vec::<u8, f16>(bytes).to_f32_vec(),
+        other => panic!("{other:?} is no float"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -92,6 +145,22 @@ mod tests {
     #[should_panic(expected = "1 of 3 numbers are missing")]
     fn missing_numbers_are_not_made_up() {
         concat(DType::F32, [[0u8; 8].as_slice()], &[3]);
+    }
+
+    /// Of every float to every other, whatever is in it.
+    #[test]
+    fn conversions_are_burns() {
+        let mut values: Vec<f32> = (0..200_000u32).map(|i| f32::from_bits(i.wrapping_mul(2_654_435_761))).collect();
+        values.extend([0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, 65_519.9, 65_520.0, 1e-8, f32::MAX]);
+        // Numbers that are none compare as nothing does.
+        values.iter_mut().filter(|value| value.is_nan()).for_each(|value| *value = 1.5);
+        let data = TensorData::new(values, [200_008 / 8, 8]);
+        for from in [DType::F32, DType::F16, DType::BF16, DType::F64] {
+            let data = data.clone().convert_dtype(from);
+            for to in [DType::F32, DType::F16, DType::BF16, DType::F64] {
+                assert_eq!(convert(data.clone(), to), data.clone().convert_dtype(to), "{from:?} to {to:?}");
+            }
+        }
     }
 
     #[test]

@@ -10,8 +10,10 @@ use std::path::{Path, PathBuf};
 
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, TensorData};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::copy::floats;
 use crate::formats::Weights;
 use crate::init::Init;
 use crate::modules::Adapter;
@@ -316,14 +318,14 @@ impl Weights for Merged<'_> {
         let Some([a, b]) = self.adapters.pair(name.trim_end_matches(".weight"), [d_out, d_in])? else {
             return Ok(data);
         };
-        let [a, b] = [a, b].map(|part| part.convert::<f32>().into_vec::<f32>().expect("it was just converted"));
-        let mut weight = data.convert::<f32>().into_vec::<f32>().expect("it was just converted");
+        let [a, b] = [a, b].map(floats);
+        let mut weight = floats(data);
         let (rank, scale) = (self.adapters.rank, self.adapters.scale as f32);
-        for (row, b) in weight.chunks_exact_mut(d_in).zip(b.chunks_exact(rank)) {
+        weight.par_chunks_exact_mut(d_in).zip(b.par_chunks_exact(rank)).for_each(|(row, b)| {
             for (b, a) in b.iter().zip(a.chunks_exact(d_in)) {
                 row.iter_mut().zip(a).for_each(|(w, a)| *w += scale * b * a);
             }
-        }
+        });
         Ok(TensorData::new(weight, [d_out, d_in]))
     }
 }

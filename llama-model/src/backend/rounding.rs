@@ -1,12 +1,11 @@
 //! Matrices in 8 or 4 bits on the host, and how floats become them. [`quantized`](super::quantized) has the layout.
 
-use burn::tensor::{DType, TensorData};
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
+use burn::tensor::TensorData;
+use half::f16;
 use rayon::prelude::*;
 
 use super::quantized::{Bits, QUANT_BLOCK};
-use crate::copy::fill;
+use crate::copy::{fill, widen};
 
 /// A matrix `[d_out, d_in]` in blocks along its rows.
 pub(crate) struct BlockData {
@@ -46,24 +45,6 @@ impl BlockData {
     }
 }
 
-/// Little-endian floats in f32.
-///
-/// # Panics
-/// If they are no floats.
-pub(crate) fn widen(dtype: DType, bytes: &[u8]) -> Vec<f32> {
-    fn each<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32) -> Vec<f32> {
-        bytes.as_chunks().0.iter().map(|bytes| value(*bytes)).collect()
-    }
-    match dtype {
-        DType::F64 => each(bytes, |bytes| f64::from_le_bytes(bytes) as f32),
-        DType::F32 => each(bytes, f32::from_le_bytes),
-        DType::BF16 => each(bytes, |bytes| bf16::from_le_bytes(bytes).to_f32()),
-        // This conversion is one instruction, where a CPU has it.
-        DType::F16 => bytemuck::pod_collect_to_vec::<u8, f16>(bytes).to_f32_vec(),
-        other => panic!("{other:?} is no float"),
-    }
-}
-
 /// Writes the values and scales of whole blocks.
 pub(crate) fn round(bits: Bits, weights: &[f32], values: &mut [u8], scales: &mut [f16]) {
     let blocks = weights.as_chunks::<QUANT_BLOCK>().0.iter();
@@ -92,7 +73,7 @@ pub(crate) fn round(bits: Bits, weights: &[f32], values: &mut [u8], scales: &mut
 }
 
 /// The largest of what `of` makes of the values, eight at a time.
-fn largest(block: &[f32; QUANT_BLOCK], of: impl Fn(f32) -> f32) -> f32 {
+pub(crate) fn largest(block: &[f32; QUANT_BLOCK], of: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; 8];
     for eight in block.as_chunks::<8>().0 {
         lanes.iter_mut().zip(eight).for_each(|(max, w)| *max = max.max(of(*w)));
@@ -129,8 +110,8 @@ fn scale(scale: f32) -> (f16, f32) {
 }
 
 /// The nearest integer to a small number. Adding 1.5 · 2²³ leaves it in the last bits; unlike a call of `round` this is
-/// vectorised everywhere.
-fn nearest(x: f32) -> i32 {
+/// vectorised everywhere, as is no conversion by `as`.
+pub(crate) fn nearest(x: f32) -> i32 {
     const SHIFT: f32 = 12_582_912.0;
     (x + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32
 }

@@ -1,8 +1,12 @@
 //! Types of numbers in files.
 
+use std::io::Write;
+
 use burn::tensor::{DType, TensorData};
+use rayon::prelude::*;
 
 use super::quants;
+use crate::copy::{convert, fill, widen};
 
 /// How matrices are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,18 +47,17 @@ impl FileType {
         }
     }
 
-    /// The values as they stand in a file.
-    pub(super) fn encode(self, data: TensorData) -> Vec<u8> {
+    /// Writes values as they stand in a file.
+    pub(super) fn write(self, data: TensorData, out: &mut impl Write) -> std::io::Result<()> {
+        /// Blocks that a thread takes at a time.
+        const PIECE: usize = 1024;
         if let Some(dtype) = self.float() {
-            return data.convert_dtype(dtype).as_bytes().to_vec();
+            return out.write_all(convert(data, dtype).as_bytes());
         }
-        let values = floats(data);
-        if self == Self::Q8_0 { quants::encode_q8_0(&values) } else { quants::encode_q4_0(&values) }
+        let encode = if self == Self::Q8_0 { quants::encode_q8_0 } else { quants::encode_q4_0 };
+        let pieces = data.as_bytes().par_chunks(PIECE * quants::BLOCK * data.dtype.size());
+        let write = |out: &mut [u8], values: &[u8]| encode(&widen(data.dtype, values), out);
+        let (len, piece) = (self.bytes(data.num_elements()), self.bytes(PIECE * quants::BLOCK));
+        out.write_all(&fill(len, piece, pieces, write))
     }
-}
-
-/// Values in f32.
-pub(super) fn floats(data: TensorData) -> Vec<f32> {
-    let data = data.convert::<f32>();
-    data.as_slice::<f32>().map(<[f32]>::to_vec).unwrap_or_default()
 }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::dtype::FileType;
 use super::{Reader, TensorInfo, Weights, stray};
+use crate::copy::convert;
 use crate::hf::{CONFIG_FILE, WEIGHTS_FILE, load_config, to_json};
 use crate::weights::{self, Streamed, TensorFile, file_name};
 use crate::{LlamaConfig, ModelError, WeightFormat};
@@ -128,7 +129,7 @@ fn save_in_shards(
             name: file_name(path).unwrap_or_else(|| path.clone()),
             dims: dims.clone(),
             dtype: float,
-            read: Box::new(move || Ok::<_, ModelError>(source.weight(path, dims)?.convert_dtype(float))),
+            read: Box::new(move || Ok::<_, ModelError>(convert(source.weight(path, dims)?, float))),
         });
         let entries: Vec<_> = entries.collect();
         for entry in &entries {

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, TensorData};
 
-use super::dtype::{FileType, floats};
+use super::dtype::FileType;
 use super::{Reader, Rotary, TensorInfo, Weights, reorder, wrong_shape};
-use crate::copy::concat;
+use crate::copy::{concat, floats};
 use crate::file_map::FileMap;
 use crate::{LlamaConfig, ModelError, WeightFormat, weights};
 

@@ -6,6 +6,7 @@ use burn::tensor::{DType, Tensor, TensorData};
 use super::{Checkpoint, Weights};
 use crate::backend::Bits;
 use crate::backend::rounding::BlockData;
+use crate::copy::convert;
 use crate::shard::{Shard, Split, Team};
 use crate::weights::{ParamMap, map_params};
 use crate::{Llama, LlamaBackend, ModelError, WeightFormat};
@@ -131,7 +132,7 @@ impl<B: Backend, F: Fn(&str, [usize; 2]) -> WeightFormat, E: FnMut(u64)> ParamMa
         match self.weights.weight(path, &dims) {
             Ok(data) => {
                 (self.each)(data.num_elements() as u64);
-                Tensor::from_data(data.convert_dtype(dtype), (&value.device(), dtype))
+                Tensor::from_data(convert(data, dtype), (&value.device(), dtype))
             }
             Err(error) => {
                 self.error = Some(error);

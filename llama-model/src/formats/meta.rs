@@ -12,7 +12,7 @@ use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
 use super::dtype::FileType;
 use super::{Reader, Rotary, TensorInfo, Weights, pickle, reorder, stray, wrong_shape};
-use crate::copy::concat;
+use crate::copy::{concat, convert};
 use crate::file_map::FileMap;
 use crate::{LlamaConfig, ModelError, RopeScaling, WeightFormat, weights};
 
@@ -288,7 +288,7 @@ pub(super) fn save(
         for (index, (name, dims)) in stored.iter().enumerate() {
             let from = if config.tied_head && name == "output.weight" { "tok_embeddings.weight" } else { name };
             let data = reorder(name, config, source.weight(from, dims)?, Rotary::ToPairs);
-            add(&format!("data/{index}"), data.convert_dtype(float).as_bytes())?;
+            add(&format!("data/{index}"), convert(data, float).as_bytes())?;
         }
         add("version", b"3\n")?;
         archive.finish().map_err(zip)?.flush().map_err(io)

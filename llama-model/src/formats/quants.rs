@@ -6,7 +6,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use crate::WeightFormat;
-use crate::backend::rounding::round;
+use crate::backend::rounding::{largest, nearest, round};
 use crate::backend::{Bits, QUANT_BLOCK};
 use crate::copy::fill;
 
@@ -236,30 +236,32 @@ fn q6_k(block: &[u8], out: &mut Vec<f32>) {
 }
 
 /// Each block's largest value becomes 127.
-pub(super) fn encode_q8_0(values: &[f32]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(values.len() / BLOCK * Q8_0_BYTES);
-    for block in values.chunks_exact(BLOCK) {
-        let d = block.iter().fold(0.0f32, |max, x| max.max(x.abs())) / 127.0;
+pub(super) fn encode_q8_0(values: &[f32], out: &mut [u8]) {
+    for (block, out) in values.as_chunks::<BLOCK>().0.iter().zip(out.as_chunks_mut::<Q8_0_BYTES>().0) {
+        let d = largest(block, f32::abs) / 127.0;
         let inverse = if d > 0.0 { 1.0 / d } else { 0.0 };
-        out.extend(f16::from_f32(d).to_le_bytes());
-        out.extend(block.iter().map(|x| (x * inverse).round() as i8 as u8));
+        out[..2].copy_from_slice(&f16::from_f32(d).to_le_bytes());
+        // Half a step is rounded away from zero, as there.
+        let rounded = |x: f32| {
+            let (even, off) = (nearest(x), x - nearest(x) as f32);
+            even + i32::from(off == 0.5 && x > 0.0) - i32::from(off == -0.5 && x < 0.0)
+        };
+        out[2..].iter_mut().zip(block).for_each(|(q, x)| *q = rounded(x * inverse) as u8);
     }
-    out
 }
 
-/// Each block's largest value becomes -8.
-pub(super) fn encode_q4_0(values: &[f32]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(values.len() / BLOCK * Q4_0_BYTES);
-    for block in values.chunks_exact(BLOCK) {
-        let largest = block.iter().fold(0.0f32, |max, x| if x.abs() > max.abs() { *x } else { max });
-        let d = largest / -8.0;
+/// Each block's value furthest from zero, the first of two, becomes -8.
+pub(super) fn encode_q4_0(values: &[f32], out: &mut [u8]) {
+    for (block, out) in values.as_chunks::<BLOCK>().0.iter().zip(out.as_chunks_mut::<Q4_0_BYTES>().0) {
+        let furthest = largest(block, f32::abs);
+        let d = block.iter().find(|x| x.abs() == furthest).map_or(0.0, |x| x / -8.0);
         let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
-        let quantise = |x: f32| (x * inverse + 8.5).clamp(0.0, 15.0) as u8;
-        out.extend(f16::from_f32(d).to_le_bytes());
-        let (first, second) = block.split_at(BLOCK / 2);
-        out.extend(first.iter().zip(second).map(|(low, high)| quantise(*low) | quantise(*high) << 4));
+        let below = |x: f32| nearest(x) - i32::from(nearest(x) as f32 > x);
+        let quantise = |x: f32| below((x * inverse + 8.5).clamp(0.0, 15.0)) as u8;
+        out[..2].copy_from_slice(&f16::from_f32(d).to_le_bytes());
+        let pairs = block[..BLOCK / 2].iter().zip(&block[BLOCK / 2..]);
+        out[2..].iter_mut().zip(pairs).for_each(|(q, (low, high))| *q = quantise(*low) | quantise(*high) << 4);
     }
-    out
 }
 
 #[cfg(test)]
@@ -269,16 +271,26 @@ mod tests {
     #[test]
     fn eight_and_four_bits_are_near_what_they_encode() {
         let values: Vec<f32> = (0..320).map(|i| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0).collect();
-        for (quant, bytes, tolerance) in
-            [(Quant::Q8_0, encode_q8_0(&values), 0.005), (Quant::Q4_0, encode_q4_0(&values), 0.13)]
-        {
-            let decoded = quant.decode(&bytes);
+        let encoded = |quant: Quant, values: &[f32]| {
+            let mut bytes = vec![0; values.len() / BLOCK * quant.block().1];
+            if quant == Quant::Q8_0 {
+                encode_q8_0(values, &mut bytes)
+            } else {
+                encode_q4_0(values, &mut bytes)
+            }
+            quant.decode(&bytes)
+        };
+        for (quant, tolerance) in [(Quant::Q8_0, 0.005), (Quant::Q4_0, 0.13)] {
+            let decoded = encoded(quant, &values);
             assert_eq!(decoded.len(), values.len());
             let worst = decoded.iter().zip(&values).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst < tolerance, "{quant:?}: {worst}");
+            assert!(encoded(quant, &[0.0; 32]).iter().all(|x| *x == 0.0));
         }
-        assert!(Quant::Q8_0.decode(&encode_q8_0(&[0.0; 32])).iter().all(|x| *x == 0.0));
-        assert!(Quant::Q4_0.decode(&encode_q4_0(&[0.0; 32])).iter().all(|x| *x == 0.0));
+        // Halves go away from zero.
+        let halves: Vec<f32> = (0..32).map(|i| if i == 0 { 127.0 } else { i as f32 * 3.5 - 55.5 }).collect();
+        let found = encoded(Quant::Q8_0, &halves);
+        assert!(found.iter().zip(&halves).all(|(found, exact)| *found == exact.round()), "{found:?}");
     }
 
     /// Every type's blocks as ours have the file's values: the same where ours have as many bits, else those next to them.

@@ -17,8 +17,8 @@ use half::f16;
 use super::quants::Quant;
 use crate::ModelError;
 use crate::backend::Bits;
-use crate::backend::rounding::{round, widen};
-use crate::copy::concat;
+use crate::backend::rounding::round;
+use crate::copy::{concat, widen};
 use crate::file_map::FileMap;
 
 pub(super) const MAGIC: &[u8] = b"GGUF";

@@ -7,7 +7,7 @@ use burn::tensor::TensorData;
 use super::{Entry, GgufFile, Kind, ROPE_FACTORS, Value, file_name};
 use crate::backend::Bits;
 use crate::backend::rounding::BlockData;
-use crate::formats::dtype::floats;
+use crate::copy::floats;
 use crate::formats::{self, Rotary, TensorInfo, Weights, is_rotary, reorder, source_row, stray, wrong_shape};
 use crate::{LlamaConfig, ModelError, RopeScaling, WeightFormat};
 

@@ -158,9 +158,9 @@ pub(in crate::formats) fn save(
                 Some(weight) => reorder(weight, config, source.weight(weight, dims)?, Rotary::ToPairs),
                 None => TensorData::new(divisors.clone(), dims.clone()),
             };
-            let mut bytes = Writer(of(dims).encode(data));
-            bytes.pad();
-            out.write_all(&bytes.0).map_err(io)?;
+            of(dims).write(data, &mut out).map_err(io)?;
+            let len = of(dims).bytes(dims.iter().product());
+            out.write_all(&[0; ALIGNMENT][..len.next_multiple_of(ALIGNMENT) - len]).map_err(io)?;
         }
         out.flush().map_err(io)
     })
