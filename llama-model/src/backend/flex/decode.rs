@@ -6,6 +6,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod many;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod rounded;
@@ -83,8 +85,7 @@ fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<Fle
     let targets: Vec<Output> = outs.iter_mut().map(|out| Output(out.as_mut_ptr())).collect();
     let total: usize = widths.iter().sum();
     let few = rows <= ROWS;
-    let input =
-        Input::new(xs, d_in, few && weights.iter().any(|weight| matches!(weight, Stored::Q8(..) | Stored::Q4(..))));
+    let input = Input::new(xs, d_in, weights, precision);
     let tasks = if few {
         (total * d_in / TASK).clamp(1, 4 * team::threads())
     } else {
@@ -103,7 +104,11 @@ fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<Fle
                 let weight = weight.rows(from, to, d_in);
                 // SAFETY: every task has columns of its own, inside the weight's result.
                 unsafe {
-                    if few { dots(columns, &input, weight) } else { product(columns, xs, d_in, weight, precision) }
+                    if few {
+                        dots(columns, &input, weight);
+                    } else if !add_whole(columns, &input, weight) {
+                        product(columns, xs, d_in, weight, precision);
+                    }
                 }
             }
             first += d_out;
@@ -117,15 +122,38 @@ fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<Fle
 struct Input<'a> {
     xs: &'a [f32],
     d_in: usize,
-    /// The rows in whole numbers, if they are wanted and the CPU multiplies them.
+    /// The rows in whole numbers, if weights are and the CPU multiplies them: few rows,
     rounded: Vec<Rounded>,
+    /// or many, in words
+    #[cfg(target_arch = "x86_64")]
+    words: Option<many::Whole>,
+    /// or bytes.
+    #[cfg(target_arch = "x86_64")]
+    bytes: Option<many::Whole>,
 }
 
 impl<'a> Input<'a> {
-    fn new(xs: &'a [f32], d_in: usize, round: bool) -> Self {
-        let round = round && simd::has_vectors();
-        let rounded = if round { xs.chunks_exact(d_in).map(Rounded::new).collect() } else { Vec::new() };
-        Self { xs, d_in, rounded }
+    fn new(xs: &'a [f32], d_in: usize, weights: &[Stored], precision: Precision) -> Self {
+        let few = xs.len() <= ROWS * d_in;
+        let [eight, four] = [
+            weights.iter().any(|weight| matches!(weight, Stored::Q8(..))),
+            weights.iter().any(|weight| matches!(weight, Stored::Q4(..))),
+        ];
+        let rounded = match (eight || four) && few && simd::has_vectors() {
+            true => xs.chunks_exact(d_in).map(Rounded::new).collect(),
+            false => Vec::new(),
+        };
+        #[cfg(target_arch = "x86_64")]
+        let (short, many) = (precision != Precision::F32, !few && simd::multiplies_whole());
+        Self {
+            xs,
+            d_in,
+            rounded,
+            #[cfg(target_arch = "x86_64")]
+            words: (many && (eight || four && !short)).then(|| many::Whole::new::<many::EightByWords>(xs, d_in)),
+            #[cfg(target_arch = "x86_64")]
+            bytes: (many && four && short).then(|| many::Whole::new::<many::FourByBytes>(xs, d_in)),
+        }
     }
 }
 
@@ -156,6 +184,29 @@ unsafe fn product(columns: Columns, xs: &[f32], d_in: usize, weight: Stored, pre
     // SAFETY: the caller's promise; the operands are borrowed.
     unsafe { product::multiply(out, columns.stride as isize, a, b.transposed(), Product { precision, ..PRODUCT }) };
     WIDE.set(wide);
+}
+
+/// Adds the product with many rows in whole numbers to the columns, if there are any.
+///
+/// # Safety
+/// As [`product`].
+#[cfg(target_arch = "x86_64")]
+unsafe fn add_whole(columns: Columns, input: &Input, weight: Stored) -> bool {
+    // SAFETY: the caller's promise, and the CPU was asked.
+    unsafe {
+        match (weight, &input.words, &input.bytes) {
+            (Stored::Q8(w, scales), Some(x), _) => many::add::<many::EightByWords>(columns, x, w, scales),
+            (Stored::Q4(w, scales), _, Some(x)) => many::add::<many::FourByBytes>(columns, x, w, scales),
+            (Stored::Q4(w, scales), Some(x), None) => many::add::<many::FourByWords>(columns, x, w, scales),
+            _ => return false,
+        }
+    }
+    true
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn add_whole(_: Columns, _: &Input, _: Stored) -> bool {
+    false
 }
 
 /// Fills the columns, row by row of the input.
@@ -311,14 +362,14 @@ mod tests {
     fn products_are_right_in_every_form() {
         let noise = |i: usize| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0;
         for (width, d_out) in [(32, 1), (64, 7), (96, 13), (576, 5), (37, 1), (69, 7)] {
-            let x: Vec<f32> = (0..width * 9).map(noise).collect();
+            let x: Vec<f32> = (0..width * ROWS).map(noise).collect();
             let w: Vec<f32> = (0..width * d_out).map(|i| noise(i + 17)).collect();
             let short: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
             let half: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
             let check = |name: &str, weight: Stored, portable: &dyn Fn(&mut [f32], &[f32])| {
                 let mut wide = vec![0.0; width * d_out];
                 weight.widen(&mut wide);
-                let mut found = vec![0.0; 9 * d_out];
+                let mut found = vec![0.0; ROWS * d_out];
                 let columns = |out: &mut Vec<f32>| Columns { out: Output(out.as_mut_ptr()), stride: d_out, start: 0 };
                 let compare = |name: &str, found: &[f32]| {
                     for (i, found) in found.iter().enumerate() {
@@ -327,7 +378,7 @@ mod tests {
                         assert!((sum - f64::from(*found)).abs() < 1e-3, "{name} {width}x{d_out}: {found} {sum}");
                     }
                 };
-                let input = Input::new(&x, width, matches!(weight, Stored::Q8(..) | Stored::Q4(..)));
+                let input = Input::new(&x, width, &[weight], Precision::F32);
                 unsafe { dots(columns(&mut found), &input, weight) };
                 compare(name, &found);
                 unsafe { product(columns(&mut found), &x, width, weight, Precision::F32) };
@@ -354,6 +405,47 @@ mod tests {
         }
     }
 
+    /// More rows and columns than are multiplied or packed at a time, and not as many as some of them; more blocks than a piece has, and fewer.
+    #[test]
+    fn products_of_many_rows_are_right() {
+        let noise = |i: usize| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0;
+        for (rows, width, d_out) in [(9, 32, 1), (11, 1120, 21), (245, 96, 37), (13, 2080, 16)] {
+            let x: Vec<f32> = (0..width * rows).map(noise).collect();
+            let w: Vec<f32> = (0..width * d_out).map(|i| noise(i + 17)).collect();
+            // What 8 bits make of the input.
+            let short: Vec<f32> = x
+                .chunks(QUANT_BLOCK)
+                .flat_map(|block| {
+                    let scale = block.iter().fold(0.0f32, |max, x| max.max(x.abs())) / 127.0;
+                    block.iter().map(move |x| (x * (1.0 / scale)).round_ties_even() * scale)
+                })
+                .collect();
+            let [eight, four] = [Bits::Eight, Bits::Four].map(|bits| rounded(bits, &w));
+            let (eight, four): ((&[i8], _), (&[u8], _)) =
+                ((bytemuck::cast_slice(&eight.0), &eight.1), (bytemuck::cast_slice(&four.0), &four.1));
+            for weight in [Stored::Q8(eight.0, eight.1), Stored::Q4(four.0, four.1)] {
+                let mut wide = vec![0.0; width * d_out];
+                weight.widen(&mut wide);
+                for precision in [Precision::F32, Precision::Bf16] {
+                    let input = Input::new(&x, width, &[weight], precision);
+                    let mut found = vec![0.0; rows * d_out];
+                    let columns = Columns { out: Output(found.as_mut_ptr()), stride: d_out, start: 0 };
+                    if !unsafe { add_whole(columns, &input, weight) } {
+                        continue;
+                    }
+                    let by_bytes = matches!(weight, Stored::Q4(..)) && precision != Precision::F32;
+                    let x = if by_bytes { &short } else { &x };
+                    for (i, found) in found.iter().enumerate() {
+                        let (x, w) = (&x[i / d_out * width..][..width], &wide[i % d_out * width..][..width]);
+                        let sum: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+                        let off = (sum - f64::from(*found)).abs();
+                        assert!(off < 2e-3, "{rows}x{width}x{d_out} {precision}, {i}: {found} {sum}");
+                    }
+                }
+            }
+        }
+    }
+
     /// Whole numbers or not, zeros and the smallest numbers are harmless and what is not finite stays so.
     #[test]
     fn unusual_inputs_of_blocks_are_what_they_are() {
@@ -367,15 +459,23 @@ mod tests {
             let product = |x: &[f32]| {
                 let mut out = [0.0f32; 2];
                 let columns = Columns { out: Output(out.as_mut_ptr()), stride: 2, start: 0 };
-                unsafe { dots(columns, &Input::new(x, 64, true), weight) };
+                unsafe { dots(columns, &Input::new(x, 64, &[weight], Precision::F32), weight) };
                 out
             };
+            let many = |x: &[f32]| {
+                let x = x.repeat(ROWS + 1);
+                let mut out = [0.0f32; 2 * (ROWS + 1)];
+                let columns = Columns { out: Output(out.as_mut_ptr()), stride: 2, start: 0 };
+                unsafe { add_whole(columns, &Input::new(&x, 64, &[weight], Precision::Bf16), weight) }.then_some(out)
+            };
             assert_eq!(product(&[0.0; 64]), [0.0; 2]);
+            assert!(many(&[0.0; 64]).into_iter().flatten().all(|sum| sum == 0.0));
             assert!(product(&[1e-38; 64]).iter().all(|sum| sum.abs() < 1e-30));
             for huge in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
                 let mut x = [1.0; 64];
                 x[40] = huge;
                 assert!(product(&x).iter().all(|sum| !sum.is_finite()), "{bits:?} {huge}");
+                assert!(many(&x).into_iter().flatten().all(|sum| !sum.is_finite()), "{bits:?} {huge}");
             }
         }
     }

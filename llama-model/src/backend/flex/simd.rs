@@ -45,6 +45,12 @@ pub(super) fn has_vectors() -> bool {
     !matches!(arch(), pulp::Arch::Scalar)
 }
 
+/// Whether sums of whole numbers are faster than those of floats: with AVX2 and no more.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn multiplies_whole() -> bool {
+    matches!(arch(), pulp::Arch::V3(_))
+}
+
 /// Whether kernels use AVX-512.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn has_avx512() -> bool {
