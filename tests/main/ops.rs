@@ -326,7 +326,9 @@ device_test! {
             reference::linear_cross_entropy_with_grads::<Inner<B>>(hidden.clone(), head.clone(), ids.clone(), spec);
         same("cross entropy", ours.map(one).into(), default.map(one).into());
         let ours = Inner::<B>::token_losses(hidden.clone(), head.clone(), ids.clone(), spec);
-        same("token losses", vec![ours], vec![reference::token_losses::<Inner<B>>(hidden, head, ids, spec)]);
+        same("token losses", vec![ours], vec![reference::token_losses::<Inner<B>>(hidden.clone(), head, ids, spec)]);
+        let sums = Inner::<B>::log_sum_exp(hidden.clone());
+        same("log sum exp", vec![sums], vec![reference::log_sum_exp::<Inner<B>>(hidden)]);
 
         let step = AdamWStep {
             lr: 0.1, beta_1: 0.9, beta_2: 0.95, epsilon: 1e-8, weight_decay: 0.1, step: 3, grad_scale: 0.5,

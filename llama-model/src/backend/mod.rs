@@ -332,6 +332,14 @@ pub trait LlamaBackend: Backend {
         reference::token_losses::<Self>(hidden, head, targets, spec)
     }
 
+    /// `ln Σ exp(x)` of each row.
+    ///
+    /// # Shapes
+    /// `x [rows, cols]`, result `[rows]`.
+    fn log_sum_exp(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        reference::log_sum_exp::<Self>(x)
+    }
+
     /// The sum of [`token_losses`](Self::token_losses) as a tensor `[1]`. This is the one that can be differentiated.
     fn linear_cross_entropy(
         hidden: FloatTensor<Self>,

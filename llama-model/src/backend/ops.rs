@@ -280,6 +280,14 @@ pub fn token_losses<B: LlamaBackend, const D: usize, const T: usize>(
     tensor(B::token_losses(primitive(hidden), primitive(head), targets.into_primitive(), spec))
 }
 
+/// [`LlamaBackend::log_sum_exp`].
+///
+/// # Shapes
+/// `x [rows, cols]`, result `[rows]`.
+pub fn log_sum_exp<B: LlamaBackend>(x: Tensor<B, 2>) -> Tensor<B, 1> {
+    tensor(B::log_sum_exp(primitive(x)))
+}
+
 fn loss_inputs<B: Backend, const D: usize, const T: usize>(
     hidden: Tensor<B, D>,
     head: &Tensor<B, 2>,

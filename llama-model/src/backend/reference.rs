@@ -297,6 +297,17 @@ pub fn swiglu_backward<B: Backend>(
     (cast::<B>(primitive(d_gate), dtype), cast::<B>(primitive(d_up), dtype))
 }
 
+/// [`LlamaBackend::log_sum_exp`].
+pub fn log_sum_exp<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
+    primitive(log_sum_exps(tensor::<B, 2>(x)).flatten::<1>(0, 1))
+}
+
+/// `[rows, 1]`
+fn log_sum_exps<B: Backend>(x: Tensor<B, 2>) -> Tensor<B, 2> {
+    let max = x.clone().max_dim(1);
+    (x - max.clone()).exp().sum_dim(1).log() + max
+}
+
 /// One chunk of rows of the cross entropy.
 struct Chunk<B: Backend> {
     /// `[rows, vocab_size]`
@@ -316,8 +327,7 @@ impl<B: Backend> Chunk<B> {
         let logits = logits.clone().cast(wide(logits.dtype()));
         let ignored = targets.clone().equal_elem(IGNORE_TARGET);
         let counts = ignored.clone().bool_not().float().cast(logits.dtype()).unsqueeze_dim::<2>(1);
-        let max = logits.clone().max_dim(1);
-        let lse = (logits.clone() - max.clone()).exp().sum_dim(1).log() + max;
+        let lse = log_sum_exps(logits.clone());
         Self {
             log_probs: logits - lse.clone(),
             lse,

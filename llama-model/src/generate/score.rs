@@ -6,9 +6,10 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Int, Tensor, TensorData, activation};
+use burn::tensor::{Int, Tensor, TensorData};
 
 use super::{PASS, absorb, common_prefix};
+use crate::backend::ops;
 use crate::{KvCache, Llama, LlamaBackend, ModelError};
 
 /// A text whose end is to be scored.
@@ -74,7 +75,9 @@ pub fn score<B: LlamaBackend>(model: &Llama<B>, requests: &[ScoreRequest]) -> Re
             }
             let targets =
                 wanted.iter().map(|(place, request, at)| place * vocab_size + requests[*request].tokens[*at] as usize);
-            let log_probs = activation::log_softmax(logits, 1).flatten::<1>(0, 1).select(0, ints(targets, device));
+            let sums = ops::log_sum_exp(logits.clone());
+            let sums = sums.select(0, ints(wanted.iter().map(|(place, ..)| *place), device));
+            let log_probs = logits.flatten::<1>(0, 1).select(0, ints(targets, device)) - sums;
             let log_probs = log_probs.into_data().convert::<f32>().into_vec::<f32>();
             let log_probs = log_probs.map_err(|error| ModelError::Generation(format!("{error:?}")))?;
             for ((_, request, at), log_prob) in wanted.into_iter().zip(log_probs) {

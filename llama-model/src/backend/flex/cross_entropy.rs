@@ -65,6 +65,18 @@ impl<'a> Head<'a> {
     }
 }
 
+/// `ln Σ exp(x)`, of values that are `max` at most.
+#[inline(always)]
+fn row_sum(x: &[f32], max: f32) -> f32 {
+    sum1(x, |x| exp(x - max)).ln() + max
+}
+
+vectorized! {
+    fn row_log_sum_exp<'a>(x: &'a [f32]) -> f32 {
+        row_sum(x, max(x))
+    }
+}
+
 vectorized! {
     /// The loss of one row of logits, 0 for a target that is ignored. With `grad` the row becomes its gradient,
     /// `softmax · (1 + 2 z lse) - onehot(target)`.
@@ -79,7 +91,7 @@ vectorized! {
         let max = max(logits);
         let target_logit = logits[target];
         if !grad {
-            let lse = sum1(logits, |x| exp(x - max)).ln() + max;
+            let lse = row_sum(logits, max);
             return lse - target_logit + z_loss * lse * lse;
         }
         for x in logits.iter_mut() {
@@ -112,6 +124,15 @@ pub(super) fn token_losses(hidden: FlexTensor, head: FlexTensor, targets: FlexTe
     });
     let tokens = losses.len();
     losses.into_tensor(Shape::new([tokens]))
+}
+
+pub(super) fn log_sum_exp(x: FlexTensor) -> FlexTensor {
+    let x = contiguous(x);
+    let [rows, cols] = x.shape().dims();
+    let mut sums = Buffer::zeros(rows);
+    let rows_of_x = values(&x).chunks_exact(cols.max(1));
+    team::each(rows_of_x.zip(&mut sums[..]), |(x, sum)| *sum = row_log_sum_exp(x));
+    sums.into_tensor(Shape::new([rows]))
 }
 
 pub(super) fn with_grads(hidden: FlexTensor, head: FlexTensor, targets: FlexTensor, spec: LossSpec) -> [FlexTensor; 3] {

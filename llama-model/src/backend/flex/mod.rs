@@ -154,6 +154,10 @@ impl LlamaBackend for Flex {
         cross_entropy::token_losses(hidden, head, targets, spec)
     }
 
+    fn log_sum_exp(x: FlexTensor) -> FlexTensor {
+        if is_f32(&[&x]) { cross_entropy::log_sum_exp(x) } else { reference::log_sum_exp::<Flex>(x) }
+    }
+
     fn linear_cross_entropy_with_grads(
         hidden: FlexTensor,
         head: FlexTensor,
