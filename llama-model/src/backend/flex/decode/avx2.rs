@@ -9,6 +9,8 @@ use super::whole::Whole;
 use crate::backend::QUANT_BLOCK;
 
 impl Whole for __m256 {
+    const TWO: bool = true;
+
     #[inline(always)]
     unsafe fn widen(src: *const f16) -> Self {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(src.cast())) }
@@ -33,6 +35,36 @@ impl Whole for __m256 {
             products(_mm256_and_si256(both, _mm256_set1_epi8(15)), high, low)
         }
     }
+
+    #[inline(always)]
+    unsafe fn products_of_two_4(w: *const u8, x: &[Bytes; 2]) -> Self {
+        unsafe {
+            let both = _mm256_loadu_si256(w.cast());
+            let mask = _mm256_set1_epi8(15);
+            let (first, second) = (_mm256_and_si256(both, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask));
+            let high = _mm256_maddubs_epi16(second, of_two(x, HALF));
+            let high = _mm256_add_epi16(high, _mm256_maddubs_epi16(first, of_two(x, 0)));
+            let low = _mm256_maddubs_epi16(second, of_two(x, QUANT_BLOCK + HALF));
+            let low = _mm256_add_epi16(low, _mm256_maddubs_epi16(first, of_two(x, QUANT_BLOCK)));
+            total(high, low)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn two(numbers: *const f32) -> Self {
+        unsafe {
+            let both = _mm256_broadcast_ps(&*numbers.cast());
+            _mm256_permutevar_ps(both, _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2))
+        }
+    }
+}
+
+const HALF: usize = QUANT_BLOCK / 2;
+
+/// Half of the high or low bytes of one block and of another.
+#[inline(always)]
+unsafe fn of_two([first, second]: &[Bytes; 2], at: usize) -> __m256i {
+    unsafe { _mm256_loadu2_m128i(second.as_ptr().add(at).cast(), first.as_ptr().add(at).cast()) }
 }
 
 #[inline(always)]
@@ -43,9 +75,15 @@ unsafe fn halves(x: &Bytes) -> [__m256i; 2] {
 
 #[inline(always)]
 unsafe fn products(w: __m256i, high: __m256i, low: __m256i) -> __m256 {
+    unsafe { total(_mm256_maddubs_epi16(w, high), _mm256_maddubs_epi16(w, low)) }
+}
+
+/// `128 · high + low`, by pairs.
+#[inline(always)]
+unsafe fn total(high: __m256i, low: __m256i) -> __m256 {
     unsafe {
-        let high = _mm256_madd_epi16(_mm256_maddubs_epi16(w, high), _mm256_set1_epi16(128));
-        let low = _mm256_madd_epi16(_mm256_maddubs_epi16(w, low), _mm256_set1_epi16(1));
+        let high = _mm256_madd_epi16(high, _mm256_set1_epi16(128));
+        let low = _mm256_madd_epi16(low, _mm256_set1_epi16(1));
         _mm256_cvtepi32_ps(_mm256_add_epi32(high, low))
     }
 }

@@ -61,7 +61,10 @@ impl Form for EightByWords {
     }
     #[inline(always)]
     unsafe fn widen(w: *const i8) -> [__m256i; 2] {
-        unsafe { [0, 16].map(|at| _mm256_cvtepi8_epi16(_mm_loadu_si128(w.add(at).cast()))) }
+        unsafe {
+            let [first, second] = [_mm_loadu_si128(w.cast()), _mm_loadu_si128(w.add(16).cast())];
+            [_mm256_cvtepi8_epi16(first), _mm256_cvtepi8_epi16(second)]
+        }
     }
     #[inline(always)]
     unsafe fn multiply_add(w: __m256i, x: __m256i, sum: __m256i) -> __m256i {

@@ -25,6 +25,17 @@ pub(super) trait Whole: Vector {
     unsafe fn products_of_8(w: *const i8, x: &Bytes) -> Self;
     /// The same for weights of 4 bits, the first half of a block in the low bits of its bytes.
     unsafe fn products_of_4(w: *const u8, x: &Bytes) -> Self;
+
+    /// Whether these vectors multiply two blocks of 4 bits at a time.
+    const TWO: bool = false;
+    /// The same for two blocks, one in each half of the lanes.
+    unsafe fn products_of_two_4(_w: *const u8, _x: &[Bytes; 2]) -> Self {
+        unreachable!("these vectors multiply one block at a time")
+    }
+    /// The first of four numbers in one half of the lanes, the third in the other.
+    unsafe fn two(_numbers: *const f32) -> Self {
+        unreachable!("these vectors multiply one block at a time")
+    }
 }
 
 /// Integers that these vectors multiply.
@@ -32,6 +43,19 @@ pub(super) trait Multiplied: Block {
     /// # Safety
     /// As of [`Whole`]'s.
     unsafe fn products<V: Whole>(w: *const Self, x: &Bytes) -> V;
+
+    /// Whether [`products_of_two`](Self::products_of_two) is there.
+    fn two<V: Whole>() -> bool {
+        false
+    }
+
+    /// Those of two blocks, one in each half of the lanes.
+    ///
+    /// # Safety
+    /// As of [`Whole`]'s.
+    unsafe fn products_of_two<V: Whole>(_w: *const Self, _x: &[Bytes; 2]) -> V {
+        unreachable!("blocks are multiplied one at a time")
+    }
 }
 
 impl Multiplied for i8 {
@@ -45,6 +69,16 @@ impl Multiplied for u8 {
     #[inline(always)]
     unsafe fn products<V: Whole>(w: *const u8, x: &Bytes) -> V {
         unsafe { V::products_of_4(w, x) }
+    }
+
+    #[inline(always)]
+    fn two<V: Whole>() -> bool {
+        V::TWO
+    }
+
+    #[inline(always)]
+    unsafe fn products_of_two<V: Whole>(w: *const u8, x: &[Bytes; 2]) -> V {
+        unsafe { V::products_of_two_4(w, x) }
     }
 }
 
@@ -101,12 +135,21 @@ unsafe fn sums<V: Whole, T: Multiplied, const N: usize>(
     let stride = T::factors(x).len();
     // SAFETY: the caller's promise; factors and floats are whole registers, and fetching reads nothing.
     unsafe {
-        let mut sums = [V::splat(0.0); N];
-        for (row, sum) in sums.iter_mut().enumerate() {
-            let (scales, floats) = (&scales[row * per_row..], &mut floats[row * stride..][..stride]);
-            *sum = multiply_scales::<V, T>(floats, T::factors(x), scales, per_row);
+        let mut sums: [V; N] = multiply_scales::<V, T, N>(floats, T::factors(x), scales, per_row);
+        let (twos, _) = x.bytes.as_chunks::<2>();
+        let twos = if T::two::<V>() { twos } else { &[] };
+        for (pair, bytes) in twos.iter().enumerate() {
+            let block = 2 * pair;
+            for line in (0..2 * N * T::BYTES).step_by(64) {
+                V::prefetch(w.as_ptr().wrapping_add(block * N * T::BYTES + line + AHEAD).cast());
+            }
+            for (row, sum) in sums.iter_mut().enumerate() {
+                let products: V = T::products_of_two(w.as_ptr().add(row * width + block * T::BYTES), bytes);
+                let scales = floats.as_ptr().add(row * stride + block * T::SCALES);
+                *sum = products.multiply_add(V::two(scales), *sum);
+            }
         }
-        for (block, bytes) in x.bytes.iter().enumerate() {
+        for (block, bytes) in x.bytes.iter().enumerate().skip(2 * twos.len()) {
             // The rows are fetched one after the other, though they are read side by side.
             for line in (0..N * T::BYTES).step_by(64) {
                 V::prefetch(w.as_ptr().wrapping_add(block * N * T::BYTES + line + AHEAD).cast());
@@ -121,39 +164,46 @@ unsafe fn sums<V: Whole, T: Multiplied, const N: usize>(
     }
 }
 
-/// The floats of a row's blocks times what they are multiplied with. Returns the sum of the minima among them, in lanes.
+/// The floats of each row's blocks times what they are multiplied with, one row as long as the factors behind the other. Returns the sums of the
+/// minima among them, in lanes. The rows go side by side, for their sums to wait for each other as little as possible.
 #[inline(always)]
-unsafe fn multiply_scales<V: Whole, T: Multiplied>(
+unsafe fn multiply_scales<V: Whole, T: Multiplied, const N: usize>(
     floats: &mut [f32],
     factors: &[f32],
     scales: &[f16],
     per_row: usize,
-) -> V {
+) -> [V; N] {
     let ones: [f32; MAX_LANES] = std::array::from_fn(|i| (i % T::SCALES) as f32);
-    let whole = per_row / V::LANES * V::LANES;
-    let (mut floats, mut factors, mut from) = (floats.as_mut_ptr(), factors.as_ptr(), scales.as_ptr());
+    let (whole, stride) = (per_row / V::LANES * V::LANES, factors.len());
     // SAFETY: the caller's promise; of the scales only what is left is read.
     unsafe {
-        let (ones, mut minima) = (V::load(ones.as_ptr(), V::LANES), V::splat(0.0));
-        for _ in 0..whole / V::LANES {
-            let product = V::widen(from).multiply(V::load(factors, V::LANES));
-            product.store(floats, V::LANES);
-            if T::SCALES == 2 {
-                minima = product.multiply_add(ones, minima);
+        let (ones, mut minima) = (V::load(ones.as_ptr(), V::LANES), [V::splat(0.0); N]);
+        for at in (0..whole).step_by(V::LANES) {
+            let factors = V::load(factors.as_ptr().add(at), V::LANES);
+            for (row, minima) in minima.iter_mut().enumerate() {
+                let product = V::widen(scales.as_ptr().add(row * per_row + at)).multiply(factors);
+                product.store(floats.as_mut_ptr().add(row * stride + at), V::LANES);
+                if T::SCALES == 2 {
+                    *minima = product.multiply_add(ones, *minima);
+                }
             }
-            (floats, factors, from) = (floats.add(V::LANES), factors.add(V::LANES), from.add(V::LANES));
         }
         if whole < per_row {
-            // What is behind a row's scales are the next row's, but for the last.
-            let mut last = [f16::ZERO; MAX_LANES];
-            if whole + V::LANES > scales.len() {
-                last[..scales.len() - whole].copy_from_slice(&scales[whole..]);
-                from = last.as_ptr();
-            }
-            V::widen(from).multiply(V::load(factors, V::LANES)).store(floats, V::LANES);
-            if T::SCALES == 2 {
-                for i in (1..per_row - whole).step_by(2) {
-                    minima = minima.add(V::load(floats.add(i), 1));
+            let factors = V::load(factors.as_ptr().add(whole), V::LANES);
+            for (row, minima) in minima.iter_mut().enumerate() {
+                let (from, floats) = (row * per_row + whole, floats.as_mut_ptr().add(row * stride + whole));
+                // What is behind a row's scales are the next row's, but for the last.
+                let mut last = [f16::ZERO; MAX_LANES];
+                let mut from = &scales[from..];
+                if from.len() < V::LANES {
+                    last[..from.len()].copy_from_slice(from);
+                    from = &last;
+                }
+                V::widen(from.as_ptr()).multiply(factors).store(floats, V::LANES);
+                if T::SCALES == 2 {
+                    for i in (1..per_row - whole).step_by(2) {
+                        *minima = minima.add(V::load(floats.add(i), 1));
+                    }
                 }
             }
         }
