@@ -103,13 +103,7 @@ fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<Fle
                 let columns = Columns { out: *target, stride: *d_out, start: from };
                 let weight = weight.rows(from, to, d_in);
                 // SAFETY: every task has columns of its own, inside the weight's result.
-                unsafe {
-                    if few {
-                        dots(columns, &input, weight);
-                    } else if !add_whole(columns, &input, weight) {
-                        product(columns, xs, d_in, weight, precision);
-                    }
-                }
+                unsafe { if few { dots(columns, &input, weight) } else { products(columns, &input, weight) } };
             }
             first += d_out;
         }
@@ -122,37 +116,29 @@ fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<Fle
 struct Input<'a> {
     xs: &'a [f32],
     d_in: usize,
-    /// The rows in whole numbers, if weights are and the CPU multiplies them: few rows,
+    precision: Precision,
+    /// The rows in whole numbers, if weights are and the CPU multiplies them: few rows
     rounded: Vec<Rounded>,
-    /// or many, in words
+    /// or many.
     #[cfg(target_arch = "x86_64")]
-    words: Option<many::Whole>,
-    /// or bytes.
-    #[cfg(target_arch = "x86_64")]
-    bytes: Option<many::Whole>,
+    many: many::Inputs,
 }
 
 impl<'a> Input<'a> {
     fn new(xs: &'a [f32], d_in: usize, weights: &[Stored], precision: Precision) -> Self {
         let few = xs.len() <= ROWS * d_in;
-        let [eight, four] = [
-            weights.iter().any(|weight| matches!(weight, Stored::Q8(..))),
-            weights.iter().any(|weight| matches!(weight, Stored::Q4(..))),
-        ];
-        let rounded = match (eight || four) && few && simd::has_vectors() {
+        let blocks = weights.iter().any(|weight| matches!(weight, Stored::Q8(..) | Stored::Q4(..)));
+        let rounded = match blocks && few && simd::has_vectors() {
             true => xs.chunks_exact(d_in).map(Rounded::new).collect(),
             false => Vec::new(),
         };
-        #[cfg(target_arch = "x86_64")]
-        let (short, many) = (precision != Precision::F32, !few && simd::multiplies_whole());
         Self {
             xs,
             d_in,
+            precision,
             rounded,
             #[cfg(target_arch = "x86_64")]
-            words: (many && (eight || four && !short)).then(|| many::Whole::new::<many::EightByWords>(xs, d_in)),
-            #[cfg(target_arch = "x86_64")]
-            bytes: (many && four && short).then(|| many::Whole::new::<many::FourByBytes>(xs, d_in)),
+            many: if few { many::Inputs::default() } else { many::Inputs::new(xs, d_in, weights, precision) },
         }
     }
 }
@@ -186,27 +172,18 @@ unsafe fn product(columns: Columns, xs: &[f32], d_in: usize, weight: Stored, pre
     WIDE.set(wide);
 }
 
-/// Adds the product with many rows in whole numbers to the columns, if there are any.
+/// Fills the columns, for many rows: by whole numbers where that is faster. They must be zero.
 ///
 /// # Safety
 /// As [`product`].
-#[cfg(target_arch = "x86_64")]
-unsafe fn add_whole(columns: Columns, input: &Input, weight: Stored) -> bool {
-    // SAFETY: the caller's promise, and the CPU was asked.
-    unsafe {
-        match (weight, &input.words, &input.bytes) {
-            (Stored::Q8(w, scales), Some(x), _) => many::add::<many::EightByWords>(columns, x, w, scales),
-            (Stored::Q4(w, scales), _, Some(x)) => many::add::<many::FourByBytes>(columns, x, w, scales),
-            (Stored::Q4(w, scales), Some(x), None) => many::add::<many::FourByWords>(columns, x, w, scales),
-            _ => return false,
-        }
+unsafe fn products(columns: Columns, input: &Input, weight: Stored) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the caller's promise.
+    if unsafe { input.many.add(columns, weight) } {
+        return;
     }
-    true
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-unsafe fn add_whole(_: Columns, _: &Input, _: Stored) -> bool {
-    false
+    // SAFETY: the caller's promise.
+    unsafe { product(columns, input.xs, input.d_in, weight, input.precision) };
 }
 
 /// Fills the columns, row by row of the input.
@@ -344,161 +321,4 @@ vectorized! {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::backend::Bits;
-    use crate::backend::rounding::round;
-
-    /// Words and scales.
-    fn rounded(bits: Bits, weights: &[f32]) -> (Vec<i32>, Vec<f16>) {
-        let blocks = weights.len() / QUANT_BLOCK;
-        let (mut words, mut scales) = (vec![0; blocks * bits.words()], vec![f16::ZERO; blocks * bits.scales()]);
-        round(bits, weights, bytemuck::cast_slice_mut(&mut words), &mut scales);
-        (words, scales)
-    }
-
-    /// Every form against sums in f64, for rows that do not divide evenly, with SIMD and without, few rows and many.
-    #[test]
-    fn products_are_right_in_every_form() {
-        let noise = |i: usize| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0;
-        for (width, d_out) in [(32, 1), (64, 7), (96, 13), (576, 5), (37, 1), (69, 7)] {
-            let x: Vec<f32> = (0..width * ROWS).map(noise).collect();
-            let w: Vec<f32> = (0..width * d_out).map(|i| noise(i + 17)).collect();
-            let short: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
-            let half: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
-            let check = |name: &str, weight: Stored, portable: &dyn Fn(&mut [f32], &[f32])| {
-                let mut wide = vec![0.0; width * d_out];
-                weight.widen(&mut wide);
-                let mut found = vec![0.0; ROWS * d_out];
-                let columns = |out: &mut Vec<f32>| Columns { out: Output(out.as_mut_ptr()), stride: d_out, start: 0 };
-                let compare = |name: &str, found: &[f32]| {
-                    for (i, found) in found.iter().enumerate() {
-                        let (x, w) = (&x[i / d_out * width..][..width], &wide[i % d_out * width..][..width]);
-                        let sum: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
-                        assert!((sum - f64::from(*found)).abs() < 1e-3, "{name} {width}x{d_out}: {found} {sum}");
-                    }
-                };
-                let input = Input::new(&x, width, &[weight], Precision::F32);
-                unsafe { dots(columns(&mut found), &input, weight) };
-                compare(name, &found);
-                unsafe { product(columns(&mut found), &x, width, weight, Precision::F32) };
-                compare(name, &found);
-                portable(&mut found[..d_out], &x[..width]);
-                compare(name, &found[..d_out]);
-                wide
-            };
-            assert_eq!(check("f32", Stored::F32(&w), &|out, x| f32_dots(out, x, &w)), w);
-            let wide = check("bf16", Stored::Bf16(&short), &|out, x| bf16_dots(out, x, &short));
-            assert!(wide.iter().zip(&short).all(|(wide, w)| *wide == w.to_f32()));
-            let wide = check("f16", Stored::F16(&half), &|out, x| f16_dots(out, x, &half));
-            assert!(wide.iter().zip(&half).all(|(wide, w)| *wide == w.to_f32()));
-            if width % QUANT_BLOCK == 0 {
-                let (words, scales) = rounded(Bits::Eight, &w);
-                let bytes = bytemuck::cast_slice(&words);
-                let wide = check("q8", Stored::Q8(bytes, &scales), &|out, x| q8_dots(out, x, bytes, &scales));
-                assert!(wide.iter().zip(&w).all(|(wide, w)| (wide - w).abs() < 0.01));
-                let (words, scales) = rounded(Bits::Four, &w);
-                let bytes = bytemuck::cast_slice(&words);
-                let wide = check("q4", Stored::Q4(bytes, &scales), &|out, x| q4_dots(out, x, bytes, &scales));
-                assert!(wide.iter().zip(&w).all(|(wide, w)| (wide - w).abs() < 0.08));
-            }
-        }
-    }
-
-    /// More rows and columns than are multiplied or packed at a time, and not as many as some of them; more blocks than a piece has, and fewer.
-    #[test]
-    fn products_of_many_rows_are_right() {
-        let noise = |i: usize| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0;
-        for (rows, width, d_out) in [(9, 32, 1), (11, 1120, 21), (245, 96, 37), (13, 2080, 16)] {
-            let x: Vec<f32> = (0..width * rows).map(noise).collect();
-            let w: Vec<f32> = (0..width * d_out).map(|i| noise(i + 17)).collect();
-            // What 8 bits make of the input.
-            let short: Vec<f32> = x
-                .chunks(QUANT_BLOCK)
-                .flat_map(|block| {
-                    let scale = block.iter().fold(0.0f32, |max, x| max.max(x.abs())) / 127.0;
-                    block.iter().map(move |x| (x * (1.0 / scale)).round_ties_even() * scale)
-                })
-                .collect();
-            let [eight, four] = [Bits::Eight, Bits::Four].map(|bits| rounded(bits, &w));
-            let (eight, four): ((&[i8], _), (&[u8], _)) =
-                ((bytemuck::cast_slice(&eight.0), &eight.1), (bytemuck::cast_slice(&four.0), &four.1));
-            for weight in [Stored::Q8(eight.0, eight.1), Stored::Q4(four.0, four.1)] {
-                let mut wide = vec![0.0; width * d_out];
-                weight.widen(&mut wide);
-                for precision in [Precision::F32, Precision::Bf16] {
-                    let input = Input::new(&x, width, &[weight], precision);
-                    let mut found = vec![0.0; rows * d_out];
-                    let columns = Columns { out: Output(found.as_mut_ptr()), stride: d_out, start: 0 };
-                    if !unsafe { add_whole(columns, &input, weight) } {
-                        continue;
-                    }
-                    let by_bytes = matches!(weight, Stored::Q4(..)) && precision != Precision::F32;
-                    let x = if by_bytes { &short } else { &x };
-                    for (i, found) in found.iter().enumerate() {
-                        let (x, w) = (&x[i / d_out * width..][..width], &wide[i % d_out * width..][..width]);
-                        let sum: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
-                        let off = (sum - f64::from(*found)).abs();
-                        assert!(off < 2e-3, "{rows}x{width}x{d_out} {precision}, {i}: {found} {sum}");
-                    }
-                }
-            }
-        }
-    }
-
-    /// Whole numbers or not, zeros and the smallest numbers are harmless and what is not finite stays so.
-    #[test]
-    fn unusual_inputs_of_blocks_are_what_they_are() {
-        for bits in [Bits::Eight, Bits::Four] {
-            let (words, scales) = rounded(bits, &[1.0; 128]);
-            let bytes: &[u8] = bytemuck::cast_slice(&words);
-            let weight = match bits {
-                Bits::Eight => Stored::Q8(bytemuck::cast_slice(bytes), &scales),
-                Bits::Four => Stored::Q4(bytes, &scales),
-            };
-            let product = |x: &[f32]| {
-                let mut out = [0.0f32; 2];
-                let columns = Columns { out: Output(out.as_mut_ptr()), stride: 2, start: 0 };
-                unsafe { dots(columns, &Input::new(x, 64, &[weight], Precision::F32), weight) };
-                out
-            };
-            let many = |x: &[f32]| {
-                let x = x.repeat(ROWS + 1);
-                let mut out = [0.0f32; 2 * (ROWS + 1)];
-                let columns = Columns { out: Output(out.as_mut_ptr()), stride: 2, start: 0 };
-                unsafe { add_whole(columns, &Input::new(&x, 64, &[weight], Precision::Bf16), weight) }.then_some(out)
-            };
-            assert_eq!(product(&[0.0; 64]), [0.0; 2]);
-            assert!(many(&[0.0; 64]).into_iter().flatten().all(|sum| sum == 0.0));
-            assert!(product(&[1e-38; 64]).iter().all(|sum| sum.abs() < 1e-30));
-            for huge in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
-                let mut x = [1.0; 64];
-                x[40] = huge;
-                assert!(product(&x).iter().all(|sum| !sum.is_finite()), "{bits:?} {huge}");
-                assert!(many(&x).into_iter().flatten().all(|sum| !sum.is_finite()), "{bits:?} {huge}");
-            }
-        }
-    }
-
-    /// The forms with SIMD and without give the same values.
-    #[test]
-    fn widening_by_hand_is_widening() {
-        let weights: Vec<f32> = (0..96 * 32).map(|i| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0).collect();
-        for bits in [Bits::Eight, Bits::Four] {
-            let (words, scales) = rounded(bits, &weights);
-            let mut found = vec![0.0; weights.len()];
-            let mut plain = found.clone();
-            match bits {
-                Bits::Eight => {
-                    Stored::Q8(bytemuck::cast_slice(&words), &scales).widen(&mut found);
-                    super::super::stored::widen_q8(&mut plain, bytemuck::cast_slice(&words), &scales);
-                }
-                Bits::Four => {
-                    Stored::Q4(bytemuck::cast_slice(&words), &scales).widen(&mut found);
-                    super::super::stored::widen_q4(&mut plain, bytemuck::cast_slice(&words), &scales);
-                }
-            }
-            assert!(found.iter().zip(&plain).all(|(a, b)| (a - b).abs() < 1e-6));
-        }
-    }
-}
+mod tests;

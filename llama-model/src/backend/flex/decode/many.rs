@@ -10,10 +10,13 @@ use std::mem::transmute;
 
 use half::f16;
 
+use super::super::simd::{self, vectorized};
+use super::super::stored::Stored;
 use super::super::team;
 use super::super::vector::{MAX_LANES, Vector};
 use super::Columns;
-use super::rounded::{Block, round_to_bytes, round_to_words};
+use super::rounded::{Block, LARGEST, scale};
+use crate::Precision;
 use crate::backend::QUANT_BLOCK;
 
 /// Rows of a weight that are multiplied at a time, in two vectors.
@@ -29,7 +32,7 @@ const HEIGHT: usize = 40 * ROWS;
 ///
 /// # Safety
 /// Of all functions: the CPU must have AVX2.
-pub(super) trait Form {
+trait Form {
     /// Integers of the weights.
     type Weight: Block;
     /// Units of four bytes that a block has, of either: pairs of words, or four bytes.
@@ -46,11 +49,11 @@ pub(super) trait Form {
 }
 
 /// 8 bits by words.
-pub(super) struct EightByWords;
+struct EightByWords;
 /// 4 bits by words.
-pub(super) struct FourByWords;
+struct FourByWords;
 /// 4 bits by bytes.
-pub(super) struct FourByBytes;
+struct FourByBytes;
 
 impl Form for EightByWords {
     type Weight = i8;
@@ -126,8 +129,48 @@ impl Form for FourByBytes {
     }
 }
 
+/// The input in the forms that its products with some weights need; none where whole numbers are no faster.
+#[derive(Default)]
+pub(super) struct Inputs {
+    words: Option<Whole>,
+    bytes: Option<Whole>,
+}
+
+impl Inputs {
+    pub fn new(xs: &[f32], width: usize, weights: &[Stored], precision: Precision) -> Self {
+        let (faster, short) = (simd::multiplies_whole(), precision != Precision::F32);
+        let by_words = |weight: &Stored| match weight {
+            Stored::Q8(..) => true,
+            Stored::Q4(..) => !short,
+            _ => false,
+        };
+        let by_bytes = |weight: &Stored| short && matches!(weight, Stored::Q4(..));
+        Self {
+            words: (faster && weights.iter().any(by_words)).then(|| Whole::new::<EightByWords>(xs, width)),
+            bytes: (faster && weights.iter().any(by_bytes)).then(|| Whole::new::<FourByBytes>(xs, width)),
+        }
+    }
+
+    /// Adds `x · weightᵀ` to the columns, or says that it does not.
+    ///
+    /// # Safety
+    /// The columns must be inside the result, one for each row of the weight, and nobody else's.
+    pub unsafe fn add(&self, columns: Columns, weight: Stored) -> bool {
+        // SAFETY: the caller's promise; there is an input where the CPU was asked.
+        unsafe {
+            match (weight, &self.words, &self.bytes) {
+                (Stored::Q8(w, scales), Some(x), _) => add::<EightByWords>(columns, x, w, scales),
+                (Stored::Q4(w, scales), _, Some(x)) => add::<FourByBytes>(columns, x, w, scales),
+                (Stored::Q4(w, scales), Some(x), None) => add::<FourByWords>(columns, x, w, scales),
+                _ => return false,
+            }
+        }
+        true
+    }
+}
+
 /// The input in whole numbers.
-pub(super) struct Whole {
+struct Whole {
     /// Blocks of a row.
     blocks: usize,
     pieces: Vec<Piece>,
@@ -166,6 +209,41 @@ impl Whole {
     }
 }
 
+/// Rounds whole blocks to numbers that are `largest` at most. Of each block there are the scale and the sum of its values.
+#[inline(always)]
+fn round_to<T>(
+    x: &[f32],
+    whole: &mut [T],
+    scales: &mut [f32],
+    sums: &mut [f32],
+    largest: f32,
+    narrow: impl Fn(i32) -> T,
+) {
+    let blocks = x.as_chunks::<QUANT_BLOCK>().0.iter().zip(whole.as_chunks_mut::<QUANT_BLOCK>().0);
+    for (((x, whole), to_scale), to_sum) in blocks.zip(scales).zip(sums) {
+        let (inverse, scale) = scale(x, largest).unwrap_or_default();
+        let mut sum = 0;
+        for (x, to) in x.iter().zip(whole) {
+            let whole = (x * inverse).round_ties_even() as i32;
+            *to = narrow(whole);
+            sum += whole;
+        }
+        (*to_scale, *to_sum) = (scale, scale * sum as f32);
+    }
+}
+
+vectorized! {
+    fn round_to_words<'a>(x: &'a [f32], words: &'a mut [i16], scales: &'a mut [f32], sums: &'a mut [f32]) -> () {
+        round_to(x, words, scales, sums, LARGEST, |whole| whole as i16);
+    }
+}
+
+vectorized! {
+    fn round_to_bytes<'a>(x: &'a [f32], bytes: &'a mut [i8], scales: &'a mut [f32], sums: &'a mut [f32]) -> () {
+        round_to(x, bytes, scales, sums, 127.0, |whole| whole as i8);
+    }
+}
+
 /// Some blocks of a panel's rows, side by side.
 struct Packed {
     /// Of each unit that of all rows.
@@ -180,7 +258,7 @@ struct Packed {
 /// The columns must be inside the result, one for each row of `w`, and nobody else's; `scales` must have the floats of its blocks, and `x`
 /// be of this form. The CPU must have AVX2, FMA and F16C.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn add<F: Form>(columns: Columns, x: &Whole, w: &[F::Weight], scales: &[f16]) {
+unsafe fn add<F: Form>(columns: Columns, x: &Whole, w: &[F::Weight], scales: &[f16]) {
     let (width, per_row) = (x.blocks * F::Weight::BYTES, x.blocks * F::Weight::SCALES);
     // SAFETY: zeros are values of both.
     let mut packed: Packed = unsafe { std::mem::zeroed() };

@@ -6,7 +6,7 @@ use super::super::simd::vectorized;
 use crate::backend::QUANT_BLOCK;
 
 /// The largest whole number: 127 · 128.
-const LARGEST: f32 = 16256.0;
+pub(super) const LARGEST: f32 = 16256.0;
 /// Below it the inverse of a scale would overflow; such blocks count as zeros.
 const SMALLEST: f32 = 1e-30;
 
@@ -71,46 +71,11 @@ impl Block for u8 {
 
 /// What values are multiplied with to become whole numbers, and whole numbers to become values; none for zeros.
 #[inline(always)]
-fn scale(x: &[f32; QUANT_BLOCK], largest: f32) -> Option<(f32, f32)> {
+pub(super) fn scale(x: &[f32; QUANT_BLOCK], largest: f32) -> Option<(f32, f32)> {
     // As whole numbers absolute values have the same order, and NaN is the largest.
     let max = x.iter().fold(0, |max, x| x.abs().to_bits().max(max));
     let max = f32::from_bits(max);
     (max >= SMALLEST || max.is_nan()).then_some((largest / max, max / largest))
-}
-
-/// Rounds whole blocks to numbers that are `largest` at most. Of each block there are the scale and the sum of its values.
-#[inline(always)]
-fn round_to<T>(
-    x: &[f32],
-    whole: &mut [T],
-    scales: &mut [f32],
-    sums: &mut [f32],
-    largest: f32,
-    narrow: impl Fn(i32) -> T,
-) {
-    let blocks = x.as_chunks::<QUANT_BLOCK>().0.iter().zip(whole.as_chunks_mut::<QUANT_BLOCK>().0);
-    for (((x, whole), to_scale), to_sum) in blocks.zip(scales).zip(sums) {
-        let (inverse, scale) = scale(x, largest).unwrap_or_default();
-        let mut sum = 0;
-        for (x, to) in x.iter().zip(whole) {
-            let whole = (x * inverse).round_ties_even() as i32;
-            *to = narrow(whole);
-            sum += whole;
-        }
-        (*to_scale, *to_sum) = (scale, scale * sum as f32);
-    }
-}
-
-vectorized! {
-    pub(super) fn round_to_words<'a>(x: &'a [f32], words: &'a mut [i16], scales: &'a mut [f32], sums: &'a mut [f32]) -> () {
-        round_to(x, words, scales, sums, LARGEST, |whole| whole as i16);
-    }
-}
-
-vectorized! {
-    pub(super) fn round_to_bytes<'a>(x: &'a [f32], bytes: &'a mut [i8], scales: &'a mut [f32], sums: &'a mut [f32]) -> () {
-        round_to(x, bytes, scales, sums, 127.0, |whole| whole as i8);
-    }
 }
 
 vectorized! {
