@@ -121,7 +121,7 @@ struct Input<'a> {
     rounded: Vec<Rounded>,
     /// or many.
     #[cfg(target_arch = "x86_64")]
-    many: many::Inputs,
+    words: Option<many::Words>,
 }
 
 impl<'a> Input<'a> {
@@ -138,7 +138,7 @@ impl<'a> Input<'a> {
             precision,
             rounded,
             #[cfg(target_arch = "x86_64")]
-            many: if few { many::Inputs::default() } else { many::Inputs::new(xs, d_in, weights, precision) },
+            words: (blocks && !few && simd::multiplies_words()).then(|| many::Words::new(xs, d_in)),
         }
     }
 }
@@ -178,8 +178,8 @@ unsafe fn product(columns: Columns, xs: &[f32], d_in: usize, weight: Stored, pre
 /// As [`product`].
 unsafe fn products(columns: Columns, input: &Input, weight: Stored) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: the caller's promise.
-    if unsafe { input.many.add(columns, weight) } {
+    // SAFETY: the caller's promise, and the CPU was asked.
+    if input.words.as_ref().is_some_and(|words| unsafe { words.add(columns, weight) }) {
         return;
     }
     // SAFETY: the caller's promise.

@@ -45,9 +45,9 @@ pub(super) fn has_vectors() -> bool {
     !matches!(arch(), pulp::Arch::Scalar)
 }
 
-/// Whether sums of whole numbers are faster than those of floats: with AVX2 and no more.
+/// Whether products of many rows are faster in words than in floats: with AVX2 and no more.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn multiplies_whole() -> bool {
+pub(super) fn multiplies_words() -> bool {
     matches!(arch(), pulp::Arch::V3(_))
 }
 

@@ -6,7 +6,7 @@ use super::super::simd::vectorized;
 use crate::backend::QUANT_BLOCK;
 
 /// The largest whole number: 127 · 128.
-pub(super) const LARGEST: f32 = 16256.0;
+const LARGEST: f32 = 16256.0;
 /// Below it the inverse of a scale would overflow; such blocks count as zeros.
 const SMALLEST: f32 = 1e-30;
 
@@ -71,17 +71,17 @@ impl Block for u8 {
 
 /// What values are multiplied with to become whole numbers, and whole numbers to become values; none for zeros.
 #[inline(always)]
-pub(super) fn scale(x: &[f32; QUANT_BLOCK], largest: f32) -> Option<(f32, f32)> {
+pub(super) fn scale(x: &[f32; QUANT_BLOCK]) -> Option<(f32, f32)> {
     // As whole numbers absolute values have the same order, and NaN is the largest.
     let max = x.iter().fold(0, |max, x| x.abs().to_bits().max(max));
     let max = f32::from_bits(max);
-    (max >= SMALLEST || max.is_nan()).then_some((largest / max, max / largest))
+    (max >= SMALLEST || max.is_nan()).then_some((LARGEST / max, max / LARGEST))
 }
 
 vectorized! {
     fn round<'a>(x: &'a [f32], rounded: &'a mut Rounded) -> () {
         for (block, x) in x.as_chunks::<QUANT_BLOCK>().0.iter().enumerate() {
-            let Some((inverse, scale)) = scale(x, LARGEST) else { continue };
+            let Some((inverse, scale)) = scale(x) else { continue };
             let (highs, lows) = rounded.bytes[block].split_at_mut(QUANT_BLOCK);
             let mut sums = [0; 2];
             for ((x, high), low) in x.iter().zip(highs).zip(lows) {

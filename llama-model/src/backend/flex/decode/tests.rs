@@ -76,7 +76,7 @@ fn products_of_many_rows_are_right() {
                 let mut found = vec![0.0; rows * d_out];
                 let columns = Columns { out: Output(found.as_mut_ptr()), stride: d_out, start: 0 };
                 unsafe { products(columns, &input, weight) };
-                // Six times what rounding to 8 bits makes of as many terms.
+                // Six times what rounding to bf16 makes of as many terms, where there are no words.
                 let tolerance = if precision == Precision::F32 { 2e-3 } else { 8e-3 * (width as f64).sqrt() };
                 for (i, found) in found.iter().enumerate() {
                     let (x, w) = (&x[i / d_out * width..][..width], &wide[i % d_out * width..][..width]);
