@@ -2,15 +2,30 @@
 //! takes longer than most that is written there; so each thread touches its own.
 
 use std::mem::MaybeUninit;
+use std::sync::OnceLock;
 
 use burn::tensor::{DType, Element, TensorData};
 use bytemuck::Pod;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 /// Bytes that are worth a thread's while.
 const PIECE: usize = 256 << 10;
+
+/// Runs a task that asks for rayon's threads. Where there is one, it may be the program's first ([`tune_process`](crate::tune_process)), which
+/// waits for this one and would never come: then there is another.
+pub(crate) fn on_threads<R: Send>(task: impl FnOnce() -> R + Send) -> R {
+    static ANOTHER: OnceLock<Option<ThreadPool>> = OnceLock::new();
+    if rayon::current_num_threads() > 1 || rayon::current_thread_index().is_some() {
+        return task();
+    }
+    match ANOTHER.get_or_init(|| ThreadPoolBuilder::new().num_threads(1).build().ok()) {
+        Some(another) => another.install(task),
+        None => task(),
+    }
+}
 
 /// A vector that `write` fills piece by piece, each with an item of `from`.
 pub(crate) fn fill<T: Pod + Send, I: IndexedParallelIterator>(
@@ -22,10 +37,12 @@ pub(crate) fn fill<T: Pod + Send, I: IndexedParallelIterator>(
     let mut all = Vec::with_capacity(len);
     let pieces = all.spare_capacity_mut()[..len].par_chunks_mut(piece.max(1));
     assert_eq!(pieces.len(), from.len(), "each piece has an item");
-    pieces.zip(from).for_each(|(piece, from)| {
-        piece.fill(MaybeUninit::zeroed());
-        // SAFETY: all of it was just zeroed, which is a value of this type.
-        write(unsafe { &mut *(piece as *mut [MaybeUninit<T>] as *mut [T]) }, from);
+    on_threads(|| {
+        pieces.zip(from).for_each(|(piece, from)| {
+            piece.fill(MaybeUninit::zeroed());
+            // SAFETY: all of it was just zeroed, which is a value of this type.
+            write(unsafe { &mut *(piece as *mut [MaybeUninit<T>] as *mut [T]) }, from);
+        });
     });
     // SAFETY: the pieces are the whole of this length, and each has been zeroed: who panics on the way does not come here.
     unsafe { all.set_len(len) };
@@ -63,10 +80,12 @@ fn numbers<'a, T: Element + Pod>(len: usize, pieces: impl Iterator<Item = &'a [u
     assert!(rest.is_empty(), "{} of {len} numbers are missing", rest.len());
     // Rows may be short.
     let least = places.len().div_ceil(1 + len * size_of::<T>() / PIECE);
-    places.into_par_iter().with_min_len(least).for_each(|(to, from)| {
-        assert_eq!(size_of_val(to), from.len(), "whole numbers");
-        // SAFETY: both have this length, and any bytes are a number.
-        unsafe { to.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(from.as_ptr(), from.len()) };
+    on_threads(|| {
+        places.into_par_iter().with_min_len(least).for_each(|(to, from)| {
+            assert_eq!(size_of_val(to), from.len(), "whole numbers");
+            // SAFETY: both have this length, and any bytes are a number.
+            unsafe { to.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(from.as_ptr(), from.len()) };
+        });
     });
     // SAFETY: the places are the whole of this length, and each is written.
     unsafe { all.set_len(len) };

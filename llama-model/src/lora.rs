@@ -13,7 +13,7 @@ use burn::tensor::{Tensor, TensorData};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::copy::floats;
+use crate::copy::{floats, on_threads};
 use crate::formats::Weights;
 use crate::init::Init;
 use crate::modules::Adapter;
@@ -321,10 +321,12 @@ impl Weights for Merged<'_> {
         let [a, b] = [a, b].map(floats);
         let mut weight = floats(data);
         let (rank, scale) = (self.adapters.rank, self.adapters.scale as f32);
-        weight.par_chunks_exact_mut(d_in).zip(b.par_chunks_exact(rank)).for_each(|(row, b)| {
-            for (b, a) in b.iter().zip(a.chunks_exact(d_in)) {
-                row.iter_mut().zip(a).for_each(|(w, a)| *w += scale * b * a);
-            }
+        on_threads(|| {
+            weight.par_chunks_exact_mut(d_in).zip(b.par_chunks_exact(rank)).for_each(|(row, b)| {
+                for (b, a) in b.iter().zip(a.chunks_exact(d_in)) {
+                    row.iter_mut().zip(a).for_each(|(w, a)| *w += scale * b * a);
+                }
+            });
         });
         Ok(TensorData::new(weight, [d_out, d_in]))
     }

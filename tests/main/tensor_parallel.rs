@@ -216,14 +216,15 @@ device_test! {
     }
 }
 
-/// Two processes of the program, of which the second has a part of the model and ends with the first.
+/// Two processes of the program, of which the second has a part of the model and ends with the first; and two devices of one.
 #[test]
 fn two_processes_generate_what_one_does() {
     let folder = tempfile::tempdir().unwrap();
     let config = LlamaConfig { vocab_size: 259, ..small() };
     hf::save(&config.init::<burn::backend::Flex>(5, &Default::default()).unwrap(), &config, folder.path()).unwrap();
     Tokenizer::bytes().save(&folder.path().join("tokenizer.model")).unwrap();
-    let generate = || {
+    let device = crate::support::device().to_string();
+    let generate = |device: &str| {
         let mut command = programs::program("generate");
         command.arg("--model").arg(folder.path()).args([
             "--prompt",
@@ -233,13 +234,16 @@ fn two_processes_generate_what_one_does() {
             "--temperature",
             "0",
         ]);
-        command.args(["--device", &crate::support::device().to_string()]);
+        command.args(["--device", device]);
         command
     };
-    let expected = programs::run(&mut generate());
+    let expected = programs::run(&mut generate(&device));
+    // The devices of one process have threads of their own, which must not wait for the only one that rayon has: it waits for them.
+    let mut two = generate(&format!("{device},{device}"));
+    assert_eq!(programs::run(two.env("RAYON_NUM_THREADS", "1")), expected);
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let node = |node| {
-        let mut command = generate();
+        let mut command = generate(&device);
         command.args(["--nodes", "2", "--node", node, "--address", &address]);
         command
     };
