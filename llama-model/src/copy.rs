@@ -78,15 +78,20 @@ fn numbers<'a, T: Element + Pod>(len: usize, pieces: impl Iterator<Item = &'a [u
     });
     let places: Vec<_> = places.collect();
     assert!(rest.is_empty(), "{} of {len} numbers are missing", rest.len());
-    // Rows may be short.
-    let least = places.len().div_ceil(1 + len * size_of::<T>() / PIECE);
-    on_threads(|| {
-        places.into_par_iter().with_min_len(least).for_each(|(to, from)| {
-            assert_eq!(size_of_val(to), from.len(), "whole numbers");
-            // SAFETY: both have this length, and any bytes are a number.
-            unsafe { to.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(from.as_ptr(), from.len()) };
-        });
-    });
+    let copy = |(to, from): (&mut [MaybeUninit<T>], &[u8])| {
+        assert_eq!(size_of_val(to), from.len(), "whole numbers");
+        // SAFETY: both have this length, and any bytes are a number.
+        unsafe { to.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(from.as_ptr(), from.len()) };
+    };
+    let tasks = len * size_of::<T>() / PIECE;
+    if tasks < 2 {
+        // Asking for threads would take longer: what members of a team exchange may be a few rows.
+        places.into_iter().for_each(copy);
+    } else {
+        // Rows may be short.
+        let least = places.len().div_ceil(tasks);
+        on_threads(|| places.into_par_iter().with_min_len(least).for_each(copy));
+    }
     // SAFETY: the places are the whole of this length, and each is written.
     unsafe { all.set_len(len) };
     all

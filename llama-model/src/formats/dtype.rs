@@ -49,15 +49,13 @@ impl FileType {
 
     /// Writes values as they stand in a file.
     pub(super) fn write(self, data: TensorData, out: &mut impl Write) -> std::io::Result<()> {
-        /// Blocks that a thread takes at a time.
-        const PIECE: usize = 1024;
         if let Some(dtype) = self.float() {
             return out.write_all(convert(data, dtype).as_bytes());
         }
         let encode = if self == Self::Q8_0 { quants::encode_q8_0 } else { quants::encode_q4_0 };
-        let pieces = data.as_bytes().par_chunks(PIECE * quants::BLOCK * data.dtype.size());
+        let pieces = data.as_bytes().par_chunks(quants::PIECE * quants::BLOCK * data.dtype.size());
         let write = |out: &mut [u8], values: &[u8]| encode(&widen(data.dtype, values), out);
-        let (len, piece) = (self.bytes(data.num_elements()), self.bytes(PIECE * quants::BLOCK));
+        let (len, piece) = (self.bytes(data.num_elements()), self.bytes(quants::PIECE * quants::BLOCK));
         out.write_all(&fill(len, piece, pieces, write))
     }
 }

@@ -17,6 +17,9 @@ const K_BLOCK: usize = 256;
 pub(super) const Q8_0_BYTES: usize = 34;
 pub(super) const Q4_0_BYTES: usize = 18;
 
+/// Blocks that a thread reads or writes at a time.
+pub(super) const PIECE: usize = 1024;
+
 /// A type of block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Quant {
@@ -59,8 +62,6 @@ impl Quant {
 
     /// The values of whole blocks, by all threads.
     pub(super) fn decode_all(self, bytes: &[u8]) -> Vec<f32> {
-        /// Blocks that a thread takes at a time.
-        const PIECE: usize = 1024;
         let (values, size) = self.block();
         let (len, pieces) = (bytes.len() / size * values, bytes.par_chunks(PIECE * size));
         fill(len, PIECE * values, pieces, |out, bytes| out.copy_from_slice(&self.decode(bytes)))

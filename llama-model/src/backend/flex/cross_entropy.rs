@@ -67,13 +67,13 @@ impl<'a> Head<'a> {
 
 /// `ln Σ exp(x)`, of values that are `max` at most.
 #[inline(always)]
-fn row_sum(x: &[f32], max: f32) -> f32 {
+fn row_lse(x: &[f32], max: f32) -> f32 {
     sum1(x, |x| exp(x - max)).ln() + max
 }
 
 vectorized! {
     fn row_log_sum_exp<'a>(x: &'a [f32]) -> f32 {
-        row_sum(x, max(x))
+        row_lse(x, max(x))
     }
 }
 
@@ -91,7 +91,7 @@ vectorized! {
         let max = max(logits);
         let target_logit = logits[target];
         if !grad {
-            let lse = row_sum(logits, max);
+            let lse = row_lse(logits, max);
             return lse - target_logit + z_loss * lse * lse;
         }
         for x in logits.iter_mut() {

@@ -6,6 +6,7 @@ use half::f16;
 
 use super::super::vector::{MAX_LANES, Task, Vector};
 use super::rounded::{Block, Bytes, Rounded};
+use crate::backend::QUANT_BLOCK;
 
 /// Bytes between what is read and what is asked for; rows are read one after the other.
 const AHEAD: usize = 4096;
@@ -43,19 +44,6 @@ pub(super) trait Multiplied: Block {
     /// # Safety
     /// As of [`Whole`]'s.
     unsafe fn products<V: Whole>(w: *const Self, x: &Bytes) -> V;
-
-    /// Whether [`products_of_two`](Self::products_of_two) is there.
-    fn two<V: Whole>() -> bool {
-        false
-    }
-
-    /// Those of two blocks, one in each half of the lanes.
-    ///
-    /// # Safety
-    /// As of [`Whole`]'s.
-    unsafe fn products_of_two<V: Whole>(_w: *const Self, _x: &[Bytes; 2]) -> V {
-        unreachable!("blocks are multiplied one at a time")
-    }
 }
 
 impl Multiplied for i8 {
@@ -69,16 +57,6 @@ impl Multiplied for u8 {
     #[inline(always)]
     unsafe fn products<V: Whole>(w: *const u8, x: &Bytes) -> V {
         unsafe { V::products_of_4(w, x) }
-    }
-
-    #[inline(always)]
-    fn two<V: Whole>() -> bool {
-        V::TWO
-    }
-
-    #[inline(always)]
-    unsafe fn products_of_two<V: Whole>(w: *const u8, x: &[Bytes; 2]) -> V {
-        unsafe { V::products_of_two_4(w, x) }
     }
 }
 
@@ -137,23 +115,18 @@ unsafe fn sums<V: Whole, T: Multiplied, const N: usize>(
     unsafe {
         let mut sums: [V; N] = multiply_scales::<V, T, N>(floats, T::factors(x), scales, per_row);
         let (twos, _) = x.bytes.as_chunks::<2>();
-        let twos = if T::two::<V>() { twos } else { &[] };
+        let twos = if V::TWO && T::BYTES == QUANT_BLOCK / 2 { twos } else { &[] };
         for (pair, bytes) in twos.iter().enumerate() {
             let block = 2 * pair;
-            for line in (0..2 * N * T::BYTES).step_by(64) {
-                V::prefetch(w.as_ptr().wrapping_add(block * N * T::BYTES + line + AHEAD).cast());
-            }
+            fetch::<V, T, N>(w, block, 2);
             for (row, sum) in sums.iter_mut().enumerate() {
-                let products: V = T::products_of_two(w.as_ptr().add(row * width + block * T::BYTES), bytes);
+                let products = V::products_of_two_4(w.as_ptr().add(row * width + block * T::BYTES).cast(), bytes);
                 let scales = floats.as_ptr().add(row * stride + block * T::SCALES);
                 *sum = products.multiply_add(V::two(scales), *sum);
             }
         }
         for (block, bytes) in x.bytes.iter().enumerate().skip(2 * twos.len()) {
-            // The rows are fetched one after the other, though they are read side by side.
-            for line in (0..N * T::BYTES).step_by(64) {
-                V::prefetch(w.as_ptr().wrapping_add(block * N * T::BYTES + line + AHEAD).cast());
-            }
+            fetch::<V, T, N>(w, block, 1);
             for (row, sum) in sums.iter_mut().enumerate() {
                 let products: V = T::products(w.as_ptr().add(row * width + block * T::BYTES), bytes);
                 let scale = V::splat(*floats.get_unchecked(row * stride + block * T::SCALES));
@@ -161,6 +134,14 @@ unsafe fn sums<V: Whole, T: Multiplied, const N: usize>(
             }
         }
         sums
+    }
+}
+
+/// Asks for what comes after some blocks of `N` rows: they are fetched one after the other, though they are read side by side.
+#[inline(always)]
+fn fetch<V: Whole, T: Multiplied, const N: usize>(w: &[T], block: usize, count: usize) {
+    for line in (0..count * N * T::BYTES).step_by(64) {
+        V::prefetch(w.as_ptr().wrapping_add(block * N * T::BYTES + line + AHEAD).cast());
     }
 }
 
