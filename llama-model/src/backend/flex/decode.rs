@@ -15,11 +15,13 @@ mod rounded;
 mod vnni;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod whole;
+#[cfg(target_arch = "x86_64")]
+mod words;
 
 #[cfg(target_arch = "aarch64")]
 use std::arch::aarch64::float32x4_t as Own;
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::__m256 as Own;
+use std::arch::x86_64::{__m256 as Own, __m512 as Wide};
 use std::cell::RefCell;
 
 use burn::backend::Flex;
@@ -121,7 +123,7 @@ struct Input<'a> {
     rounded: Vec<Rounded>,
     /// or many.
     #[cfg(target_arch = "x86_64")]
-    words: Option<many::Words>,
+    words: Option<many::Input>,
 }
 
 impl<'a> Input<'a> {
@@ -138,9 +140,15 @@ impl<'a> Input<'a> {
             precision,
             rounded,
             #[cfg(target_arch = "x86_64")]
-            words: (blocks && !few && simd::multiplies_words()).then(|| many::Words::new(xs, d_in)),
+            words: by_words(precision).filter(|_| blocks && !few).map(|kind| many::Input::new(xs, d_in, kind)),
         }
     }
+}
+
+/// The words that products of many rows with weights in blocks are to be sums of, if they are.
+#[cfg(target_arch = "x86_64")]
+fn by_words(precision: Precision) -> Option<simd::Words> {
+    simd::words().filter(|_| !product::outruns_words(precision))
 }
 
 /// Columns of a result with rows of `stride`, from `start` on.
@@ -226,9 +234,9 @@ unsafe fn by_hand(out: &mut [f32], x: &[f32], rounded: Option<&Rounded>, weight:
             #[cfg(target_arch = "x86_64")]
             (Stored::F16(w), _) if simd::has_avx512() => avx512::dots(out, x, w),
             #[cfg(target_arch = "x86_64")]
-            (Stored::Q8(w, scales), Some(x)) if simd::has_vnni() => vnni::dots(out, x, w, scales),
+            (Stored::Q8(w, scales), Some(x)) if simd::has_vnni() => whole::dots::<Wide, _>(out, x, w, scales),
             #[cfg(target_arch = "x86_64")]
-            (Stored::Q4(w, scales), Some(x)) if simd::has_vnni() => vnni::dots(out, x, w, scales),
+            (Stored::Q4(w, scales), Some(x)) if simd::has_vnni() => whole::dots::<Wide, _>(out, x, w, scales),
             (Stored::F16(w), _) if simd::has_vectors() => whole::half_dots::<Own>(out, x, w),
             (Stored::Q8(w, scales), Some(x)) => whole::dots::<Own, _>(out, x, w, scales),
             (Stored::Q4(w, scales), Some(x)) => whole::dots::<Own, _>(out, x, w, scales),

@@ -45,10 +45,24 @@ pub(super) fn has_vectors() -> bool {
     !matches!(arch(), pulp::Arch::Scalar)
 }
 
-/// Whether products of many rows are faster in words than in floats: with AVX2 and no more.
+/// Instructions that multiply words, faster than others multiply floats.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn multiplies_words() -> bool {
-    matches!(arch(), pulp::Arch::V3(_))
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Words {
+    Avx2,
+    AvxVnni,
+    Avx512Vnni,
+}
+
+/// The fastest of them that kernels use.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn words() -> Option<Words> {
+    match arch() {
+        pulp::Arch::V3(_) if is_x86_feature_detected!("avxvnni") => Some(Words::AvxVnni),
+        pulp::Arch::V3(_) => Some(Words::Avx2),
+        pulp::Arch::V4(_) if has_vnni() => Some(Words::Avx512Vnni),
+        _ => None,
+    }
 }
 
 /// Whether kernels use AVX-512.

@@ -17,7 +17,7 @@ impl Whole for __m256 {
     }
 
     #[inline(always)]
-    unsafe fn products_of_8(w: *const i8, x: &Bytes) -> Self {
+    unsafe fn products_of_8(w: *const i8, x: &Bytes, _: &[i32; 2]) -> Self {
         unsafe {
             let w = _mm256_loadu_si256(w.cast());
             let [high, low] = halves(x);

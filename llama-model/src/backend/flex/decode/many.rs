@@ -1,71 +1,64 @@
-//! Products of many rows with weights in blocks, as sums of whole numbers by AVX2: an instruction multiplies twice as many words as one
+//! Products of many rows with weights in blocks, as sums of whole numbers: an instruction multiplies twice as many words as one
 //! that multiplies floats.
 //!
 //! The input has 15 bits, by blocks of its own, as for few rows, so that a result has the digits of a sum in floats. Bytes would be
 //! multiplied twice as fast again, but what 8 bits lose beside an input's outliers changes what a model says.
 
-use std::arch::x86_64::*;
-use std::mem::transmute;
+use std::marker::PhantomData;
 
 use half::f16;
 
-use super::super::simd::vectorized;
+use super::super::simd::{self, vectorized};
 use super::super::stored::Stored;
 use super::super::team;
-use super::super::vector::{MAX_LANES, Vector};
+use super::super::vector::{MAX_LANES, Task, Vector};
 use super::Columns;
 use super::rounded::{Block, scale};
+use super::words::{Avx2, Avx512Vnni, AvxVnni, Words};
 use crate::backend::QUANT_BLOCK;
 
-/// Rows of a weight that are multiplied at a time, in two vectors.
-const PANEL: usize = 16;
-/// Blocks of theirs that are packed at a time: 16 KB, half of a first-level cache.
+/// Vectors of a weight's rows that are multiplied at a time.
+const VECTORS: usize = 2;
+/// Blocks of theirs that are packed at a time: 16 or 32 KB, no more than what is left of a first-level cache.
 const DEPTH: usize = 16;
-/// Rows of the input at a time: their sums and those of the block they are in take twelve registers of sixteen.
-const ROWS: usize = 3;
-/// Rows of the input that meet a packed panel: 120 KB, in the second-level cache.
-const HEIGHT: usize = 40 * ROWS;
+/// Rows of the input that meet a packed panel: 120 KB, in the second-level cache. A multiple of what is multiplied at a time.
+const HEIGHT: usize = 120;
 
 /// Pairs of words in a block.
 const PAIRS: usize = QUANT_BLOCK / 2;
 
 /// Integers of weights that become words.
 trait Widened: Block {
-    /// The halves of the block at `w`.
+    /// Part `part` of the block at `w`.
     ///
     /// # Safety
-    /// It must be there; the CPU must have AVX2.
-    unsafe fn widen(w: *const Self) -> [__m256i; 2];
+    /// As of [`Words`]'s.
+    unsafe fn widen<V: Words>(w: *const Self, part: usize) -> V;
 }
 
 impl Widened for i8 {
     #[inline(always)]
-    unsafe fn widen(w: *const i8) -> [__m256i; 2] {
-        unsafe {
-            let [first, second] = [_mm_loadu_si128(w.cast()), _mm_loadu_si128(w.add(16).cast())];
-            [_mm256_cvtepi8_epi16(first), _mm256_cvtepi8_epi16(second)]
-        }
+    unsafe fn widen<V: Words>(w: *const i8, part: usize) -> V {
+        unsafe { V::of_8(w, part) }
     }
 }
 
 impl Widened for u8 {
     #[inline(always)]
-    unsafe fn widen(w: *const u8) -> [__m256i; 2] {
-        unsafe {
-            let both = _mm256_cvtepu8_epi16(_mm_loadu_si128(w.cast()));
-            [_mm256_and_si256(both, _mm256_set1_epi16(15)), _mm256_srli_epi16::<4>(both)]
-        }
+    unsafe fn widen<V: Words>(w: *const u8, part: usize) -> V {
+        unsafe { V::of_4(w, part) }
     }
 }
 
 /// The input in whole numbers.
-pub(super) struct Words {
+pub(super) struct Input {
+    kind: simd::Words,
     /// Blocks of a row.
     blocks: usize,
     pieces: Vec<Piece>,
 }
 
-/// Some blocks of some rows, row by row.
+/// Some blocks of some rows, row by row, with room for [`DEPTH`] in each.
 struct Piece {
     first_row: usize,
     first_block: usize,
@@ -76,39 +69,57 @@ struct Piece {
     floats: Vec<[f32; 2]>,
 }
 
-impl Words {
-    /// Rounds rows of `width` numbers, whole blocks. A value that is not finite makes the sums that need it NaN or infinite.
-    pub fn new(xs: &[f32], width: usize) -> Self {
+impl Input {
+    /// Rounds rows of `width` numbers, whole blocks, for vectors of a kind. A value that is not finite makes the sums that need it NaN
+    /// or infinite.
+    pub fn new(xs: &[f32], width: usize, kind: simd::Words) -> Self {
         let blocks = width / QUANT_BLOCK;
         let heights = xs.chunks(HEIGHT * width).enumerate();
         let places = heights.flat_map(|(height, xs)| (0..blocks).step_by(DEPTH).map(move |first| (height, xs, first)));
         let piece = |(height, xs, first_block): (usize, &[f32], usize)| {
             let depth = DEPTH.min(blocks - first_block);
-            let (rows, columns) = (xs.len() / width, depth * QUANT_BLOCK);
-            let (mut words, mut floats) = (vec![0; rows * columns], vec![[0.0; 2]; rows * depth]);
-            let rows = words.chunks_exact_mut(columns).zip(floats.chunks_exact_mut(depth));
+            let rows = xs.len() / width;
+            let (mut words, mut floats) = (vec![0; rows * DEPTH * QUANT_BLOCK], vec![[0.0; 2]; rows * DEPTH]);
+            let rows = words.chunks_exact_mut(DEPTH * QUANT_BLOCK).zip(floats.chunks_exact_mut(DEPTH));
             for (x, (words, floats)) in xs.chunks_exact(width).zip(rows) {
-                round(&x[first_block * QUANT_BLOCK..][..columns], words, floats);
+                round(&x[first_block * QUANT_BLOCK..][..depth * QUANT_BLOCK], words, floats);
             }
             Piece { first_row: height * HEIGHT, first_block, depth, words, floats }
         };
-        Self { blocks, pieces: team::map(places, piece) }
+        Self { kind, blocks, pieces: team::map(places, piece) }
     }
 
     /// Adds `x · weightᵀ` to the columns, if the weight is in blocks.
     ///
     /// # Safety
-    /// The columns must be inside the result, one for each row of the weight, and nobody else's; the CPU must have AVX2, FMA and F16C.
+    /// The columns must be inside the result, one for each row of the weight, and nobody else's; the CPU must have the vectors.
     pub unsafe fn add(&self, columns: Columns, weight: Stored) -> bool {
         // SAFETY: the caller's promise.
         unsafe {
             match weight {
-                Stored::Q8(w, scales) => add(columns, self, w, scales),
-                Stored::Q4(w, scales) => add(columns, self, w, scales),
+                Stored::Q8(w, scales) => self.add_blocks(columns, w, scales),
+                Stored::Q4(w, scales) => self.add_blocks(columns, w, scales),
                 _ => return false,
             }
         }
         true
+    }
+
+    /// # Safety
+    /// As of [`add`](Self::add); `scales` must have the floats of `w`.
+    unsafe fn add_blocks<T: Widened>(&self, columns: Columns, w: &[T], scales: &[f16]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.kind {
+                simd::Words::Avx2 => Avx2::run(Add::<Avx2, T> { columns, x: self, w, scales, kind: PhantomData }),
+                simd::Words::AvxVnni => {
+                    AvxVnni::run(Add::<AvxVnni, T> { columns, x: self, w, scales, kind: PhantomData })
+                }
+                simd::Words::Avx512Vnni => {
+                    Avx512Vnni::run(Add::<Avx512Vnni, T> { columns, x: self, w, scales, kind: PhantomData });
+                }
+            }
+        }
     }
 }
 
@@ -130,35 +141,50 @@ vectorized! {
 }
 
 /// Some blocks of a panel's rows, side by side.
-struct Packed {
+struct Packed<V: Words> {
     /// Of each pair of columns the words of all rows.
-    pairs: [[__m256i; 2]; DEPTH * PAIRS],
+    pairs: [[V; VECTORS]; DEPTH * PAIRS],
     /// Of each block the scales of all rows, and the minima.
-    scales: [[[__m256; 2]; 2]; DEPTH],
+    scales: [[[V::Floats; VECTORS]; 2]; DEPTH],
 }
 
 /// Adds `x · wᵀ` to the columns.
-///
-/// # Safety
-/// As of [`Words::add`]; `scales` must have the floats of `w`.
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn add<T: Widened>(columns: Columns, x: &Words, w: &[T], scales: &[f16]) {
-    let (width, per_row) = (x.blocks * T::BYTES, x.blocks * T::SCALES);
-    // SAFETY: zeros are values of both.
-    let mut packed: Packed = unsafe { std::mem::zeroed() };
-    for piece in &x.pieces {
-        for (panel, (w, scales)) in w.chunks(PANEL * width).zip(scales.chunks(PANEL * per_row)).enumerate() {
-            let columns = Columns { start: columns.start + panel * PANEL, ..columns };
-            let (rows, first, height) = (w.len() / width, piece.first_block, piece.floats.len() / piece.depth);
-            let (w, scales) = (&w[first * T::BYTES..], &scales[first * T::SCALES..]);
-            // SAFETY: the blocks are inside of each row; the caller's promise.
-            unsafe {
-                pack(&mut packed, w, scales, rows, x.blocks, piece.depth);
-                for row in (0..height).step_by(ROWS) {
-                    match height - row {
-                        1 => tile::<T, 1>(columns, rows, piece, row, &packed),
-                        2 => tile::<T, 2>(columns, rows, piece, row, &packed),
-                        _ => tile::<T, ROWS>(columns, rows, piece, row, &packed),
+struct Add<'a, V, T> {
+    columns: Columns,
+    x: &'a Input,
+    w: &'a [T],
+    scales: &'a [f16],
+    kind: PhantomData<V>,
+}
+
+impl<V: Words, T: Widened> Task for Add<'_, V, T> {
+    #[inline(always)]
+    unsafe fn run(self) {
+        let Self { columns, x, w, scales, .. } = self;
+        let (width, per_row, panel) = (x.blocks * T::BYTES, x.blocks * T::SCALES, VECTORS * V::Floats::LANES);
+        // SAFETY: zeros are values of both.
+        let mut packed: Packed<V> = unsafe { std::mem::zeroed() };
+        for piece in &x.pieces {
+            for (index, (w, scales)) in w.chunks(panel * width).zip(scales.chunks(panel * per_row)).enumerate() {
+                let columns = Columns { start: columns.start + index * panel, ..columns };
+                let (rows, first, height) = (w.len() / width, piece.first_block, piece.floats.len() / DEPTH);
+                let (w, scales) = (&w[first * T::BYTES..], &scales[first * T::SCALES..]);
+                // SAFETY: the blocks are inside of each row; the caller's promise.
+                unsafe {
+                    pack(&mut packed, w, scales, rows, x.blocks, piece.depth);
+                    for row in (0..height).step_by(V::ROWS) {
+                        macro_rules! by_rows {
+                            ($($count:literal)*) => {
+                                match V::ROWS.min(height - row) {
+                                    // Nothing is compiled for rows that there are not.
+                                    $($count if const { $count <= V::ROWS } => {
+                                        tile::<V, T, $count>(columns, rows, piece, row, &packed)
+                                    })*
+                                    _ => unreachable!("as many rows as vectors multiply at a time, at most"),
+                                }
+                            };
+                        }
+                        by_rows!(1 2 3 4 5 6 7 8);
                     }
                 }
             }
@@ -169,38 +195,39 @@ unsafe fn add<T: Widened>(columns: Columns, x: &Words, w: &[T], scales: &[f16]) 
 /// Packs the first `depth` blocks of some rows, and nothing for those that the panel lacks.
 ///
 /// # Safety
-/// They must be there; the CPU must have AVX2 and F16C.
+/// They must be there; the CPU must have the vectors.
 #[inline(always)]
-unsafe fn pack<T: Widened>(packed: &mut Packed, w: &[T], scales: &[f16], rows: usize, blocks: usize, depth: usize) {
+unsafe fn pack<V: Words, T: Widened>(
+    packed: &mut Packed<V>,
+    w: &[T],
+    scales: &[f16],
+    rows: usize,
+    blocks: usize,
+    depth: usize,
+) {
+    let lanes = V::Floats::LANES;
     let (width, per_row) = (blocks * T::BYTES, blocks * T::SCALES);
-    for vector in 0..2 {
-        let row = |i: usize| 8 * vector + i;
-        let here = rows.saturating_sub(8 * vector).min(8);
+    for vector in 0..VECTORS {
+        let row = |i: usize| lanes * vector + i;
+        let here = rows.saturating_sub(lanes * vector).min(lanes);
         for block in 0..depth {
-            // SAFETY: the CPU has the instruction.
-            let mut halves = [[unsafe { _mm256_setzero_ps() }; MAX_LANES]; 2];
-            let mut floats = [[0u16; 8]; 2];
-            for i in 0..here {
-                // SAFETY: the caller's promise; the vectors are of one size.
-                unsafe {
-                    let [first, second] = T::widen(w.as_ptr().add(row(i) * width + block * T::BYTES));
-                    halves[0][i] = _mm256_castsi256_ps(first);
-                    halves[1][i] = _mm256_castsi256_ps(second);
-                    for (kind, floats) in floats.iter_mut().enumerate().take(T::SCALES) {
-                        let at = row(i) * per_row + block * T::SCALES + kind;
-                        floats[i] = scales.get_unchecked(at).to_bits();
-                    }
-                }
-            }
-            // SAFETY: the CPU has the instructions.
+            // SAFETY: the caller's promise; the vectors are of one size.
             unsafe {
-                for (half, square) in halves.into_iter().enumerate() {
-                    for (i, pair) in __m256::transpose(square).into_iter().enumerate().take(8) {
-                        packed.pairs[block * PAIRS + 8 * half + i][vector] = _mm256_castps_si256(pair);
+                for part in 0..PAIRS / lanes {
+                    let mut square = [V::zeros().to_bits(); MAX_LANES];
+                    for (i, words) in square.iter_mut().enumerate().take(here) {
+                        *words = T::widen::<V>(w.as_ptr().add(row(i) * width + block * T::BYTES), part).to_bits();
+                    }
+                    for (i, pair) in V::Floats::transpose(square).into_iter().enumerate().take(lanes) {
+                        packed.pairs[block * PAIRS + lanes * part + i][vector] = V::from_bits(pair);
                     }
                 }
-                for (kind, floats) in floats.into_iter().enumerate() {
-                    packed.scales[block][kind][vector] = _mm256_cvtph_ps(transmute::<[u16; 8], __m128i>(floats));
+                for kind in 0..T::SCALES {
+                    let mut floats = [f16::ZERO; MAX_LANES];
+                    for (i, float) in floats.iter_mut().enumerate().take(here) {
+                        *float = *scales.get_unchecked(row(i) * per_row + block * T::SCALES + kind);
+                    }
+                    packed.scales[block][kind][vector] = V::widen(floats.as_ptr());
                 }
             }
         }
@@ -210,45 +237,50 @@ unsafe fn pack<T: Widened>(packed: &mut Packed, w: &[T], scales: &[f16], rows: u
 /// Adds the products of `N` rows of a piece with what is packed.
 ///
 /// # Safety
-/// As of [`add`].
+/// As of [`Input::add`].
 #[inline(always)]
-unsafe fn tile<T: Widened, const N: usize>(columns: Columns, rows: usize, x: &Piece, row: usize, packed: &Packed) {
+unsafe fn tile<V: Words, T: Widened, const N: usize>(
+    columns: Columns,
+    rows: usize,
+    x: &Piece,
+    row: usize,
+    packed: &Packed<V>,
+) {
     // SAFETY: the caller's promise.
     unsafe {
-        let start: [usize; N] = std::array::from_fn(|n| (row + n) * x.depth);
-        let words = start.map(|start| x.words.as_ptr().add(start * QUANT_BLOCK).cast::<i32>());
-        let floats = start.map(|start| x.floats.as_ptr().add(start));
-        let mut totals = [[_mm256_setzero_ps(); 2]; N];
+        let words = x.words.as_ptr().add(row * DEPTH * QUANT_BLOCK).cast::<i32>();
+        let floats = x.floats.as_ptr().add(row * DEPTH);
+        let mut totals = [[V::Floats::splat(0.0); VECTORS]; N];
         for block in 0..x.depth {
-            let mut products = [[_mm256_setzero_si256(); 2]; N];
+            let mut products = [[V::zeros(); VECTORS]; N];
             for pair in block * PAIRS..(block + 1) * PAIRS {
                 let w = packed.pairs.get_unchecked(pair);
-                for (words, products) in words.iter().zip(&mut products) {
-                    let x = _mm256_set1_epi32(words.add(pair).read_unaligned());
+                for (n, products) in products.iter_mut().enumerate() {
+                    let x = V::splat(words.add(n * DEPTH * PAIRS + pair).read_unaligned());
                     for (w, sum) in w.iter().zip(products) {
-                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(*w, x));
+                        *sum = sum.add_products(*w, x);
                     }
                 }
             }
             let [of_rows, minima] = packed.scales.get_unchecked(block);
             for n in 0..N {
-                let [scale, sum] = *floats[n].add(block);
-                let (scale, sum) = (_mm256_set1_ps(scale), _mm256_set1_ps(sum));
-                for vector in 0..2 {
+                let [scale, sum] = *floats.add(n * DEPTH + block);
+                let (scale, sum) = (V::Floats::splat(scale), V::Floats::splat(sum));
+                for vector in 0..VECTORS {
                     let total = &mut totals[n][vector];
-                    let products = _mm256_cvtepi32_ps(products[n][vector]);
-                    *total = _mm256_fmadd_ps(products, _mm256_mul_ps(of_rows[vector], scale), *total);
+                    *total = products[n][vector].floats().multiply_add(of_rows[vector].multiply(scale), *total);
                     if T::SCALES == 2 {
-                        *total = _mm256_fmadd_ps(minima[vector], sum, *total);
+                        *total = minima[vector].multiply_add(sum, *total);
                     }
                 }
             }
         }
         for (n, totals) in totals.into_iter().enumerate() {
             let out = columns.out.0.add((x.first_row + row + n) * columns.stride + columns.start);
-            for (vector, total) in totals.into_iter().enumerate().take(rows.div_ceil(8)) {
-                let (out, here) = (out.add(8 * vector), rows - 8 * vector);
-                __m256::load(out, here).add(total).store(out, here);
+            for (vector, total) in totals.into_iter().enumerate().take(rows.div_ceil(V::Floats::LANES)) {
+                let first = vector * V::Floats::LANES;
+                let (out, here) = (out.add(first), rows - first);
+                V::Floats::load(out, here).add(total).store(out, here);
             }
         }
     }

@@ -22,7 +22,7 @@ impl Whole for float32x4_t {
     }
 
     #[inline(always)]
-    unsafe fn products_of_8(w: *const i8, x: &Bytes) -> Self {
+    unsafe fn products_of_8(w: *const i8, x: &Bytes, _: &[i32; 2]) -> Self {
         unsafe { products([vld1q_s8(w), vld1q_s8(w.add(16))], x) }
     }
 

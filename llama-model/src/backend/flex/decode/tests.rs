@@ -71,6 +71,14 @@ fn products_of_many_rows_are_right() {
         for weight in [Stored::Q8(eight.0, eight.1), Stored::Q4(four.0, four.1)] {
             let mut wide = vec![0.0; width * d_out];
             weight.widen(&mut wide);
+            let compare = |found: &[f32], tolerance: f64, how: &str| {
+                for (i, found) in found.iter().enumerate() {
+                    let (x, w) = (&x[i / d_out * width..][..width], &wide[i % d_out * width..][..width]);
+                    let sum: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+                    let off = (sum - f64::from(*found)).abs();
+                    assert!(off < tolerance, "{rows}x{width}x{d_out} {how}, {i}: {found} {sum}");
+                }
+            };
             for precision in [Precision::F32, Precision::Bf16] {
                 let input = Input::new(&x, width, &[weight], precision);
                 let mut found = vec![0.0; rows * d_out];
@@ -78,15 +86,29 @@ fn products_of_many_rows_are_right() {
                 unsafe { products(columns, &input, weight) };
                 // Six times what rounding to bf16 makes of as many terms, where there are no words.
                 let tolerance = if precision == Precision::F32 { 2e-3 } else { 8e-3 * (width as f64).sqrt() };
-                for (i, found) in found.iter().enumerate() {
-                    let (x, w) = (&x[i / d_out * width..][..width], &wide[i % d_out * width..][..width]);
-                    let sum: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
-                    let off = (sum - f64::from(*found)).abs();
-                    assert!(off < tolerance, "{rows}x{width}x{d_out} {precision}, {i}: {found} {sum}");
-                }
+                compare(&found, tolerance, &precision.to_string());
+            }
+            #[cfg(target_arch = "x86_64")]
+            for kind in kinds_of_words() {
+                let mut found = vec![0.0; rows * d_out];
+                let columns = Columns { out: Output(found.as_mut_ptr()), stride: d_out, start: 0 };
+                assert!(unsafe { many::Input::new(&x, width, kind).add(columns, weight) });
+                compare(&found, 2e-3, &format!("{kind:?}"));
             }
         }
     }
+}
+
+/// All that this CPU has.
+#[cfg(target_arch = "x86_64")]
+fn kinds_of_words() -> Vec<simd::Words> {
+    use simd::Words::{Avx2, Avx512Vnni, AvxVnni};
+    let kinds = [
+        (Avx2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")),
+        (AvxVnni, is_x86_feature_detected!("avxvnni")),
+        (Avx512Vnni, is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vnni")),
+    ];
+    kinds.into_iter().filter(|(_, has)| *has).map(|(kind, _)| kind).collect()
 }
 
 /// Whole numbers or not, zeros and the smallest numbers are harmless and what is not finite stays so.
@@ -110,16 +132,27 @@ fn unusual_inputs_of_blocks_are_what_they_are() {
             let mut out = [0.0f32; 2 * (ROWS + 1)];
             let columns = Columns { out: Output(out.as_mut_ptr()), stride: 2, start: 0 };
             unsafe { products(columns, &Input::new(&x, 64, &[weight], Precision::Bf16), weight) };
-            out
+            out.to_vec()
         };
-        assert_eq!(product(&[0.0; 64]), [0.0; 2]);
-        assert_eq!(many(&[0.0; 64]), [0.0; 2 * (ROWS + 1)]);
+        let mut ways: Vec<Box<dyn Fn(&[f32]) -> Vec<f32>>> =
+            vec![Box::new(move |x| product(x).to_vec()), Box::new(many)];
+        #[cfg(target_arch = "x86_64")]
+        for kind in kinds_of_words() {
+            ways.push(Box::new(move |x| {
+                let mut out = vec![0.0f32; 2];
+                let columns = Columns { out: Output(out.as_mut_ptr()), stride: 2, start: 0 };
+                assert!(unsafe { many::Input::new(x, 64, kind).add(columns, weight) });
+                out
+            }));
+        }
+        for way in &ways {
+            assert!(way(&[0.0; 64]).iter().all(|sum| *sum == 0.0));
+        }
         assert!(product(&[1e-38; 64]).iter().all(|sum| sum.abs() < 1e-30));
         for huge in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
             let mut x = [1.0; 64];
             x[40] = huge;
-            assert!(product(&x).iter().all(|sum| !sum.is_finite()), "{bits:?} {huge}");
-            assert!(many(&x).iter().all(|sum| !sum.is_finite()), "{bits:?} {huge}");
+            assert!(ways.iter().flat_map(|way| way(&x)).all(|sum| !sum.is_finite()), "{bits:?} {huge}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Dots with weights in blocks and in f16 by the vectors of AVX2 and NEON.
+//! Dots with weights in blocks, and in f16, by vectors that multiply whole numbers: of AVX512-VNNI, AVX2 and NEON.
 
 use std::marker::PhantomData;
 
@@ -8,8 +8,6 @@ use super::super::vector::{MAX_LANES, Task, Vector};
 use super::rounded::{Block, Bytes, Rounded};
 use crate::backend::QUANT_BLOCK;
 
-/// Bytes between what is read and what is asked for; rows are read one after the other.
-const AHEAD: usize = 4096;
 /// Rows of blocks at a time: they share what is read of the input, and the last steps of their sums.
 const ROWS: usize = 4;
 /// Sums of a row of floats at a time, so that none waits for the one before.
@@ -20,12 +18,25 @@ const SUMS: usize = 4;
 /// # Safety
 /// Of all functions: as of [`Vector`]'s.
 pub(super) trait Whole: Vector {
+    /// Bytes between what is read and what is asked for; rows are read one after the other.
+    const AHEAD: usize = 4096;
+
+    /// Runs a task whose code is compiled for these products.
+    unsafe fn run_whole(task: impl Task) {
+        unsafe { Self::run(task) }
+    }
+
     /// The numbers at `src`, of which there must be as many as lanes.
     unsafe fn widen(src: *const f16) -> Self;
-    /// Σ w · (128 · high + low) over a block of 8-bit weights, in lanes.
-    unsafe fn products_of_8(w: *const i8, x: &Bytes) -> Self;
+    /// Σ w · (128 · high + low) over a block of 8-bit weights, in lanes. `sums` are of the high bytes and of the low.
+    unsafe fn products_of_8(w: *const i8, x: &Bytes, sums: &[i32; 2]) -> Self;
     /// The same for weights of 4 bits, the first half of a block in the low bits of its bytes.
     unsafe fn products_of_4(w: *const u8, x: &Bytes) -> Self;
+    /// What is left to be done to sums of such products, once for all of a row.
+    #[inline(always)]
+    unsafe fn weigh(self) -> Self {
+        self
+    }
 
     /// Whether these vectors multiply two blocks of 4 bits at a time.
     const TWO: bool = false;
@@ -43,19 +54,19 @@ pub(super) trait Whole: Vector {
 pub(super) trait Multiplied: Block {
     /// # Safety
     /// As of [`Whole`]'s.
-    unsafe fn products<V: Whole>(w: *const Self, x: &Bytes) -> V;
+    unsafe fn products<V: Whole>(w: *const Self, x: &Bytes, sums: &[i32; 2]) -> V;
 }
 
 impl Multiplied for i8 {
     #[inline(always)]
-    unsafe fn products<V: Whole>(w: *const i8, x: &Bytes) -> V {
-        unsafe { V::products_of_8(w, x) }
+    unsafe fn products<V: Whole>(w: *const i8, x: &Bytes, sums: &[i32; 2]) -> V {
+        unsafe { V::products_of_8(w, x, sums) }
     }
 }
 
 impl Multiplied for u8 {
     #[inline(always)]
-    unsafe fn products<V: Whole>(w: *const u8, x: &Bytes) -> V {
+    unsafe fn products<V: Whole>(w: *const u8, x: &Bytes, _: &[i32; 2]) -> V {
         unsafe { V::products_of_4(w, x) }
     }
 }
@@ -65,7 +76,7 @@ impl Multiplied for u8 {
 /// # Safety
 /// `w` must have a row of as many blocks as `x` for each result, and `scales` their floats; the CPU must have the vectors.
 pub(super) unsafe fn dots<V: Whole, T: Multiplied>(out: &mut [f32], x: &Rounded, w: &[T], scales: &[f16]) {
-    unsafe { V::run(Blocks::<V, T> { out, x, w, scales, kind: PhantomData }) }
+    unsafe { V::run_whole(Blocks::<V, T> { out, x, w, scales, kind: PhantomData }) }
 }
 
 struct Blocks<'a, V, T> {
@@ -113,7 +124,8 @@ unsafe fn sums<V: Whole, T: Multiplied, const N: usize>(
     let stride = T::factors(x).len();
     // SAFETY: the caller's promise; factors and floats are whole registers, and fetching reads nothing.
     unsafe {
-        let mut sums: [V; N] = multiply_scales::<V, T, N>(floats, T::factors(x), scales, per_row);
+        let minima: [V; N] = multiply_scales::<V, T, N>(floats, T::factors(x), scales, per_row);
+        let mut sums = [V::splat(0.0); N];
         let (twos, _) = x.bytes.as_chunks::<2>();
         let twos = if V::TWO && T::BYTES == QUANT_BLOCK / 2 { twos } else { &[] };
         for (pair, bytes) in twos.iter().enumerate() {
@@ -125,13 +137,16 @@ unsafe fn sums<V: Whole, T: Multiplied, const N: usize>(
                 *sum = products.multiply_add(V::two(scales), *sum);
             }
         }
-        for (block, bytes) in x.bytes.iter().enumerate().skip(2 * twos.len()) {
+        for (block, (bytes, of_bytes)) in x.bytes.iter().zip(&x.sums).enumerate().skip(2 * twos.len()) {
             fetch::<V, T, N>(w, block, 1);
             for (row, sum) in sums.iter_mut().enumerate() {
-                let products: V = T::products(w.as_ptr().add(row * width + block * T::BYTES), bytes);
+                let products: V = T::products(w.as_ptr().add(row * width + block * T::BYTES), bytes, of_bytes);
                 let scale = V::splat(*floats.get_unchecked(row * stride + block * T::SCALES));
                 *sum = products.multiply_add(scale, *sum);
             }
+        }
+        for (sum, minima) in sums.iter_mut().zip(minima) {
+            *sum = sum.weigh().add(minima);
         }
         sums
     }
@@ -141,7 +156,7 @@ unsafe fn sums<V: Whole, T: Multiplied, const N: usize>(
 #[inline(always)]
 fn fetch<V: Whole, T: Multiplied, const N: usize>(w: &[T], block: usize, count: usize) {
     for line in (0..count * N * T::BYTES).step_by(64) {
-        V::prefetch(w.as_ptr().wrapping_add(block * N * T::BYTES + line + AHEAD).cast());
+        V::prefetch(w.as_ptr().wrapping_add(block * N * T::BYTES + line + V::AHEAD).cast());
     }
 }
 
@@ -219,7 +234,7 @@ impl<V: Whole> Task for Halves<'_, V> {
             unsafe {
                 let mut sums = [V::splat(0.0); SUMS];
                 for at in (0..vectors).step_by(step) {
-                    V::prefetch(w.as_ptr().add(at).wrapping_add(AHEAD / 2).cast());
+                    V::prefetch(w.as_ptr().add(at).wrapping_add(V::AHEAD / 2).cast());
                     for (i, sum) in sums.iter_mut().enumerate() {
                         let at = at + i * V::LANES;
                         *sum = V::widen(w.as_ptr().add(at)).multiply_add(V::load(x.as_ptr().add(at), V::LANES), *sum);

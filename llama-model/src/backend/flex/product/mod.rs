@@ -85,6 +85,12 @@ pub(super) fn has_matrix_unit() -> bool {
     false
 }
 
+/// Whether products in a precision are as fast as those of words, or faster.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn outruns_words(precision: Precision) -> bool {
+    has_matrix_unit() || simd::has_avx512() && precision == Precision::Bf16 && avx512::fast_dot()
+}
+
 /// What to compute from `a` and `b`, and how.
 #[derive(Clone, Copy)]
 pub(super) struct Product {
