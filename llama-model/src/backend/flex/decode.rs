@@ -5,12 +5,12 @@
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
-pub(super) mod avx512;
+mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod many;
 #[cfg(target_arch = "aarch64")]
 mod neon;
-mod rounded;
+pub(super) mod rounded;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
@@ -32,6 +32,8 @@ use half::{bf16, f16};
 
 use self::rounded::Rounded;
 use super::product::{self, Matrix, Output, PRODUCT, Product};
+#[cfg(target_arch = "x86_64")]
+use super::product::{Bf16Unit, PackedRows};
 use super::simd::{self, LANES, tree_sum, vectorized};
 use super::stored::Stored;
 use super::{Buffer, contiguous, team, values, whole};
@@ -44,6 +46,8 @@ const ROWS: usize = 8;
 const TASK: usize = 1 << 14;
 /// Weights that are widened at a time: a megabyte of floats.
 const WIDENED: usize = 1 << 18;
+/// Rows of a weight that many rows are multiplied with together, in whatever way.
+const PANEL: usize = 32;
 
 /// Whether [`project`] takes this product.
 pub(super) fn takes(x: &FlexTensor, weight: &FlexTensor) -> bool {
@@ -85,14 +89,15 @@ fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<Fle
     let widths: Vec<usize> = weights.iter().map(|weight| weight.len() / d_in).collect();
     let mut outs: Vec<Buffer> = widths.iter().map(|d_out| Buffer::zeros(rows * d_out)).collect();
     let targets: Vec<Output> = outs.iter_mut().map(|out| Output(out.as_mut_ptr())).collect();
-    let total: usize = widths.iter().sum();
     let few = rows <= ROWS;
     let input = Input::new(xs, d_in, weights, precision);
+    let panel = if few { 1 } else { PANEL };
+    let total: usize = widths.iter().map(|d_out| d_out.div_ceil(panel)).sum();
     let tasks = if few {
         (total * d_in / TASK).clamp(1, 4 * team::threads())
     } else {
         // The same number for each thread.
-        let tasks = (total * d_in).div_ceil(WIDENED).min(total.div_ceil(16)).max(1);
+        let tasks = (total * panel * d_in).div_ceil(WIDENED).clamp(1, total.max(1));
         tasks.next_multiple_of(team::threads())
     };
     let task = |task: usize| {
@@ -100,14 +105,15 @@ fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<Fle
         let mut first = 0;
         for ((weight, d_out), target) in weights.iter().zip(&widths).zip(&targets) {
             // The part of this weight that is the task's.
-            let (from, to) = (start.max(first) - first, end.clamp(first, first + d_out) - first);
+            let last = first + d_out.div_ceil(panel);
+            let [from, to] = [start, end].map(|at| (panel * (at.clamp(first, last) - first)).min(*d_out));
             if from < to {
                 let columns = Columns { out: *target, stride: *d_out, start: from };
                 let weight = weight.rows(from, to, d_in);
                 // SAFETY: every task has columns of its own, inside the weight's result.
                 unsafe { if few { dots(columns, &input, weight) } else { products(columns, &input, weight) } };
             }
-            first += d_out;
+            first = last;
         }
     };
     team::for_each(tasks, task);
@@ -119,11 +125,11 @@ struct Input<'a> {
     xs: &'a [f32],
     d_in: usize,
     precision: Precision,
-    /// The rows in whole numbers, if weights are and the CPU multiplies them: few rows
+    /// Few rows in whole numbers, if weights are and the CPU multiplies them.
     rounded: Vec<Rounded>,
-    /// or many.
+    /// Many rows as the CPU multiplies them faster than floats, if it does.
     #[cfg(target_arch = "x86_64")]
-    words: Option<many::Input>,
+    many: Option<Many>,
 }
 
 impl<'a> Input<'a> {
@@ -140,15 +146,47 @@ impl<'a> Input<'a> {
             precision,
             rounded,
             #[cfg(target_arch = "x86_64")]
-            words: by_words(precision).filter(|_| blocks && !few).map(|kind| many::Input::new(xs, d_in, kind)),
+            many: if few { None } else { Many::new(xs, d_in, blocks, precision) },
         }
     }
 }
 
-/// The words that products of many rows with weights in blocks are to be sums of, if they are.
+/// Many rows in another form than floats.
 #[cfg(target_arch = "x86_64")]
-fn by_words(precision: Precision) -> Option<simd::Words> {
-    simd::words().filter(|_| !product::outruns_words(precision))
+enum Many {
+    Bf16(PackedRows),
+    Words(many::Input),
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Many {
+    fn new(xs: &[f32], d_in: usize, blocks: bool, precision: Precision) -> Option<Self> {
+        let bf16 = || {
+            let unit = Bf16Unit::fast().filter(|_| precision == Precision::Bf16 && d_in.is_multiple_of(QUANT_BLOCK))?;
+            Some(Self::Bf16(PackedRows::new(xs, d_in, unit)))
+        };
+        let words = || {
+            // A matrix unit is faster in f32, too.
+            let kind = simd::Words::fastest().filter(|_| blocks && !product::has_matrix_unit())?;
+            Some(Self::Words(many::Input::new(xs, d_in, kind)))
+        };
+        bf16().or_else(words)
+    }
+
+    /// Fills the columns, which must be zero, if it can with this weight.
+    ///
+    /// # Safety
+    /// As [`product`].
+    unsafe fn multiply(&self, columns: Columns, weight: Stored) -> bool {
+        // SAFETY: the caller's promise, and the CPU was asked.
+        unsafe {
+            match self {
+                Self::Bf16(rows) => rows.multiply(columns.out.0.add(columns.start), columns.stride, weight),
+                Self::Words(words) => return words.add(columns, weight),
+            }
+        }
+        true
+    }
 }
 
 /// Columns of a result with rows of `stride`, from `start` on.
@@ -180,14 +218,14 @@ unsafe fn product(columns: Columns, xs: &[f32], d_in: usize, weight: Stored, pre
     WIDE.set(wide);
 }
 
-/// Fills the columns, for many rows: by whole numbers where that is faster. They must be zero.
+/// Fills the columns, which must be zero, for many rows.
 ///
 /// # Safety
 /// As [`product`].
 unsafe fn products(columns: Columns, input: &Input, weight: Stored) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: the caller's promise, and the CPU was asked.
-    if input.words.as_ref().is_some_and(|words| unsafe { words.add(columns, weight) }) {
+    // SAFETY: the caller's promise.
+    if input.many.as_ref().is_some_and(|many| unsafe { many.multiply(columns, weight) }) {
         return;
     }
     // SAFETY: the caller's promise.

@@ -54,14 +54,28 @@ pub(super) enum Words {
     Avx512Vnni,
 }
 
-/// The fastest of them that kernels use.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn words() -> Option<Words> {
-    match arch() {
-        pulp::Arch::V3(_) if is_x86_feature_detected!("avxvnni") => Some(Words::AvxVnni),
-        pulp::Arch::V3(_) => Some(Words::Avx2),
-        pulp::Arch::V4(_) if has_vnni() => Some(Words::Avx512Vnni),
-        _ => None,
+impl Words {
+    /// The fastest that kernels use.
+    pub(super) fn fastest() -> Option<Self> {
+        match arch() {
+            pulp::Arch::V3(_) if is_x86_feature_detected!("avxvnni") => Some(Self::AvxVnni),
+            pulp::Arch::V3(_) => Some(Self::Avx2),
+            pulp::Arch::V4(_) if has_vnni() => Some(Self::Avx512Vnni),
+            _ => None,
+        }
+    }
+
+    /// All that this CPU has.
+    #[cfg(test)]
+    pub(super) fn all() -> Vec<Self> {
+        let has_avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        let kinds = [
+            (Self::Avx2, has_avx2 && is_x86_feature_detected!("f16c")),
+            (Self::AvxVnni, has_avx2 && is_x86_feature_detected!("avxvnni")),
+            (Self::Avx512Vnni, is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vnni")),
+        ];
+        kinds.into_iter().filter(|(_, has)| *has).map(|(kind, _)| kind).collect()
     }
 }
 

@@ -1,5 +1,8 @@
 //! The forms that a weight is stored in for inference, and their values as floats.
 
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx512;
+
 use burn::backend::Flex;
 use burn::tensor::DType;
 use burn_flex::FlexTensor;
@@ -73,8 +76,8 @@ impl<'a> Stored<'a> {
         if super::simd::has_avx512() {
             match self {
                 // SAFETY: the CPU was asked; values and scales are of as many blocks as `out`.
-                Self::Q8(w, scales) => return unsafe { super::decode::avx512::widen(out, w, scales) },
-                Self::Q4(w, scales) => return unsafe { super::decode::avx512::widen(out, w, scales) },
+                Self::Q8(w, scales) => return unsafe { avx512::widen(out, w, scales) },
+                Self::Q4(w, scales) => return unsafe { avx512::widen(out, w, scales) },
                 _ => {}
             }
         }

@@ -62,53 +62,57 @@ fn products_are_right_in_every_form() {
 #[test]
 fn products_of_many_rows_are_right() {
     let noise = |i: usize| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0;
-    for (rows, width, d_out) in [(9, 32, 1), (11, 1120, 21), (245, 96, 37), (13, 2080, 16)] {
+    for (rows, width, d_out) in [(9, 32, 1), (11, 1120, 21), (245, 96, 37), (13, 2080, 16), (33, 64, 290)] {
         let x: Vec<f32> = (0..width * rows).map(noise).collect();
         let w: Vec<f32> = (0..width * d_out).map(|i| noise(i + 17)).collect();
+        let short: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
+        let half: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
         let [eight, four] = [Bits::Eight, Bits::Four].map(|bits| rounded(bits, &w));
-        let (eight, four): ((&[i8], _), (&[u8], _)) =
-            ((bytemuck::cast_slice(&eight.0), &eight.1), (bytemuck::cast_slice(&four.0), &four.1));
-        for weight in [Stored::Q8(eight.0, eight.1), Stored::Q4(four.0, four.1)] {
+        let weights = [
+            Stored::Bf16(&short),
+            Stored::F16(&half),
+            Stored::Q8(bytemuck::cast_slice(&eight.0), &eight.1),
+            Stored::Q4(bytemuck::cast_slice(&four.0), &four.1),
+        ];
+        for (form, weight) in weights.into_iter().enumerate() {
             let mut wide = vec![0.0; width * d_out];
             weight.widen(&mut wide);
-            let compare = |found: &[f32], tolerance: f64, how: &str| {
+            for (name, input) in inputs(&x, width) {
+                let mut found = vec![0.0; rows * d_out];
+                let columns = Columns { out: Output(found.as_mut_ptr()), stride: d_out, start: 0 };
+                unsafe { products(columns, &input, weight) };
+                // Six times what rounding to bf16 makes of as many terms.
+                let tolerance = if name.starts_with("bf16") { 8e-3 * (width as f64).sqrt() } else { 2e-3 };
                 for (i, found) in found.iter().enumerate() {
                     let (x, w) = (&x[i / d_out * width..][..width], &wide[i % d_out * width..][..width]);
                     let sum: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
                     let off = (sum - f64::from(*found)).abs();
-                    assert!(off < tolerance, "{rows}x{width}x{d_out} {how}, {i}: {found} {sum}");
+                    assert!(off < tolerance, "{rows}x{width}x{d_out} {form} {name}, {i}: {found} {sum}");
                 }
-            };
-            for precision in [Precision::F32, Precision::Bf16] {
-                let input = Input::new(&x, width, &[weight], precision);
-                let mut found = vec![0.0; rows * d_out];
-                let columns = Columns { out: Output(found.as_mut_ptr()), stride: d_out, start: 0 };
-                unsafe { products(columns, &input, weight) };
-                // Six times what rounding to bf16 makes of as many terms, where there are no words.
-                let tolerance = if precision == Precision::F32 { 2e-3 } else { 8e-3 * (width as f64).sqrt() };
-                compare(&found, tolerance, &precision.to_string());
-            }
-            #[cfg(target_arch = "x86_64")]
-            for kind in kinds_of_words() {
-                let mut found = vec![0.0; rows * d_out];
-                let columns = Columns { out: Output(found.as_mut_ptr()), stride: d_out, start: 0 };
-                assert!(unsafe { many::Input::new(&x, width, kind).add(columns, weight) });
-                compare(&found, 2e-3, &format!("{kind:?}"));
             }
         }
     }
 }
 
-/// All that this CPU has.
-#[cfg(target_arch = "x86_64")]
-fn kinds_of_words() -> Vec<simd::Words> {
-    use simd::Words::{Avx2, Avx512Vnni, AvxVnni};
-    let kinds = [
-        (Avx2, is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")),
-        (AvxVnni, is_x86_feature_detected!("avxvnni")),
-        (Avx512Vnni, is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vnni")),
-    ];
-    kinds.into_iter().filter(|(_, has)| *has).map(|(kind, _)| kind).collect()
+/// Many rows in every form that this CPU multiplies.
+fn inputs(xs: &[f32], d_in: usize) -> Vec<(String, Input<'_>)> {
+    let by_floats = |precision: Precision| (precision.to_string(), Input::new(xs, d_in, &[], precision));
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
+    let mut inputs = vec![by_floats(Precision::F32), by_floats(Precision::Bf16)];
+    #[cfg(target_arch = "x86_64")]
+    {
+        inputs.iter_mut().for_each(|(_, input)| input.many = None);
+        let mut add = |name: String, many: Many| {
+            inputs.push((name, Input { many: Some(many), ..Input::new(xs, d_in, &[], Precision::F32) }));
+        };
+        for unit in Bf16Unit::all() {
+            add(format!("bf16 {unit:?}"), Many::Bf16(PackedRows::new(xs, d_in, unit)));
+        }
+        for kind in simd::Words::all() {
+            add(format!("words {kind:?}"), Many::Words(many::Input::new(xs, d_in, kind)));
+        }
+    }
+    inputs
 }
 
 /// Whole numbers or not, zeros and the smallest numbers are harmless and what is not finite stays so.
@@ -127,32 +131,28 @@ fn unusual_inputs_of_blocks_are_what_they_are() {
             unsafe { dots(columns, &Input::new(x, 64, &[weight], Precision::F32), weight) };
             out
         };
+        // Of every form the first row, whatever the others are.
         let many = |x: &[f32]| {
-            let x = x.repeat(ROWS + 1);
-            let mut out = [0.0f32; 2 * (ROWS + 1)];
-            let columns = Columns { out: Output(out.as_mut_ptr()), stride: 2, start: 0 };
-            unsafe { products(columns, &Input::new(&x, 64, &[weight], Precision::Bf16), weight) };
-            out.to_vec()
-        };
-        let mut ways: Vec<Box<dyn Fn(&[f32]) -> Vec<f32>>> =
-            vec![Box::new(move |x| product(x).to_vec()), Box::new(many)];
-        #[cfg(target_arch = "x86_64")]
-        for kind in kinds_of_words() {
-            ways.push(Box::new(move |x| {
-                let mut out = vec![0.0f32; 2];
+            let x = [x, &[1.0; 64 * ROWS]].concat();
+            let first = |(name, input): (String, Input)| {
+                let mut out = [0.0f32; 2 * (ROWS + 1)];
                 let columns = Columns { out: Output(out.as_mut_ptr()), stride: 2, start: 0 };
-                assert!(unsafe { many::Input::new(x, 64, kind).add(columns, weight) });
-                out
-            }));
-        }
-        for way in &ways {
-            assert!(way(&[0.0; 64]).iter().all(|sum| *sum == 0.0));
-        }
+                unsafe { products(columns, &input, weight) };
+                assert!(out[2..].iter().all(|sum| (sum - 64.0).abs() < 0.5), "{bits:?} {name}: {out:?}");
+                (name, [out[0], out[1]])
+            };
+            inputs(&x, 64).into_iter().map(first).collect::<Vec<_>>()
+        };
+        assert_eq!(product(&[0.0; 64]), [0.0; 2]);
+        assert!(many(&[0.0; 64]).iter().all(|(_, sums)| *sums == [0.0; 2]));
         assert!(product(&[1e-38; 64]).iter().all(|sum| sum.abs() < 1e-30));
         for huge in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
             let mut x = [1.0; 64];
             x[40] = huge;
-            assert!(ways.iter().flat_map(|way| way(&x)).all(|sum| !sum.is_finite()), "{bits:?} {huge}");
+            assert!(product(&x).iter().all(|sum| !sum.is_finite()), "{bits:?} {huge}");
+            for (name, sums) in many(&x) {
+                assert!(sums.iter().all(|sum| !sum.is_finite()), "{bits:?} {name} {huge}");
+            }
         }
     }
 }

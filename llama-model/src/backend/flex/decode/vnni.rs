@@ -5,8 +5,9 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
+use super::super::stored::avx512::Widen;
 use super::super::vector::Task;
-use super::avx512::{AHEAD, Widen};
+use super::avx512::AHEAD;
 use super::rounded::Bytes;
 use super::whole::Whole;
 

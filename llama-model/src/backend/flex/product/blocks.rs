@@ -171,17 +171,17 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
     }
 }
 
-type Buffer = RefCell<Vec<f32>>;
+pub(super) type Buffer = RefCell<Vec<f32>>;
 
 thread_local! {
     /// What a task packs for itself.
-    static OWN: Buffer = const { RefCell::new(Vec::new()) };
+    pub(super) static OWN: Buffer = const { RefCell::new(Vec::new()) };
     /// What a product packs for all its tasks.
     static SHARED: Buffer = const { RefCell::new(Vec::new()) };
 }
 
 /// Lends one of the thread's buffers, of at least `len` lanes and aligned to 64 bytes.
-fn with_buffer(buffer: &'static LocalKey<Buffer>, len: usize, each: impl FnOnce(*mut f32)) {
+pub(super) fn with_buffer(buffer: &'static LocalKey<Buffer>, len: usize, each: impl FnOnce(*mut f32)) {
     // Taken out: a thread that waits for tasks may take up another product's.
     let mut lanes = buffer.take();
     if lanes.len() < len + 16 {

@@ -10,6 +10,8 @@ mod avx512;
 mod blocks;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod split;
+#[cfg(target_arch = "x86_64")]
+mod stored;
 mod tile;
 
 #[cfg(target_arch = "x86_64")]
@@ -19,6 +21,8 @@ use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 
 use self::blocks::multiply as by;
+#[cfg(target_arch = "x86_64")]
+pub(super) use self::stored::{Bf16Unit, PackedRows};
 use self::tile::{RoundedBf16, RoundedF16, Single, Tiles};
 #[cfg(target_arch = "x86_64")]
 use super::simd;
@@ -83,12 +87,6 @@ pub(super) fn has_matrix_unit() -> bool {
     return amx::available();
     #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
     false
-}
-
-/// Whether products in a precision are as fast as those of words, or faster.
-#[cfg(target_arch = "x86_64")]
-pub(super) fn outruns_words(precision: Precision) -> bool {
-    has_matrix_unit() || simd::has_avx512() && precision == Precision::Bf16 && avx512::fast_dot()
 }
 
 /// What to compute from `a` and `b`, and how.
