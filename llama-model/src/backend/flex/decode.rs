@@ -1,6 +1,7 @@
 //! Products with weights as inference stores them. Those of few rows, as in decoding, are limited by the memory that the
 //! weight is read from, so it is read once, in order, in the form it is stored in, and shared out among threads by its
-//! rows. For many rows, threads widen a stretch of the weight at a time, as much as their cache holds.
+//! rows. Many rows are multiplied by what the CPU is fastest at: bf16, where it has products of them, or whole numbers (`many`); or
+//! threads widen a stretch of the weight at a time, as much as their cache holds.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -87,7 +88,8 @@ fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<Fle
     let [rows, d_in] = x.shape().dims();
     let xs = values(x);
     let widths: Vec<usize> = weights.iter().map(|weight| weight.len() / d_in).collect();
-    let mut outs: Vec<Buffer> = widths.iter().map(|d_out| Buffer::zeros(rows * d_out)).collect();
+    // SAFETY: the tasks write all columns of all weights.
+    let mut outs: Vec<Buffer> = widths.iter().map(|d_out| unsafe { Buffer::unwritten(rows * d_out) }).collect();
     let targets: Vec<Output> = outs.iter_mut().map(|out| Output(out.as_mut_ptr())).collect();
     let few = rows <= ROWS;
     let input = Input::new(xs, d_in, weights, precision);
@@ -173,7 +175,7 @@ impl Many {
         bf16().or_else(words)
     }
 
-    /// Fills the columns, which must be zero, if it can with this weight.
+    /// Fills the columns, if it can with this weight.
     ///
     /// # Safety
     /// As [`product`].
@@ -182,7 +184,7 @@ impl Many {
         unsafe {
             match self {
                 Self::Bf16(rows) => rows.multiply(columns.out.0.add(columns.start), columns.stride, weight),
-                Self::Words(words) => return words.add(columns, weight),
+                Self::Words(words) => return words.multiply(columns, weight),
             }
         }
         true
@@ -218,7 +220,7 @@ unsafe fn product(columns: Columns, xs: &[f32], d_in: usize, weight: Stored, pre
     WIDE.set(wide);
 }
 
-/// Fills the columns, which must be zero, for many rows.
+/// Fills the columns, for many rows.
 ///
 /// # Safety
 /// As [`product`].

@@ -89,16 +89,16 @@ impl Input {
         Self { kind, blocks, pieces: team::map(places, piece) }
     }
 
-    /// Adds `x · weightᵀ` to the columns, if the weight is in blocks.
+    /// Writes `x · weightᵀ` to the columns, if the weight is in blocks.
     ///
     /// # Safety
     /// The columns must be inside the result, one for each row of the weight, and nobody else's; the CPU must have the vectors.
-    pub unsafe fn add(&self, columns: Columns, weight: Stored) -> bool {
+    pub unsafe fn multiply(&self, columns: Columns, weight: Stored) -> bool {
         // SAFETY: the caller's promise.
         unsafe {
             match weight {
-                Stored::Q8(w, scales) => self.add_blocks(columns, w, scales),
-                Stored::Q4(w, scales) => self.add_blocks(columns, w, scales),
+                Stored::Q8(w, scales) => self.by_kind(columns, w, scales),
+                Stored::Q4(w, scales) => self.by_kind(columns, w, scales),
                 _ => return false,
             }
         }
@@ -106,17 +106,17 @@ impl Input {
     }
 
     /// # Safety
-    /// As of [`add`](Self::add); `scales` must have the floats of `w`.
-    unsafe fn add_blocks<T: Widened>(&self, columns: Columns, w: &[T], scales: &[f16]) {
+    /// As of [`multiply`](Self::multiply); `scales` must have the floats of `w`.
+    unsafe fn by_kind<T: Widened>(&self, columns: Columns, w: &[T], scales: &[f16]) {
         // SAFETY: the caller's promise.
         unsafe {
             match self.kind {
-                simd::Words::Avx2 => Avx2::run(Add::<Avx2, T> { columns, x: self, w, scales, kind: PhantomData }),
+                simd::Words::Avx2 => Avx2::run(Multiply::<Avx2, T> { columns, x: self, w, scales, kind: PhantomData }),
                 simd::Words::AvxVnni => {
-                    AvxVnni::run(Add::<AvxVnni, T> { columns, x: self, w, scales, kind: PhantomData })
+                    AvxVnni::run(Multiply::<AvxVnni, T> { columns, x: self, w, scales, kind: PhantomData })
                 }
                 simd::Words::Avx512Vnni => {
-                    Avx512Vnni::run(Add::<Avx512Vnni, T> { columns, x: self, w, scales, kind: PhantomData });
+                    Avx512Vnni::run(Multiply::<Avx512Vnni, T> { columns, x: self, w, scales, kind: PhantomData });
                 }
             }
         }
@@ -148,8 +148,8 @@ struct Packed<V: Words> {
     scales: [[[V::Floats; VECTORS]; 2]; DEPTH],
 }
 
-/// Adds `x · wᵀ` to the columns.
-struct Add<'a, V, T> {
+/// Writes `x · wᵀ` to the columns.
+struct Multiply<'a, V, T> {
     columns: Columns,
     x: &'a Input,
     w: &'a [T],
@@ -157,7 +157,7 @@ struct Add<'a, V, T> {
     kind: PhantomData<V>,
 }
 
-impl<V: Words, T: Widened> Task for Add<'_, V, T> {
+impl<V: Words, T: Widened> Task for Multiply<'_, V, T> {
     #[inline(always)]
     unsafe fn run(self) {
         let Self { columns, x, w, scales, .. } = self;
@@ -234,10 +234,10 @@ unsafe fn pack<V: Words, T: Widened>(
     }
 }
 
-/// Adds the products of `N` rows of a piece with what is packed.
+/// Writes the products of `N` rows of a piece with what is packed, or adds them to those of the pieces before.
 ///
 /// # Safety
-/// As of [`Input::add`].
+/// As of [`Input::multiply`].
 #[inline(always)]
 unsafe fn tile<V: Words, T: Widened, const N: usize>(
     columns: Columns,
@@ -280,7 +280,8 @@ unsafe fn tile<V: Words, T: Widened, const N: usize>(
             for (vector, total) in totals.into_iter().enumerate().take(rows.div_ceil(V::Floats::LANES)) {
                 let first = vector * V::Floats::LANES;
                 let (out, here) = (out.add(first), rows - first);
-                V::Floats::load(out, here).add(total).store(out, here);
+                let sum = if x.first_block == 0 { total } else { V::Floats::load(out, here).add(total) };
+                sum.store(out, here);
             }
         }
     }
