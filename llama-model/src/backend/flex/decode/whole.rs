@@ -8,6 +8,8 @@ use super::super::vector::{MAX_LANES, Task, Vector};
 use super::rounded::{Block, Bytes, Rounded};
 use crate::backend::QUANT_BLOCK;
 
+/// Scales in a cache line.
+const LINE: usize = 32;
 /// Rows of blocks at a time: they share what is read of the input, and the last steps of their sums.
 const ROWS: usize = 4;
 /// Sums of a row of floats at a time, so that none waits for the one before.
@@ -171,13 +173,19 @@ unsafe fn multiply_scales<V: Whole, T: Multiplied, const N: usize>(
 ) -> [V; N] {
     let ones: [f32; MAX_LANES] = std::array::from_fn(|i| (i % T::SCALES) as f32);
     let (whole, stride) = (per_row / V::LANES * V::LANES, factors.len());
+    // As many blocks ahead as their values.
+    let scales_ahead = V::AHEAD / T::BYTES * T::SCALES * size_of::<f16>();
     // SAFETY: the caller's promise; of the scales only what is left is read.
     unsafe {
         let (ones, mut minima) = (V::load(ones.as_ptr(), V::LANES), [V::splat(0.0); N]);
         for at in (0..whole).step_by(V::LANES) {
             let factors = V::load(factors.as_ptr().add(at), V::LANES);
             for (row, minima) in minima.iter_mut().enumerate() {
-                let product = V::widen(scales.as_ptr().add(row * per_row + at)).multiply(factors);
+                let scales = scales.as_ptr().add(row * per_row + at);
+                if at % LINE == 0 {
+                    V::prefetch(scales.cast::<u8>().wrapping_add(scales_ahead).cast());
+                }
+                let product = V::widen(scales).multiply(factors);
                 product.store(floats.as_mut_ptr().add(row * stride + at), V::LANES);
                 if T::SCALES == 2 {
                     *minima = product.multiply_add(ones, *minima);
