@@ -29,7 +29,7 @@ macro_rules! vectorized {
 pub(super) use vectorized;
 
 /// The instruction set that kernels use: the best the CPU has, or less if the environment variable `LLAMA_SIMD` is
-/// `avx512` (without the matrix unit), `avx2` or `none`.
+/// `avx512` (without the matrix unit), `avx2` (with AVX-VNNI where it is) or `none`.
 pub(super) fn arch() -> pulp::Arch {
     static ARCH: OnceLock<pulp::Arch> = OnceLock::new();
     *ARCH.get_or_init(|| match std::env::var("LLAMA_SIMD").as_deref() {
