@@ -31,6 +31,8 @@ use burn_flex::FlexTensor;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+#[cfg(target_arch = "x86_64")]
+use self::many::WordRows;
 use self::rounded::Rounded;
 use super::product::{self, Matrix, Output, PRODUCT, Product};
 #[cfg(target_arch = "x86_64")]
@@ -157,20 +159,21 @@ impl<'a> Input<'a> {
 #[cfg(target_arch = "x86_64")]
 enum Many {
     Bf16(PackedRows),
-    Words(many::Input),
+    Words(WordRows),
 }
 
 #[cfg(target_arch = "x86_64")]
 impl Many {
     fn new(xs: &[f32], d_in: usize, blocks: bool, precision: Precision) -> Option<Self> {
         let bf16 = || {
-            let unit = Bf16Unit::fast().filter(|_| precision == Precision::Bf16 && d_in.is_multiple_of(QUANT_BLOCK))?;
+            let unit =
+                Bf16Unit::fastest().filter(|_| precision == Precision::Bf16 && d_in.is_multiple_of(QUANT_BLOCK))?;
             Some(Self::Bf16(PackedRows::new(xs, d_in, unit)))
         };
         let words = || {
             // A matrix unit is faster in f32, too.
-            let kind = simd::Words::fastest().filter(|_| blocks && !product::has_matrix_unit())?;
-            Some(Self::Words(many::Input::new(xs, d_in, kind)))
+            let unit = simd::WordUnit::fastest().filter(|_| blocks && !product::has_matrix_unit())?;
+            Some(Self::Words(WordRows::new(xs, d_in, unit)))
         };
         bf16().or_else(words)
     }

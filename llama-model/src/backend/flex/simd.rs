@@ -48,14 +48,14 @@ pub(super) fn has_vectors() -> bool {
 /// Instructions that multiply words, faster than others multiply floats.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Words {
+pub(super) enum WordUnit {
     Avx2,
     AvxVnni,
     Avx512Vnni,
 }
 
 #[cfg(target_arch = "x86_64")]
-impl Words {
+impl WordUnit {
     /// The fastest that kernels use.
     pub(super) fn fastest() -> Option<Self> {
         match arch() {

@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 
 use half::f16;
 
-use super::super::simd::{self, vectorized};
+use super::super::simd::{WordUnit, vectorized};
 use super::super::stored::Stored;
 use super::super::team;
 use super::super::vector::{MAX_LANES, Task, Vector};
@@ -28,31 +28,31 @@ const HEIGHT: usize = 120;
 const PAIRS: usize = QUANT_BLOCK / 2;
 
 /// Integers of weights that become words.
-trait Widened: Block {
+trait ToWords: Block {
     /// Part `part` of the block at `w`.
     ///
     /// # Safety
     /// As of [`Words`]'s.
-    unsafe fn widen<V: Words>(w: *const Self, part: usize) -> V;
+    unsafe fn to_words<V: Words>(w: *const Self, part: usize) -> V;
 }
 
-impl Widened for i8 {
+impl ToWords for i8 {
     #[inline(always)]
-    unsafe fn widen<V: Words>(w: *const i8, part: usize) -> V {
+    unsafe fn to_words<V: Words>(w: *const i8, part: usize) -> V {
         unsafe { V::of_8(w, part) }
     }
 }
 
-impl Widened for u8 {
+impl ToWords for u8 {
     #[inline(always)]
-    unsafe fn widen<V: Words>(w: *const u8, part: usize) -> V {
+    unsafe fn to_words<V: Words>(w: *const u8, part: usize) -> V {
         unsafe { V::of_4(w, part) }
     }
 }
 
-/// The input in whole numbers.
-pub(super) struct Input {
-    kind: simd::Words,
+/// Rows of the input in whole numbers.
+pub(super) struct WordRows {
+    unit: WordUnit,
     /// Blocks of a row.
     blocks: usize,
     pieces: Vec<Piece>,
@@ -69,10 +69,10 @@ struct Piece {
     floats: Vec<[f32; 2]>,
 }
 
-impl Input {
-    /// Rounds rows of `width` numbers, whole blocks, for vectors of a kind. A value that is not finite makes the sums that need it NaN
+impl WordRows {
+    /// Rounds rows of `width` numbers, whole blocks, for a unit that the CPU must have. A value that is not finite makes the sums that need it NaN
     /// or infinite.
-    pub fn new(xs: &[f32], width: usize, kind: simd::Words) -> Self {
+    pub fn new(xs: &[f32], width: usize, unit: WordUnit) -> Self {
         let blocks = width / QUANT_BLOCK;
         let heights = xs.chunks(HEIGHT * width).enumerate();
         let places = heights.flat_map(|(height, xs)| (0..blocks).step_by(DEPTH).map(move |first| (height, xs, first)));
@@ -86,7 +86,7 @@ impl Input {
             }
             Piece { first_row: height * HEIGHT, first_block, depth, words, floats }
         };
-        Self { kind, blocks, pieces: team::map(places, piece) }
+        Self { unit, blocks, pieces: team::map(places, piece) }
     }
 
     /// Writes `x · weightᵀ` to the columns, if the weight is in blocks.
@@ -97,8 +97,8 @@ impl Input {
         // SAFETY: the caller's promise.
         unsafe {
             match weight {
-                Stored::Q8(w, scales) => self.by_kind(columns, w, scales),
-                Stored::Q4(w, scales) => self.by_kind(columns, w, scales),
+                Stored::Q8(w, scales) => self.by_unit(columns, w, scales),
+                Stored::Q4(w, scales) => self.by_unit(columns, w, scales),
                 _ => return false,
             }
         }
@@ -107,19 +107,22 @@ impl Input {
 
     /// # Safety
     /// As of [`multiply`](Self::multiply); `scales` must have the floats of `w`.
-    unsafe fn by_kind<T: Widened>(&self, columns: Columns, w: &[T], scales: &[f16]) {
+    unsafe fn by_unit<T: ToWords>(&self, columns: Columns, w: &[T], scales: &[f16]) {
         // SAFETY: the caller's promise.
         unsafe {
-            match self.kind {
-                simd::Words::Avx2 => Avx2::run(Multiply::<Avx2, T> { columns, x: self, w, scales, kind: PhantomData }),
-                simd::Words::AvxVnni => {
-                    AvxVnni::run(Multiply::<AvxVnni, T> { columns, x: self, w, scales, kind: PhantomData })
-                }
-                simd::Words::Avx512Vnni => {
-                    Avx512Vnni::run(Multiply::<Avx512Vnni, T> { columns, x: self, w, scales, kind: PhantomData });
-                }
+            match self.unit {
+                WordUnit::Avx2 => self.by::<Avx2, T>(columns, w, scales),
+                WordUnit::AvxVnni => self.by::<AvxVnni, T>(columns, w, scales),
+                WordUnit::Avx512Vnni => self.by::<Avx512Vnni, T>(columns, w, scales),
             }
         }
+    }
+
+    /// # Safety
+    /// As of [`by_unit`](Self::by_unit); the CPU must have the vectors.
+    unsafe fn by<V: Words, T: ToWords>(&self, columns: Columns, w: &[T], scales: &[f16]) {
+        // SAFETY: the caller's promise.
+        unsafe { V::run(Multiply::<V, T> { columns, x: self, w, scales, kind: PhantomData }) }
     }
 }
 
@@ -151,13 +154,13 @@ struct Packed<V: Words> {
 /// Writes `x · wᵀ` to the columns.
 struct Multiply<'a, V, T> {
     columns: Columns,
-    x: &'a Input,
+    x: &'a WordRows,
     w: &'a [T],
     scales: &'a [f16],
     kind: PhantomData<V>,
 }
 
-impl<V: Words, T: Widened> Task for Multiply<'_, V, T> {
+impl<V: Words, T: ToWords> Task for Multiply<'_, V, T> {
     #[inline(always)]
     unsafe fn run(self) {
         let Self { columns, x, w, scales, .. } = self;
@@ -197,7 +200,7 @@ impl<V: Words, T: Widened> Task for Multiply<'_, V, T> {
 /// # Safety
 /// They must be there; the CPU must have the vectors.
 #[inline(always)]
-unsafe fn pack<V: Words, T: Widened>(
+unsafe fn pack<V: Words, T: ToWords>(
     packed: &mut Packed<V>,
     w: &[T],
     scales: &[f16],
@@ -216,7 +219,7 @@ unsafe fn pack<V: Words, T: Widened>(
                 for part in 0..PAIRS / lanes {
                     let mut square = [V::zeros().to_bits(); MAX_LANES];
                     for (i, words) in square.iter_mut().enumerate().take(here) {
-                        *words = T::widen::<V>(w.as_ptr().add(row(i) * width + block * T::BYTES), part).to_bits();
+                        *words = T::to_words::<V>(w.as_ptr().add(row(i) * width + block * T::BYTES), part).to_bits();
                     }
                     for (i, pair) in V::Floats::transpose(square).into_iter().enumerate().take(lanes) {
                         packed.pairs[block * PAIRS + lanes * part + i][vector] = V::from_bits(pair);
@@ -237,9 +240,9 @@ unsafe fn pack<V: Words, T: Widened>(
 /// Writes the products of `N` rows of a piece with what is packed, or adds them to those of the pieces before.
 ///
 /// # Safety
-/// As of [`Input::multiply`].
+/// As of [`WordRows::multiply`].
 #[inline(always)]
-unsafe fn tile<V: Words, T: Widened, const N: usize>(
+unsafe fn tile<V: Words, T: ToWords, const N: usize>(
     columns: Columns,
     rows: usize,
     x: &Piece,

@@ -108,8 +108,8 @@ fn inputs(xs: &[f32], d_in: usize) -> Vec<(String, Input<'_>)> {
         for unit in Bf16Unit::all() {
             add(format!("bf16 {unit:?}"), Many::Bf16(PackedRows::new(xs, d_in, unit)));
         }
-        for kind in simd::Words::all() {
-            add(format!("words {kind:?}"), Many::Words(many::Input::new(xs, d_in, kind)));
+        for unit in simd::WordUnit::all() {
+            add(format!("words {unit:?}"), Many::Words(WordRows::new(xs, d_in, unit)));
         }
     }
     inputs

@@ -34,7 +34,7 @@ pub(in crate::backend::flex) enum Bf16Unit {
 
 impl Bf16Unit {
     /// The fastest, if it is faster than the multiplication of floats.
-    pub fn fast() -> Option<Self> {
+    pub fn fastest() -> Option<Self> {
         #[cfg(target_os = "linux")]
         if super::amx::available() {
             return Some(Self::Matrix);
