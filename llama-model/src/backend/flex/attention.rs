@@ -14,7 +14,7 @@ use burn::tensor::{Int, Shape, Tensor, TensorMetadata};
 use burn_flex::FlexTensor;
 
 use super::product::{Matrix, PRODUCT, Product, multiply};
-use super::simd::{exp, max, sum1, sum2, vectorized};
+use super::simd::{exp, max, replace, sum2, vectorized};
 use super::{Buffer, Strided, contiguous, team, values};
 use crate::Precision;
 use crate::backend::{AttentionSaved, AttentionSpec};
@@ -211,7 +211,6 @@ pub(super) fn forward(
     let mut out = Buffer::zeros(batch * q_len * n_heads * head_dim);
     let mut lse = Buffer::zeros(batch * n_heads * q_len);
     let plain = Product { precision, ..PRODUCT };
-    let scaled = Product { factor: scale, ..plain };
     let (out_ptr, lse_ptr) = (Output(out.as_mut_ptr()), Output(lse.as_mut_ptr()));
     if q_len < FEW {
         few::forward(&sizes, [&qs, &ks, &vs], &starts, scale, &mut out, &mut lse);
@@ -232,10 +231,10 @@ pub(super) fn forward(
                 for (index, (k_start, cols)) in sizes.k_tiles(tile, starts.of(b)).enumerate() {
                     let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
                     // SAFETY: `scores` holds a tile.
-                    unsafe { multiply(scores.as_mut_ptr(), cols as isize, q, k.transposed(), scaled) };
+                    unsafe { multiply(scores.as_mut_ptr(), cols as isize, q, k.transposed(), plain) };
                     for (row, scores) in scores.chunks_exact_mut(cols).take(rows).enumerate() {
                         let seen = sizes.range(start + row, starts.of(b), k_start, cols);
-                        let keep = online_softmax(scores, seen, &mut maxima[row], &mut sums[row]);
+                        let keep = online_softmax(scores, seen, scale, &mut maxima[row], &mut sums[row]);
                         if index > 0 {
                             // SAFETY: this row of this head is this task's own.
                             let out = unsafe { out_ptr.slice(out_at(row), head_dim) };
@@ -274,7 +273,7 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
     let mut d_k = Buffer::zeros(batch * kv_len * n_kv_heads * head_dim);
     let mut d_v = Buffer::zeros(batch * kv_len * n_kv_heads * head_dim);
     let plain = Product { precision, ..PRODUCT };
-    let (scaled, sum) = (Product { factor: scale, ..plain }, Product { add: true, ..plain });
+    let sum = Product { add: true, ..plain };
     let [d_q_ptr, d_k_ptr, d_v_ptr] = [&mut d_q, &mut d_k, &mut d_v].map(|x| Output(x.as_mut_ptr()));
     // A task has a key head and all query heads of its group, so it alone writes the key head's gradient.
     team::for_each(batch * n_kv_heads, |index| {
@@ -296,7 +295,7 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
                         let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
                         // SAFETY: both buffers hold a tile.
                         unsafe {
-                            multiply(weights.as_mut_ptr(), cols as isize, q, k.transposed(), scaled);
+                            multiply(weights.as_mut_ptr(), cols as isize, q, k.transposed(), plain);
                             multiply(d_weights.as_mut_ptr(), cols as isize, d_out, v.transposed(), plain);
                         }
                         let tiles = weights.chunks_exact_mut(cols).zip(d_weights.chunks_exact_mut(cols));
@@ -323,28 +322,32 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
 }
 
 vectorized! {
-    /// One row of one tile of the online softmax: scores become weights relative to the largest score so far, those outside
-    /// `seen` zero. Returns the factor for what was summed before.
-    fn online_softmax<'a>(scores: &'a mut [f32], seen: Range<usize>, largest: &'a mut f32, sum: &'a mut f32) -> f32 {
+    /// One row of one tile of the online softmax: scores, still to be scaled, become weights relative to the largest so far,
+    /// those outside `seen` zero. Returns the factor for what was summed before.
+    fn online_softmax<'a>(
+        scores: &'a mut [f32],
+        seen: Range<usize>,
+        scale: f32,
+        largest: &'a mut f32,
+        sum: &'a mut f32,
+    ) -> f32 {
         scores[..seen.start].fill(0.0);
         scores[seen.end..].fill(0.0);
         let seen = &mut scores[seen];
         if seen.is_empty() {
             return 1.0;
         }
-        let new_largest = max(seen).max(*largest);
-        for score in seen.iter_mut() {
-            *score = exp(*score - new_largest);
-        }
+        let new_largest = max(seen, |score| score * scale).max(*largest);
         let keep = exp(*largest - new_largest);
-        *sum = *sum * keep + sum1(seen, |x| x);
+        *sum = *sum * keep + replace(seen, |score| exp(score * scale - new_largest));
         *largest = new_largest;
         keep
     }
 }
 
 vectorized! {
-    /// One row of one tile: scores become weights, their gradients the scores' gradients, those outside `seen` zero.
+    /// One row of one tile: scores, still to be scaled, become weights, their gradients the scores' gradients, those outside
+    /// `seen` zero.
     fn softmax_backward<'a>(
         weights: &'a mut [f32],
         d_scores: &'a mut [f32],
@@ -358,7 +361,7 @@ vectorized! {
             d_scores[hidden].fill(0.0);
         }
         for (weight, d_score) in weights[seen.clone()].iter_mut().zip(&mut d_scores[seen]) {
-            *weight = exp(*weight - lse);
+            *weight = exp(*weight * scale - lse);
             *d_score = *weight * (*d_score - delta) * scale;
         }
     }

@@ -5,7 +5,7 @@ use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 
 use super::product::{Matrix, PRODUCT, Product, has_matrix_unit, multiply};
-use super::simd::{exp, max, sum1, vectorized};
+use super::simd::{exp, max, replace, sum1, vectorized};
 use super::{Buffer, contiguous, scalar, team, values};
 use crate::Precision;
 use crate::backend::{IGNORE_TARGET, LossSpec};
@@ -73,7 +73,7 @@ fn row_lse(x: &[f32], max: f32) -> f32 {
 
 vectorized! {
     fn row_log_sum_exp<'a>(x: &'a [f32]) -> f32 {
-        row_lse(x, max(x))
+        row_lse(x, max(x, |x| x))
     }
 }
 
@@ -88,16 +88,13 @@ vectorized! {
             return 0.0;
         }
         let target = target as usize;
-        let max = max(logits);
+        let max = max(logits, |x| x);
         let target_logit = logits[target];
         if !grad {
             let lse = row_lse(logits, max);
             return lse - target_logit + z_loss * lse * lse;
         }
-        for x in logits.iter_mut() {
-            *x = exp(*x - max);
-        }
-        let sum = sum1(logits, |x| x);
+        let sum = replace(logits, |x| exp(x - max));
         let lse = sum.ln() + max;
         let scale = (1.0 + 2.0 * z_loss * lse) / sum;
         for x in logits.iter_mut() {

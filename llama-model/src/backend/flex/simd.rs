@@ -121,16 +121,38 @@ pub(super) fn sum1(a: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     sum2(a, a, |a, _| f(a))
 }
 
+/// The largest of all `f(a[i])`, those that are NaN left out.
 #[inline(always)]
-pub(super) fn max(a: &[f32]) -> f32 {
+pub(super) fn max(a: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let larger = |max: f32, x: f32| if x > max { x } else { max };
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (blocks, rest) = a.as_chunks::<LANES>();
     for block in blocks {
         for lane in 0..LANES {
-            lanes[lane] = if block[lane] > lanes[lane] { block[lane] } else { lanes[lane] };
+            lanes[lane] = larger(lanes[lane], f(block[lane]));
         }
     }
-    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, x| if *x > max { *x } else { max })
+    let max = lanes.into_iter().fold(f32::NEG_INFINITY, larger);
+    rest.iter().fold(max, |max, x| larger(max, f(*x)))
+}
+
+/// Replaces each element by `f` of it. Returns their sum, by [`LANES`] partial sums.
+#[inline(always)]
+pub(super) fn replace(a: &mut [f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (blocks, rest) = a.as_chunks_mut::<LANES>();
+    for block in blocks {
+        for lane in 0..LANES {
+            block[lane] = f(block[lane]);
+            lanes[lane] += block[lane];
+        }
+    }
+    let mut sum = 0.0;
+    for x in rest {
+        *x = f(*x);
+        sum += *x;
+    }
+    sum + tree_sum(lanes)
 }
 
 /// The sum of the lanes. Without the black box the compiler begins from here and makes pairs of what was vectors: attention
@@ -209,7 +231,11 @@ mod tests {
         for len in [0, 1, 31, 32, 33, 100] {
             let a: Vec<f32> = (0..len).map(|i| i as f32).collect();
             assert_eq!(sum1(&a, |x| x), (0..len).sum::<i32>() as f32);
-            assert_eq!(max(&a), a.last().copied().unwrap_or(f32::NEG_INFINITY));
+            assert_eq!(max(&a, |x| x), a.last().copied().unwrap_or(f32::NEG_INFINITY));
+            assert_eq!(max(&a, |x| -x), a.first().copied().unwrap_or(f32::NEG_INFINITY));
+            let mut replaced = a.clone();
+            assert_eq!(replace(&mut replaced, |x| 2.0 * x), (0..len).map(|x| 2 * x).sum::<i32>() as f32);
+            assert!(replaced.iter().zip(&a).all(|(replaced, x)| *replaced == 2.0 * x));
         }
     }
 }

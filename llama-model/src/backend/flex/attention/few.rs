@@ -1,7 +1,7 @@
 //! One query over many keys, as in decoding: there is no tile of queries to share a packed key with, so keys and values are
 //! read where they are.
 
-use super::super::simd::{exp, max, sum1, sum2, vectorized};
+use super::super::simd::{exp, max, replace, sum2, vectorized};
 use super::super::team;
 use super::super::vector::{MAX_LANES, by_vectors};
 use super::{Heads, Rows, Sizes, Starts, vectors};
@@ -99,11 +99,8 @@ vectorized! {
 vectorized! {
     /// Scores become their exponentials relative to the largest. Returns that one and the sum.
     fn exponentials<'a>(scores: &'a mut [f32]) -> [f32; 2] {
-        let largest = max(scores);
-        for score in scores.iter_mut() {
-            *score = exp(*score - largest);
-        }
-        [largest, sum1(scores, |x| x)]
+        let largest = max(scores, |x| x);
+        [largest, replace(scores, |x| exp(x - largest))]
     }
 }
 

@@ -7,6 +7,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
 use super::super::vector::{Vector, mask};
@@ -171,7 +172,7 @@ pub(super) unsafe fn multiply_strip(
 ) {
     #[repr(align(64))]
     struct Sums([f32; UNIT * UNIT]);
-    let mut sums = Sums([0.0; UNIT * UNIT]);
+    let mut sums = MaybeUninit::<Sums>::uninit();
     for i in (0..target.rows).step_by(UNIT) {
         let upper = panels.wrapping_add(i / TILE * steps * step_lanes);
         let lower = upper.wrapping_add(steps * step_lanes);
@@ -185,15 +186,15 @@ pub(super) unsafe fn multiply_strip(
         }
         // SAFETY: the caller's promise; sums that are not written as they are have a place of their own.
         unsafe {
-            if rows == UNIT && target.cols == UNIT && target.factor == 1.0 {
+            if rows == UNIT && target.cols == UNIT {
                 load_sums(out, target.row_stride, target.add);
                 kernel(steps, upper, lower, strip);
                 store_sums(out, target.row_stride);
             } else {
-                load_sums(sums.0.as_mut_ptr(), UNIT as isize, false);
+                load_sums(out, target.row_stride, false);
                 kernel(steps, upper, lower, strip);
-                store_sums(sums.0.as_mut_ptr(), UNIT as isize);
-                for (r, sums) in sums.0.chunks_exact(UNIT).enumerate().take(rows) {
+                store_sums(sums.as_mut_ptr().cast(), UNIT as isize);
+                for (r, sums) in sums.assume_init_ref().0.chunks_exact(UNIT).enumerate().take(rows) {
                     finish_row(out.wrapping_offset(r as isize * target.row_stride), sums, target);
                 }
             }
@@ -205,12 +206,11 @@ pub(super) unsafe fn multiply_strip(
 #[inline(always)]
 unsafe fn finish_row(out: *mut f32, sums: &[f32], target: Target) {
     unsafe {
-        let factor = _mm512_set1_ps(target.factor);
         for at in (0..target.cols).step_by(TILE) {
             let (mask, out) = (mask(target.cols - at), out.wrapping_add(at));
+            let sums = _mm512_loadu_ps(sums.as_ptr().add(at));
             let before = if target.add { _mm512_maskz_loadu_ps(mask, out) } else { _mm512_setzero_ps() };
-            let result = _mm512_fmadd_ps(_mm512_loadu_ps(sums.as_ptr().add(at)), factor, before);
-            _mm512_mask_storeu_ps(out, mask, result);
+            _mm512_mask_storeu_ps(out, mask, _mm512_add_ps(sums, before));
         }
     }
 }

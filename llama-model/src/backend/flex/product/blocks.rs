@@ -18,7 +18,6 @@ pub(super) struct Target {
     pub row_stride: isize,
     pub rows: usize,
     pub cols: usize,
-    pub factor: f32,
     pub add: bool,
 }
 
@@ -136,7 +135,6 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
                         row_stride: out_row_stride,
                         rows,
                         cols: K::COLS.min(width - j),
-                        factor: product.factor,
                         add: product.add || start > 0,
                     };
                     K::strip(panels, strips.add(j * lanes), terms.1, target);

@@ -150,7 +150,6 @@ impl PackedRows {
                                 row_stride: stride as isize,
                                 rows: K::BLOCK.min(self.rows - row),
                                 cols: STRIP.min(here - col),
-                                factor: 1.0,
                                 add: start > 0,
                             };
                             K::strip(panels.add(row * len / 2), strips.add(col * len / 2), len, target);

@@ -193,12 +193,10 @@ impl<V: Vector, F: Format<V>, const ROWS: usize, const VECTORS: usize> Task for 
                 a = a.add(V::ROWS);
                 b = b.add(V::VECTORS * V::LANES);
             }
-            let factor = V::splat(target.factor);
             for (i, sums) in sums.iter().enumerate() {
                 for (v, sum) in sums.iter().enumerate() {
                     let (out, count) = (row(i).wrapping_add(V::LANES * v), target.cols.saturating_sub(V::LANES * v));
-                    let result =
-                        if target.add { sum.multiply_add(factor, V::load(out, count)) } else { sum.multiply(factor) };
+                    let result = if target.add { sum.add(V::load(out, count)) } else { *sum };
                     result.store(out, count);
                 }
             }
