@@ -37,7 +37,7 @@ pub(super) unsafe fn dots<T: Widen>(out: &mut [f32], x: &[f32], w: &[T]) {
 
 /// Asks for what will be read soon, so many bytes further on: rows follow one another, so it may belong to the next.
 #[inline(always)]
-pub(super) unsafe fn fetch_ahead<T>(ptr: *const T, bytes: usize) {
+unsafe fn fetch_ahead<T>(ptr: *const T, bytes: usize) {
     unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr.cast::<i8>().wrapping_add(bytes)) }
 }
 

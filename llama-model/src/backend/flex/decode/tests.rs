@@ -77,7 +77,7 @@ fn products_of_many_rows_are_right() {
         for (form, weight) in weights.into_iter().enumerate() {
             let mut wide = vec![0.0; width * d_out];
             weight.widen(&mut wide);
-            for (name, input) in inputs(&x, width) {
+            for (name, input) in inputs(&x, width, weight) {
                 let mut found = vec![0.0; rows * d_out];
                 let columns = Columns { out: Output(found.as_mut_ptr()), stride: d_out, start: 0 };
                 unsafe { products(columns, &input, weight) };
@@ -94,10 +94,9 @@ fn products_of_many_rows_are_right() {
     }
 }
 
-/// Many rows in every form that this CPU multiplies.
-fn inputs(xs: &[f32], d_in: usize) -> Vec<(String, Input<'_>)> {
+/// Many rows in every form that this CPU multiplies, and in those that are chosen for the weight.
+fn inputs<'a>(xs: &'a [f32], d_in: usize, weight: Stored) -> Vec<(String, Input<'a>)> {
     let by_floats = |precision: Precision| (precision.to_string(), Input::new(xs, d_in, &[], precision));
-    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
     let mut inputs = vec![by_floats(Precision::F32), by_floats(Precision::Bf16)];
     #[cfg(target_arch = "x86_64")]
     {
@@ -111,6 +110,9 @@ fn inputs(xs: &[f32], d_in: usize) -> Vec<(String, Input<'_>)> {
         for unit in simd::WordUnit::all() {
             add(format!("words {unit:?}"), Many::Words(WordRows::new(xs, d_in, unit)));
         }
+    }
+    for precision in [Precision::F32, Precision::Bf16] {
+        inputs.push((format!("{precision}, chosen"), Input::new(xs, d_in, &[weight], precision)));
     }
     inputs
 }
@@ -141,7 +143,7 @@ fn unusual_inputs_of_blocks_are_what_they_are() {
                 assert!(out[2..].iter().all(|sum| (sum - 64.0).abs() < 0.5), "{bits:?} {name}: {out:?}");
                 (name, [out[0], out[1]])
             };
-            inputs(&x, 64).into_iter().map(first).collect::<Vec<_>>()
+            inputs(&x, 64, weight).into_iter().map(first).collect::<Vec<_>>()
         };
         assert_eq!(product(&[0.0; 64]), [0.0; 2]);
         assert!(many(&[0.0; 64]).iter().all(|(_, sums)| *sums == [0.0; 2]));

@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::super::stored::avx512::Widen;
-use super::super::vector::Task;
+use super::super::vector::compiled_for;
 use super::avx512::AHEAD;
 use super::rounded::Bytes;
 use super::whole::Whole;
@@ -14,13 +14,7 @@ use super::whole::Whole;
 impl Whole for __m512 {
     const AHEAD: usize = AHEAD;
 
-    unsafe fn run_whole(task: impl Task) {
-        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-        unsafe fn compiled(task: impl Task) {
-            unsafe { task.run() }
-        }
-        unsafe { compiled(task) }
-    }
+    compiled_for!(run_whole, "avx512f,avx512bw,avx512vl,avx512vnni");
 
     #[inline(always)]
     unsafe fn widen(src: *const f16) -> Self {

@@ -3,9 +3,8 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use half::f16;
-
-use super::super::vector::{Task, Vector};
+use super::super::vector::{Task, compiled_for};
+use super::whole::Whole;
 
 /// A vector of sums of 32 bits, or of twice as many words.
 ///
@@ -13,7 +12,7 @@ use super::super::vector::{Task, Vector};
 /// Of all functions: the CPU must have the instructions, and what is pointed to must exist.
 pub(super) trait Words: Copy {
     /// As many floats as sums.
-    type Floats: Vector;
+    type Floats: Whole;
     /// Rows of the input at a time: their sums and those of the block they are in take most registers.
     const ROWS: usize;
 
@@ -31,8 +30,6 @@ pub(super) trait Words: Copy {
     unsafe fn of_8(w: *const i8, part: usize) -> Self;
     /// Part `part` of the 32 values of a block of 4 bits.
     unsafe fn of_4(w: *const u8, part: usize) -> Self;
-    /// As many numbers as sums.
-    unsafe fn widen(src: *const f16) -> Self::Floats;
     /// Pairs of words as the bits of floats, and back.
     unsafe fn to_bits(self) -> Self::Floats;
     unsafe fn from_bits(bits: Self::Floats) -> Self;
@@ -49,13 +46,7 @@ macro_rules! words_of_256_bits {
             type Floats = __m256;
             const ROWS: usize = $rows;
 
-            unsafe fn run(task: impl Task) {
-                #[target_feature(enable = $features)]
-                unsafe fn compiled(task: impl Task) {
-                    unsafe { task.run() }
-                }
-                unsafe { compiled(task) }
-            }
+            compiled_for!(run, $features);
             #[inline(always)]
             unsafe fn zeros() -> Self {
                 unsafe { Self(_mm256_setzero_si256()) }
@@ -83,10 +74,6 @@ macro_rules! words_of_256_bits {
                     let value = if part == 0 { both } else { _mm256_srli_epi16::<4>(both) };
                     Self(_mm256_and_si256(value, _mm256_set1_epi16(15)))
                 }
-            }
-            #[inline(always)]
-            unsafe fn widen(src: *const f16) -> __m256 {
-                unsafe { _mm256_cvtph_ps(_mm_loadu_si128(src.cast())) }
             }
             #[inline(always)]
             unsafe fn to_bits(self) -> __m256 {
@@ -152,13 +139,7 @@ impl Words for Avx512Vnni {
     type Floats = __m512;
     const ROWS: usize = 8;
 
-    unsafe fn run(task: impl Task) {
-        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-        unsafe fn compiled(task: impl Task) {
-            unsafe { task.run() }
-        }
-        unsafe { compiled(task) }
-    }
+    compiled_for!(run, "avx512f,avx512bw,avx512vl,avx512vnni");
     #[inline(always)]
     unsafe fn zeros() -> Self {
         unsafe { Self(_mm512_setzero_si512()) }
@@ -186,10 +167,6 @@ impl Words for Avx512Vnni {
             let both = _mm512_cvtepu8_epi16(_mm256_set_m128i(_mm_srli_epi16::<4>(w), w));
             Self(_mm512_and_si512(both, _mm512_set1_epi16(15)))
         }
-    }
-    #[inline(always)]
-    unsafe fn widen(src: *const f16) -> __m512 {
-        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(src.cast())) }
     }
     #[inline(always)]
     unsafe fn to_bits(self) -> __m512 {

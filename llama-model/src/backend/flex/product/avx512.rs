@@ -1,8 +1,9 @@
 //! The dot product of pairs of bf16 that CPUs with AVX-512 may have.
 
 use std::arch::x86_64::*;
+use std::sync::OnceLock;
 
-use super::super::vector::{Task, mask};
+use super::super::vector::{compiled_for, mask};
 use super::tile::Format;
 
 /// Pairs of bf16 for the hardware's dot product. It takes subnormal numbers for zero.
@@ -32,13 +33,7 @@ impl Format<__m512> for Pairs {
         let pairs = |x| unsafe { std::mem::transmute::<__m512, __m512bh>(x) };
         unsafe { _mm512_dpbf16_ps(sum, pairs(a), pairs(b)) }
     }
-    unsafe fn run(task: impl Task) {
-        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-        unsafe fn compiled(task: impl Task) {
-            unsafe { task.run() }
-        }
-        unsafe { compiled(task) }
-    }
+    compiled_for!(run, "avx512f,avx512bw,avx512vl,avx512bf16");
 }
 
 /// The bf16 nearest to each number, in the low half of its lane.
@@ -55,6 +50,7 @@ pub(super) fn has_dot() -> bool {
 /// Whether the CPU's bf16 dot product is worth its while. AMD's (from Zen 4) has twice the rate of f32; Intel's, outside
 /// its matrix unit, half of it.
 pub(super) fn fast_dot() -> bool {
-    // The vendor's name begins in `ebx`.
-    has_dot() && __cpuid(0).ebx == u32::from_le_bytes(*b"Auth")
+    // In a virtual machine the question takes microseconds. The vendor's name begins in `ebx`.
+    static FAST: OnceLock<bool> = OnceLock::new();
+    *FAST.get_or_init(|| has_dot() && __cpuid(0).ebx == u32::from_le_bytes(*b"Auth"))
 }

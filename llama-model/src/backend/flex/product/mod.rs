@@ -125,21 +125,19 @@ pub(super) unsafe fn multiply(out: *mut f32, out_row_stride: isize, a: Matrix, b
     // SAFETY: the caller's promise, and the CPU was asked.
     unsafe {
         #[cfg(target_arch = "x86_64")]
-        if simd::has_avx512() {
-            match product.precision {
-                #[cfg(target_os = "linux")]
-                Precision::F32 if split::worthwhile((a.rows, b.cols, a.cols)) && amx::available() => {
-                    return by::<split::ThreeParts>(out, out_row_stride, a, b, product);
-                }
-                #[cfg(target_os = "linux")]
-                Precision::Bf16 if amx::available() => {
-                    return by::<amx::MatrixUnit>(out, out_row_stride, a, b, product);
-                }
-                Precision::Bf16 if avx512::fast_dot() => {
-                    return by::<Tiles<__m512, avx512::Pairs>>(out, out_row_stride, a, b, product);
-                }
-                _ => {}
+        match (product.precision, Bf16Unit::fastest()) {
+            #[cfg(target_os = "linux")]
+            (Precision::F32, Some(Bf16Unit::Matrix)) if split::worthwhile((a.rows, b.cols, a.cols)) => {
+                return by::<split::ThreeParts>(out, out_row_stride, a, b, product);
             }
+            #[cfg(target_os = "linux")]
+            (Precision::Bf16, Some(Bf16Unit::Matrix)) => {
+                return by::<amx::MatrixUnit>(out, out_row_stride, a, b, product);
+            }
+            (Precision::Bf16, Some(Bf16Unit::Vectors)) => {
+                return by::<Tiles<__m512, avx512::Pairs>>(out, out_row_stride, a, b, product);
+            }
+            _ => {}
         }
         by_vectors!(by_tiles(out, out_row_stride, a, b, product))
     }

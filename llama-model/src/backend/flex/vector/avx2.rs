@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use super::{MAX_LANES, Task, Vector, load_lanes};
+use super::{MAX_LANES, Vector, compiled_for, load_lanes};
 
 impl Vector for __m256 {
     const LANES: usize = 8;
@@ -11,13 +11,7 @@ impl Vector for __m256 {
     const VECTORS: usize = 2;
     const BLOCK: usize = 32 * Self::ROWS;
 
-    unsafe fn run(task: impl Task) {
-        #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn compiled(task: impl Task) {
-            unsafe { task.run() }
-        }
-        unsafe { compiled(task) }
-    }
+    compiled_for!(run, "avx2,fma,f16c");
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
         unsafe { _mm256_set1_ps(x) }

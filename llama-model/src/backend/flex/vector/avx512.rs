@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{MAX_LANES, Task, Vector};
+use super::{MAX_LANES, Vector, compiled_for};
 
 /// The first `count` lanes.
 pub(in crate::backend::flex) fn mask(count: usize) -> __mmask16 {
@@ -16,13 +16,7 @@ impl Vector for __m512 {
     /// 1 MB.
     const BLOCK: usize = 36 * Self::ROWS;
 
-    unsafe fn run(task: impl Task) {
-        #[target_feature(enable = "avx512f")]
-        unsafe fn compiled(task: impl Task) {
-            unsafe { task.run() }
-        }
-        unsafe { compiled(task) }
-    }
+    compiled_for!(run, "avx512f");
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
         unsafe { _mm512_set1_ps(x) }

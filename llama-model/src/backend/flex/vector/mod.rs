@@ -83,6 +83,22 @@ pub(super) trait Vector: Copy {
     }
 }
 
+/// Defines the function of a trait that runs a task compiled for some instructions: `compiled_for!(run, "avx2,fma")`.
+#[cfg(target_arch = "x86_64")]
+macro_rules! compiled_for {
+    ($run:ident, $features:literal) => {
+        unsafe fn $run(task: impl crate::backend::flex::vector::Task) {
+            #[target_feature(enable = $features)]
+            unsafe fn compiled(task: impl crate::backend::flex::vector::Task) {
+                unsafe { task.run() }
+            }
+            unsafe { compiled(task) }
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+pub(super) use compiled_for;
+
 /// Calls a function with the CPU's vectors for its type: `by_vectors!(f(arguments))`.
 macro_rules! by_vectors {
     ($($function:ident)::+($($argument:expr),* $(,)?)) => {
