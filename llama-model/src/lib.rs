@@ -46,6 +46,7 @@ mod config;
 mod copy;
 mod error;
 mod file_map;
+mod hook;
 mod init;
 mod names;
 mod process;
@@ -57,6 +58,7 @@ pub use compute::{Compute, Precision, Recompute};
 pub use config::{FlopCount, LlamaConfig, RopeScaling};
 pub use device::{BackendTask, Device};
 pub use error::ModelError;
+pub use hook::{GradientTaker, ParamHook};
 pub use modules::{
     Adapter, Attention, Block, Embedding, FeedForward, KvCache, Linear, Llama, Quantized, RmsNorm, RotaryEmbedding,
 };

@@ -19,11 +19,24 @@ use crate::{LlamaBackend, ModelError};
 
 /// Keeps the path of the parameter being visited.
 #[derive(Default)]
-struct PathStack(Vec<String>);
+pub(crate) struct PathStack(Vec<String>);
 
 impl PathStack {
-    fn path(&self) -> String {
+    /// Inside the module at `path`.
+    pub fn at(path: &str) -> Self {
+        Self(vec![path.into()])
+    }
+
+    pub fn path(&self) -> String {
         self.0.join(".")
+    }
+
+    pub fn enter(&mut self, name: &str) {
+        self.0.push(name.into());
+    }
+
+    pub fn exit(&mut self) {
+        self.0.pop();
     }
 }
 
@@ -57,10 +70,10 @@ pub fn visit_params<B: Backend, M: Module<B>>(module: &M, visit: impl FnMut(&str
             (self.visit)(&self.stack.path(), ParamValue { dims, dtype, read });
         }
         fn enter_module(&mut self, name: &str, _: &str) {
-            self.stack.0.push(name.to_string());
+            self.stack.enter(name);
         }
         fn exit_module(&mut self, _: &str, _: &str) {
-            self.stack.0.pop();
+            self.stack.exit();
         }
     }
     module.visit(&mut Visitor { stack: PathStack::default(), visit });
@@ -104,10 +117,10 @@ pub fn trained_params<B: Backend, M: Module<B>>(module: &M) -> Vec<TrainedParam>
             }
         }
         fn enter_module(&mut self, name: &str, _: &str) {
-            self.stack.0.push(name.to_string());
+            self.stack.enter(name);
         }
         fn exit_module(&mut self, _: &str, _: &str) {
-            self.stack.0.pop();
+            self.stack.exit();
         }
     }
     let mut visitor = Visitor { stack: PathStack::default(), params: Vec::new() };
@@ -129,10 +142,10 @@ pub fn map_params<B: Backend, M: Module<B>>(module: M, map: &mut impl ParamMap<B
             Param::from_mapped_value(id, value, mapper)
         }
         fn enter_module(&mut self, name: &str, _: &str) {
-            self.stack.0.push(name.to_string());
+            self.stack.enter(name);
         }
         fn exit_module(&mut self, _: &str, _: &str) {
-            self.stack.0.pop();
+            self.stack.exit();
         }
     }
     module.map(&mut Mapper { stack: PathStack::default(), map })

@@ -7,14 +7,14 @@ use burn::data::dataloader::{DataLoader, Progress};
 use burn::module::AutodiffModule;
 use burn::train::{
     EventProcessorTraining, InferenceStep, Learner, LearnerEvent, LearningComponentsMarker, SupervisedLearningStrategy,
-    SupervisedTrainingEventProcessor, TrainLoader, TrainStep, TrainingComponents, TrainingItem, ValidLoader,
+    SupervisedTrainingEventProcessor, TrainLoader, TrainingComponents, TrainingItem, ValidLoader,
 };
 use llama_data::DataError;
 use llama_data::loader::TokenBatch;
-use llama_model::TrainBackend;
+use llama_model::{ParamHook, TrainBackend};
 
 use crate::log::{Line, MetricsFile};
-use crate::parallel::{Parallel, Snapshot};
+use crate::parallel::{Flow, Parallel, Snapshot};
 use crate::{
     AdamW, BatchConfig, GradientList, Group, LossScale, Pretrainer, RunConfig, ScheduleConfig, StepOutput, TrainError,
     WarmupCosine,
@@ -116,10 +116,12 @@ impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for StepStrategy
         drop(learner);
         let start = self.start.lock().expect("no other thread holds this").take();
         let Start { optimizer, place, group } = start.expect("a strategy runs once");
+        let parallel = Parallel::new(group, &model.llama);
         let mut run = Run {
             schedule: WarmupCosine::new(self.plan.schedule.clone()),
             strategy: self,
-            parallel: Parallel::new(group, &model.llama),
+            flow: Flow::new(&parallel, &model.llama).map(Arc::new),
+            parallel,
             model: Some(model),
             optimizer,
             place,
@@ -138,6 +140,8 @@ struct Run<'a, B: TrainBackend> {
     strategy: &'a StepStrategy<B>,
     schedule: WarmupCosine,
     parallel: Parallel,
+    /// What others have and get of the model; a device that trains alone has none.
+    flow: Option<Arc<Flow<B>>>,
     /// Away only while it is updated.
     model: Option<Pretrainer<B>>,
     optimizer: AdamW<B>,
@@ -207,19 +211,35 @@ impl<B: TrainBackend> Run<'_, B> {
         if let Some(model) = &mut self.model {
             model.loss_scale = loss_scale;
         }
-        let replicas = self.parallel.group.replica().count;
-        for _ in 0..self.strategy.plan.batch.accumulation as u64 / replicas {
+        let micro_batches = self.strategy.plan.batch.accumulation as u64 / self.parallel.group.replica().count;
+        let hook = self.flow.clone().map(|flow| flow as Arc<dyn ParamHook<B>>);
+        for left in (0..micro_batches).rev() {
             let before = Instant::now();
             let batch = next_batch().ok_or_else(|| DataError::Loader("it has no more batches".into()))?;
             waited += before.elapsed();
+            if let Some(flow) = self.flow.as_ref().filter(|_| left == 0) {
+                flow.send_gradients();
+            }
             let model = self.model.as_ref().expect("the model is only away during an update");
-            let micro = TrainStep::step(model, batch);
+            let micro = model.hooked_step(batch, hook.as_ref());
             grads.accumulate::<B, _>(&model.llama, micro.grads);
             output.loss_sum += micro.item.loss_sum;
             output.tokens += micro.item.tokens;
             output.positions += micro.item.positions;
+            self.settle();
         }
-        let (grads, norm) = self.parallel.reduce(grads, &mut output)?;
+        let (grads, norm) = match &self.flow {
+            Some(flow) => {
+                self.parallel.group.check()?;
+                let grads = flow.gradients()?;
+                let norm = self.parallel.sum(&grads, &mut output)?;
+                (grads, norm)
+            }
+            None => {
+                let norm = grads.norm();
+                (grads, norm)
+            }
+        };
         // The sum over all tokens is divided by their number once, whatever the micro-batches.
         let per_token = 1.0 / (output.tokens.max(1) as f64 * loss_scale);
         output.grad_norm = norm * per_token;
@@ -242,9 +262,11 @@ impl<B: TrainBackend> Run<'_, B> {
         let scale = self.optimizer.clip_factor(output.grad_norm) * per_token;
         let model = self.model.take().expect("the model is only away during an update");
         let llama = self.optimizer.update(output.lr, model.llama, grads, scale);
-        let (llama, shared) = self.parallel.share::<B, _>(llama);
+        let llama = match &self.flow {
+            Some(flow) => flow.share(llama),
+            None => llama,
+        };
         self.model = Some(Pretrainer { llama, ..model });
-        shared?;
 
         self.place.tokens += output.tokens;
         let seconds = start.elapsed().as_secs_f64();
@@ -257,8 +279,17 @@ impl<B: TrainBackend> Run<'_, B> {
         Ok(Some(output))
     }
 
+    /// Waits for what others still send of the model.
+    fn settle(&mut self) {
+        if let Some(flow) = &self.flow {
+            let model = self.model.take().expect("the model is only away during an update");
+            self.model = Some(Pretrainer { llama: flow.settle(model.llama), ..model });
+        }
+    }
+
     /// Mean loss on the validation windows, in their order.
-    fn evaluate(&self, valid: &Arc<dyn DataLoader<B::InnerBackend, TokenBatch>>) -> Result<StepOutput, TrainError> {
+    fn evaluate(&mut self, valid: &Arc<dyn DataLoader<B::InnerBackend, TokenBatch>>) -> Result<StepOutput, TrainError> {
+        self.settle();
         let model = self.model.as_ref().expect("the model is only away during an update").valid();
         let (mut losses, mut tokens) = (Vec::new(), Vec::new());
         for batch in valid.iter() {
@@ -270,7 +301,9 @@ impl<B: TrainBackend> Run<'_, B> {
         Ok(StepOutput { loss_sum: sum(&losses)?, tokens: sum(&tokens)? as u64, ..Default::default() })
     }
 
-    fn save(&self) -> Result<(), TrainError> {
+    fn save(&mut self) -> Result<(), TrainError> {
+        self.settle();
+        self.parallel.group.check()?;
         let model = self.model.as_ref().expect("the model is only away during an update");
         let snapshot = Snapshot { model, optimizer: &self.optimizer, parallel: &self.parallel };
         if self.parallel.group.leads() { (self.strategy.save)(&snapshot, self.place) } else { snapshot.send() }

@@ -1,11 +1,13 @@
 //! One training and one evaluation step, in burn-train's terms.
 
+use std::sync::Arc;
+
 use burn::module::Module;
 use burn::tensor::{ElementConversion, Int, Tensor, TensorData};
 use burn::train::metric::{Adaptor, ItemLazy};
 use burn::train::{InferenceStep, TrainOutput, TrainStep};
 use llama_data::loader::TokenBatch;
-use llama_model::{Compute, Llama, LlamaBackend, ModelError, TrainBackend};
+use llama_model::{Compute, Llama, LlamaBackend, ModelError, ParamHook, TrainBackend};
 
 /// A model in training.
 #[derive(Module, Debug)]
@@ -59,18 +61,45 @@ impl<B: LlamaBackend> Pretrainer<B> {
     /// # Errors
     /// If the sequences are longer than the model's.
     pub fn loss(&self, batch: &TokenBatch, z_loss: f64) -> Result<Tensor<B, 1>, ModelError> {
+        self.hooked_loss(batch, z_loss, None)
+    }
+
+    fn hooked_loss(
+        &self,
+        batch: &TokenBatch,
+        z_loss: f64,
+        hook: Option<&Arc<dyn ParamHook<B>>>,
+    ) -> Result<Tensor<B, 1>, ModelError> {
         let device = self.llama.device();
         let upload = |ids: &Vec<i32>| {
             Tensor::<B, 2, Int>::from_data(TensorData::new(ids.clone(), [batch.batch, batch.seq_len]), &device)
         };
         let starts = batch.starts.as_ref().map(upload);
-        self.llama.document_loss(upload(&batch.inputs), upload(&batch.targets), starts, z_loss)
+        self.llama.hooked_loss(upload(&batch.inputs), upload(&batch.targets), starts, z_loss, hook)
     }
 
     /// Of the rows whose losses this model gives.
     fn counts(&self, batch: &TokenBatch) -> StepOutput {
         let rows = self.llama.rows(batch.positions());
         StepOutput { positions: rows.len() as u64, tokens: batch.tokens_in(rows) as u64, ..Default::default() }
+    }
+}
+
+impl<B: TrainBackend> Pretrainer<B> {
+    /// A training step whose gradients a hook takes, if there is one.
+    pub(crate) fn hooked_step(
+        &self,
+        batch: TokenBatch,
+        hook: Option<&Arc<dyn ParamHook<B>>>,
+    ) -> TrainOutput<StepOutput> {
+        let loss = self.hooked_loss(&batch, self.z_loss, hook).expect("the configuration was checked");
+        let grads = match self.loss_scale {
+            1.0 => loss.backward(),
+            factor => loss.clone().mul_scalar(factor).backward(),
+        };
+        let loss_sum = loss.into_scalar().elem();
+        let output = StepOutput { loss_sum, ..self.counts(&batch) };
+        TrainOutput::new(self, grads, output)
     }
 }
 
@@ -84,14 +113,7 @@ impl<B: TrainBackend> TrainStep for Pretrainer<B> {
     /// # Panics
     /// If the sequences are longer than the model's; a checked configuration rules it out.
     fn step(&self, batch: TokenBatch) -> TrainOutput<StepOutput> {
-        let loss = self.loss(&batch, self.z_loss).expect("the configuration was checked");
-        let grads = match self.loss_scale {
-            1.0 => loss.backward(),
-            factor => loss.clone().mul_scalar(factor).backward(),
-        };
-        let loss_sum = loss.into_scalar().elem();
-        let output = StepOutput { loss_sum, ..self.counts(&batch) };
-        TrainOutput::new(self, grads, output)
+        self.hooked_step(batch, None)
     }
 }
 

@@ -1,13 +1,15 @@
 //! The block as one operation: against the composition of its parts, against finite differences, and the same bit for
 //! bit whatever it keeps.
 
+use std::sync::Arc;
+
 use burn::backend::{Autodiff, Flex};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor, TensorData};
 use llama::model::backend::ops::primitive;
 use llama::model::backend::{BlockSpec, BlockWeights, ops};
 use llama::model::shard::Team;
-use llama::model::{Compute, LlamaBackend, LlamaConfig, Precision, Recompute, TrainBackend};
+use llama::model::{Compute, Llama, LlamaBackend, LlamaConfig, ParamHook, Precision, Recompute, TrainBackend};
 use llama::train::GradientList;
 
 use crate::support::{close, device_test, floats, ints, noise, scale, tolerance};
@@ -141,22 +143,28 @@ fn a_blocks_backward_has_the_slopes_of_its_forward() {
     }
 }
 
-fn small() -> LlamaConfig {
+pub fn small() -> LlamaConfig {
     LlamaConfig { n_layers: 2, d_model: 32, n_heads: 4, n_kv_heads: 2, head_dim: 8, d_ff: 88, ..LlamaConfig::tiny(64) }
 }
 
-/// The gradients of a whole model as bits, by parameter.
-fn model_gradients<B: TrainBackend>(compute: Compute, device: &B::Device) -> (Vec<f64>, Vec<(String, Vec<f64>)>) {
-    let model = small().init::<B>(1, device).unwrap().with_compute(compute);
+/// The loss of a whole model and its gradients as bits, by parameter; those that a hook did not take.
+pub fn hooked_gradients<B: TrainBackend>(
+    model: &Llama<B>,
+    hook: Option<&Arc<dyn ParamHook<B>>>,
+) -> (Vec<f64>, Vec<(String, Vec<f64>)>) {
+    let upload = |ids: &[i64]| ints::<B>(ids, [2, 33], &model.device());
     let ids: Vec<i64> = (0..66).map(|i| i * 13 % 64).collect();
-    let (tokens, targets) =
-        (ints(&ids, [2, 33], device), ints(&ids[..].iter().map(|i| (i + 7) % 64).collect::<Vec<_>>(), [2, 33], device));
-    let loss = model.loss(tokens, targets, 0.0).unwrap();
+    let targets: Vec<i64> = ids.iter().map(|i| (i + 7) % 64).collect();
+    let loss = model.hooked_loss(upload(&ids), upload(&targets), None, 0.0, hook).unwrap();
     let value = floats(loss.clone());
     let mut grads = GradientList::<B::InnerBackend>::default();
-    let parameters = burn::optim::GradientsParams::from_grads(loss.backward(), &model);
-    grads.accumulate::<B, _>(&model, parameters);
+    let parameters = burn::optim::GradientsParams::from_grads(loss.backward(), model);
+    grads.accumulate::<B, _>(model, parameters);
     (value, grads.entries.into_iter().map(|(path, gradient)| (path, floats(gradient))).collect())
+}
+
+fn model_gradients<B: TrainBackend>(compute: Compute, device: &B::Device) -> (Vec<f64>, Vec<(String, Vec<f64>)>) {
+    hooked_gradients(&small().init::<B>(1, device).unwrap().with_compute(compute), None)
 }
 
 #[test]

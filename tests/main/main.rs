@@ -17,6 +17,7 @@ mod engine;
 mod eval;
 mod formats;
 mod generation;
+mod hook;
 mod inputs;
 mod lora;
 mod ops;

@@ -1,5 +1,7 @@
 //! Each operation's backward, wired into Burn's autodiff once for all backends.
 
+use std::marker::PhantomData;
+
 use burn::backend::Autodiff;
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
@@ -13,7 +15,7 @@ use super::block::{self, BlockSaved};
 use super::{
     AdamWStep, AttentionSaved, AttentionSpec, BlockSpec, BlockWeights, LlamaBackend, LossSpec, QuantizedWeight,
 };
-use crate::Precision;
+use crate::{GradientTaker, Precision};
 
 impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
     fn token_embedding(weight: FloatTensor<Self>, tokens: IntTensor<Self>) -> FloatTensor<Self> {
@@ -287,6 +289,29 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
                 prep.finish((saved, weights, spec), out)
             }
             OpsKind::UnTracked(prep) => prep.finish(B::block(x.primitive, weights, spec)),
+        }
+    }
+
+    /// The backward comes to this after what reads the weight, and to what made `x` after both.
+    fn take_gradient(
+        weight: FloatTensor<Self>,
+        x: Option<&FloatTensor<Self>>,
+        taker: GradientTaker<Self>,
+    ) -> FloatTensor<Self> {
+        #[derive(Debug)]
+        struct Take<C>(PhantomData<C>);
+        impl<B: LlamaBackend, C: CheckpointStrategy> Backward<B, 2> for Take<C> {
+            type State = GradientTaker<Autodiff<B, C>>;
+
+            fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let grad = grads.consume::<B>(&ops.node);
+                ops.state.take(<Autodiff<B, C> as AutodiffBackend>::from_inner(grad));
+            }
+        }
+        let after = x.unwrap_or(&weight).node.clone();
+        match Take(PhantomData).prepare::<C>([weight.node, after]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(taker, weight.primitive),
+            OpsKind::UnTracked(prep) => prep.finish(weight.primitive),
         }
     }
 

@@ -20,82 +20,21 @@ pub mod ops;
 pub mod quantized;
 pub mod reference;
 pub(crate) mod rounding;
+mod spec;
 
 use burn::tensor::DType;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::{FloatTensor, IntTensor};
 
-use crate::Precision;
+use crate::{GradientTaker, Precision};
 pub use block::{BlockCache, BlockSpec, BlockWeights};
 pub use quantized::{Bits, Matrix, QUANT_BLOCK, QuantizedWeight};
+pub use spec::{AdamWStep, AttentionSaved, AttentionSpec, IGNORE_TARGET, LossSpec};
 
 /// A backend that can train: its tensors track gradients, and both it and its inner backend have LLaMA's operations.
 pub trait TrainBackend: AutodiffBackend<InnerBackend: LlamaBackend> + LlamaBackend {}
 
 impl<B: AutodiffBackend<InnerBackend: LlamaBackend> + LlamaBackend> TrainBackend for B {}
-
-/// Hyper-parameters of one AdamW update (Loshchilov and Hutter; values in section 2.3 of the paper).
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamWStep {
-    /// Learning rate of this step.
-    pub lr: f64,
-    /// Decay of the first moment.
-    pub beta_1: f64,
-    /// Decay of the second moment.
-    pub beta_2: f64,
-    /// Added to the root of the second moment.
-    pub epsilon: f64,
-    /// Decoupled weight decay: the parameter is first multiplied by `1 - lr · weight_decay`.
-    pub weight_decay: f64,
-    /// Number of this step, from 1, for the bias corrections.
-    pub step: u64,
-    /// Multiplies the gradient first: the global clip, and the loss normalisation.
-    pub grad_scale: f64,
-}
-
-impl AdamWStep {
-    /// `(1 - beta_1^step, 1 - beta_2^step)`.
-    pub fn bias_corrections(&self) -> (f64, f64) {
-        (1.0 - self.beta_1.powf(self.step as f64), 1.0 - self.beta_2.powf(self.step as f64))
-    }
-}
-
-/// Target of a position that takes no part in the loss.
-pub const IGNORE_TARGET: i64 = -100;
-
-/// How attention is computed.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AttentionSpec {
-    /// Factor of the scores.
-    pub scale: f64,
-    /// Precision of the products; softmax and its statistics are in f32 or wider.
-    pub precision: Precision,
-}
-
-impl AttentionSpec {
-    /// Scores divided by the root of the head's width.
-    pub fn new(head_dim: usize, precision: Precision) -> Self {
-        Self { scale: 1.0 / (head_dim as f64).sqrt(), precision }
-    }
-}
-
-/// How the loss is computed.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LossSpec {
-    /// Precision of the products with the head.
-    pub precision: Precision,
-    /// Factor of the squared log-sum-exp of the logits, added to each token's loss: keeps logits from drifting (Chowdhery
-    /// et al. 2022, section 5, use 1e-4). 0 is off.
-    pub z_loss: f64,
-    /// Whether the head's gradient is wanted: not where the head is frozen.
-    pub head_grad: bool,
-}
-
-impl Default for LossSpec {
-    fn default() -> Self {
-        Self { precision: Precision::default(), z_loss: 0.0, head_grad: true }
-    }
-}
 
 /// LLaMA's fused operations. Shapes and ranks are part of the contract; `ops` reshapes where a module has more
 /// dimensions. All float tensors of a call have one dtype.
@@ -393,6 +332,16 @@ pub trait LlamaBackend: Backend {
         block::cached::<Self>(x, weights, cache, &spec)
     }
 
+    /// `weight` as it is, whose gradient `taker` gets from a backward as soon as it is made: before the backward comes to what made `x`. For a weight
+    /// that is read with `x` or, where there is no `x`, at the beginning. Without autodiff there is none.
+    fn take_gradient(
+        weight: FloatTensor<Self>,
+        _x: Option<&FloatTensor<Self>>,
+        _taker: GradientTaker<Self>,
+    ) -> FloatTensor<Self> {
+        weight
+    }
+
     /// One AdamW update of parameters and their moments, each in one pass where the backend can: `[param, grad, m, v]` to the new
     /// `[param, m, v]`.
     ///
@@ -409,23 +358,4 @@ pub trait LlamaBackend: Backend {
     fn sums_of_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self> {
         reference::sums_of_squares::<Self>(tensors)
     }
-}
-
-/// What the forward of attention keeps for its backward: O(seq_len · d_model), no quadratic term.
-#[derive(Clone, Debug)]
-pub struct AttentionSaved<B: Backend> {
-    /// Queries.
-    pub q: FloatTensor<B>,
-    /// Keys.
-    pub k: FloatTensor<B>,
-    /// Values.
-    pub v: FloatTensor<B>,
-    /// First key that each query sees, or none.
-    pub starts: Option<IntTensor<B>>,
-    /// The forward's result.
-    pub out: FloatTensor<B>,
-    /// The forward's log-sum-exp per query.
-    pub lse: FloatTensor<B>,
-    /// What the forward was called with.
-    pub spec: AttentionSpec,
 }

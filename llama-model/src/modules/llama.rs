@@ -1,6 +1,7 @@
 //! The whole model: embedding, blocks, final norm, output head.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn::module::Module;
 use burn::tensor::{DType, Int, Tensor};
@@ -8,9 +9,10 @@ use burn::tensor::{DType, Int, Tensor};
 use super::{Block, Embedding, KvCache, Linear, RmsNorm, RotaryEmbedding};
 use crate::backend::ops::primitive;
 use crate::backend::{BlockSpec, LlamaBackend, LossSpec, ops};
+use crate::hook::{Hook, hooked};
 use crate::init::Init;
 use crate::shard::Team;
-use crate::{Compute, LlamaConfig, ModelError};
+use crate::{Compute, LlamaConfig, ModelError, ParamHook};
 
 /// A LLaMA language model. Parameters carry the names of the released checkpoints.
 #[derive(Module, Debug)]
@@ -109,7 +111,7 @@ impl<B: LlamaBackend> Llama<B> {
         let cache = match cache {
             Some(cache) => cache,
             None if self.team.is_alone() => {
-                let hidden = self.own_hidden(tokens, None)?;
+                let hidden = self.own_hidden(&self.tok_embeddings, tokens, None, None)?;
                 let [_, d_model] = hidden.dims();
                 return Ok(hidden.reshape([batch, seq_len, d_model]));
             }
@@ -137,8 +139,10 @@ impl<B: LlamaBackend> Llama<B> {
     /// `tokens` and `starts` `[batch, seq_len]`, result `[rows, d_model]`.
     fn own_hidden(
         &self,
+        embeddings: &Embedding<B>,
         tokens: Tensor<B, 2, Int>,
         starts: Option<Tensor<B, 2, Int>>,
+        hook: Hook<'_, B>,
     ) -> Result<Tensor<B, 2>, ModelError> {
         let spec = self.block_spec(0, tokens.dims(), starts)?;
         let (rows, members) = (spec.batch * spec.seq_len, self.team.shard().count);
@@ -150,8 +154,11 @@ impl<B: LlamaBackend> Llama<B> {
             }
             false => self.own_rows(tokens).unsqueeze(),
         };
-        let x = self.layers.iter().fold(self.tok_embeddings.forward(tokens), |x, block| block.forward(x, spec.clone()));
-        Ok(self.norm.forward(x).flatten(0, 1))
+        let mut x = embeddings.forward(tokens);
+        for (layer, block) in self.layers.iter().enumerate() {
+            x = hooked(hook, &format!("layers.{layer}"), block, Some(&x)).forward(x, spec.clone());
+        }
+        Ok(hooked(hook, "norm", &self.norm, Some(&x)).forward(x).flatten(0, 1))
     }
 
     /// What all blocks are told of `[batch, seq_len]` tokens after `past` others in each sequence.
@@ -250,9 +257,31 @@ impl<B: LlamaBackend> Llama<B> {
         starts: Option<Tensor<B, 2, Int>>,
         z_loss: f64,
     ) -> Result<Tensor<B, 1>, ModelError> {
+        self.hooked_loss(tokens, targets, starts, z_loss, None)
+    }
+
+    /// [`document_loss`](Self::document_loss) with a hook on the trained parameters.
+    ///
+    /// # Shapes
+    /// As there.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn hooked_loss(
+        &self,
+        tokens: Tensor<B, 2, Int>,
+        targets: Tensor<B, 2, Int>,
+        starts: Option<Tensor<B, 2, Int>>,
+        z_loss: f64,
+        hook: Option<&Arc<dyn ParamHook<B>>>,
+    ) -> Result<Tensor<B, 1>, ModelError> {
         let spec = LossSpec { precision: self.compute.precision, z_loss, ..Default::default() };
         let targets = self.own_rows(targets);
-        Ok(ops::linear_cross_entropy(self.own_hidden(tokens, starts)?, self.head_weight(), targets, spec))
+        let embeddings = hooked::<B, _, 2>(hook, "tok_embeddings", &self.tok_embeddings, None);
+        let hidden = self.own_hidden(&embeddings, tokens, starts, hook)?;
+        let head = self.output.as_ref().map(|output| hooked(hook, "output", output, Some(&hidden)));
+        let head = as_head(head.map_or_else(|| embeddings.dense(), |output| output.dense()));
+        Ok(ops::linear_cross_entropy(hidden, head, targets, spec))
     }
 
     /// Cross entropy of each target after `tokens`, 0 where the target is -100. The negative of a token's
@@ -293,7 +322,11 @@ impl<B: LlamaBackend> Llama<B> {
 
     /// The head's weight, in the dtype of the hidden states it is multiplied with.
     pub(crate) fn head_weight(&self) -> Tensor<B, 2> {
-        let weight = self.output.as_ref().map_or_else(|| self.tok_embeddings.dense(), Linear::dense);
-        if matches!(weight.dtype(), DType::BF16 | DType::F16) { weight.cast(DType::F32) } else { weight }
+        as_head(self.output.as_ref().map_or_else(|| self.tok_embeddings.dense(), Linear::dense))
     }
+}
+
+/// A weight in the dtype of the hidden states that it is multiplied with.
+fn as_head<B: LlamaBackend>(weight: Tensor<B, 2>) -> Tensor<B, 2> {
+    if matches!(weight.dtype(), DType::BF16 | DType::F16) { weight.cast(DType::F32) } else { weight }
 }

@@ -10,11 +10,11 @@ use llama_data::loader::Rank;
 use serde::{Deserialize, Serialize};
 
 use super::Group;
-use super::link::Link;
+use super::link::{LANES, Link, Links};
 use crate::TrainError;
 
 /// Version of what is said over TCP.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// How long a process may take to say who it is.
 const INTRODUCTION: Duration = Duration::from_secs(10);
 
@@ -96,23 +96,26 @@ pub fn join(devices: usize, rendezvous: Option<&Rendezvous>) -> Result<Vec<Group
     let (from, count) = (first(rendezvous.node), first(nodes.len()));
     let mut links = local(devices, from, count, rendezvous.timeout);
     // A process connects to all members of those before it, and waits for those after it.
-    let connect = |links: &mut Vec<Vec<Option<Link>>>| {
+    let connect = |links: &mut Vec<ByRank>| {
         for (node, Node { address, devices: theirs }) in nodes[..rendezvous.node].iter().enumerate() {
             for (index, rank) in (0..devices).flat_map(|index| (0..*theirs).map(move |rank| (index, rank))) {
                 let rank = first(node) + rank;
-                let mut stream = TcpStream::connect_timeout(address, INTRODUCTION)?;
-                stream.write_all(&Opening { token, from: from + index, to: rank }.to_bytes())?;
-                links[index][rank] = Some(Link::tcp(stream, rendezvous.timeout)?);
+                for lane in 0..LANES {
+                    let mut stream = TcpStream::connect_timeout(address, INTRODUCTION)?;
+                    stream.write_all(&Opening { token, from: from + index, to: rank, lane }.to_bytes())?;
+                    links[index][rank][lane] = Some(Link::tcp(stream, rendezvous.timeout)?);
+                }
             }
         }
-        while links.iter().flatten().filter(|link| link.is_none()).count() > devices {
+        // A device has no links to itself.
+        while links.iter().flatten().flatten().filter(|link| link.is_none()).count() > devices * LANES {
             let mut stream = accept(&listener, deadline)?;
             let mut bytes = [0; Opening::LEN];
             if stream.read_exact(&mut bytes).is_err() {
                 continue;
             }
-            let Opening { token: said, from: rank, to } = Opening::from_bytes(bytes);
-            let link = to.checked_sub(from).and_then(|index| links.get_mut(index)?.get_mut(rank));
+            let Opening { token: said, from: rank, to, lane } = Opening::from_bytes(bytes);
+            let link = to.checked_sub(from).and_then(|index| links.get_mut(index)?.get_mut(rank)?.get_mut(lane));
             if let Some(link) = link.filter(|link| said == token && link.is_none() && rank != to) {
                 *link = Some(Link::tcp(stream, rendezvous.timeout)?);
             }
@@ -123,22 +126,26 @@ pub fn join(devices: usize, rendezvous: Option<&Rendezvous>) -> Result<Vec<Group
     Ok(into_groups(links, from))
 }
 
-/// For each device of this process its links by rank, those to the other devices of this process made.
-fn local(devices: usize, from: usize, count: usize, timeout: Duration) -> Vec<Vec<Option<Link>>> {
-    let mut links: Vec<Vec<Option<Link>>> = (0..devices).map(|_| (0..count).map(|_| None).collect()).collect();
-    for a in 0..devices {
-        for b in 0..a {
+/// The links of a device by rank and lane.
+type ByRank = Vec<[Option<Link>; LANES]>;
+
+/// For each device of this process its links, those to the other devices of this process made.
+fn local(devices: usize, from: usize, count: usize, timeout: Duration) -> Vec<ByRank> {
+    let mut links: Vec<ByRank> = (0..devices).map(|_| (0..count).map(|_| [const { None }; LANES]).collect()).collect();
+    for (a, b) in (0..devices).flat_map(|a| (0..a).map(move |b| (a, b))) {
+        for lane in 0..LANES {
             let (ours, theirs) = Link::pair(timeout);
-            (links[a][from + b], links[b][from + a]) = (Some(ours), Some(theirs));
+            (links[a][from + b][lane], links[b][from + a][lane]) = (Some(ours), Some(theirs));
         }
     }
     links
 }
 
-fn into_groups(links: Vec<Vec<Option<Link>>>, from: usize) -> Vec<Group> {
-    let group = |(index, links): (usize, Vec<Option<Link>>)| {
+fn into_groups(links: Vec<ByRank>, from: usize) -> Vec<Group> {
+    let group = |(index, links): (usize, ByRank)| {
         let rank = Rank { index: (from + index) as u64, count: links.len() as u64 };
-        Group::new(rank, links)
+        let (step, background) = links.into_iter().map(|[step, background]| (step, background)).unzip();
+        Group::new(rank, Links::new(step), Links::new(background))
     };
     links.into_iter().enumerate().map(group).collect()
 }
@@ -241,21 +248,25 @@ struct Opening {
     token: u64,
     from: usize,
     to: usize,
+    lane: usize,
 }
 
 impl Opening {
-    const LEN: usize = 16;
+    const LEN: usize = 20;
 
     fn to_bytes(&self) -> [u8; Self::LEN] {
         let mut bytes = [0; Self::LEN];
         bytes[..8].copy_from_slice(&self.token.to_le_bytes());
-        bytes[8..12].copy_from_slice(&(self.from as u32).to_le_bytes());
-        bytes[12..].copy_from_slice(&(self.to as u32).to_le_bytes());
+        for (place, number) in [self.from, self.to, self.lane].into_iter().enumerate() {
+            bytes[8 + 4 * place..][..4].copy_from_slice(&(number as u32).to_le_bytes());
+        }
         bytes
     }
 
     fn from_bytes(bytes: [u8; Self::LEN]) -> Self {
-        let part = |from: usize| u32::from_le_bytes(std::array::from_fn(|index| bytes[from + index])) as usize;
-        Self { token: u64::from_le_bytes(std::array::from_fn(|index| bytes[index])), from: part(8), to: part(12) }
+        let number =
+            |place: usize| u32::from_le_bytes(std::array::from_fn(|index| bytes[8 + 4 * place + index])) as usize;
+        let token = u64::from_le_bytes(std::array::from_fn(|index| bytes[index]));
+        Self { token, from: number(0), to: number(1), lane: number(2) }
     }
 }

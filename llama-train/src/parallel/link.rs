@@ -1,16 +1,22 @@
-//! A connection between two members: channels; between processes, two threads carry them over TCP.
+//! A connection between two members: channels; between processes, two threads carry them over TCP. And those of a member to all others.
 
 use std::io::{self, BufWriter, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use crate::TrainError;
+
 /// Frames that may wait for the other end, in each direction.
 const AHEAD: usize = 4;
 /// The longest frame; what claims to be longer is none.
 const LONGEST: u64 = 1 << 36;
+
+/// Connections between any two members: one for what a step waits for, one for what goes on in the background, so that each has its own order.
+pub(super) const LANES: usize = 2;
 
 /// What is sent at a time. Over TCP: a byte for the kind, the length in bytes as a u64, then the content, in little endian.
 #[derive(Debug, PartialEq)]
@@ -114,6 +120,51 @@ impl Drop for Link {
             let _ = writer.join();
         }
     }
+}
+
+/// The connections of a member to the others, by rank; none to itself.
+pub(super) struct Links(Vec<Option<Link>>);
+
+impl Links {
+    pub fn new(by_rank: Vec<Option<Link>>) -> Self {
+        Self(by_rank)
+    }
+
+    /// All ranks, this member's included.
+    pub fn ranks(&self) -> Range<usize> {
+        0..self.0.len()
+    }
+
+    pub fn to(&self, rank: usize) -> &Link {
+        self.0[rank].as_ref().expect("a member sends nothing to itself")
+    }
+
+    pub fn send(&self, rank: usize, frame: Frame) -> Result<(), TrainError> {
+        self.to(rank).send(frame).map_err(|reason| TrainError::Member { rank, reason })
+    }
+
+    pub fn receive(&self, rank: usize) -> Result<Frame, TrainError> {
+        self.to(rank).receive().map_err(|reason| TrainError::Member { rank, reason })
+    }
+
+    pub fn receive_bytes(&self, rank: usize) -> Result<Vec<u8>, TrainError> {
+        match self.receive(rank)? {
+            Frame::Bytes(bytes) => Ok(bytes),
+            Frame::Floats(_) => Err(out_of_step(rank)),
+        }
+    }
+
+    /// `len` numbers from a member.
+    pub fn receive_floats(&self, rank: usize, len: usize) -> Result<Vec<f32>, TrainError> {
+        match self.receive(rank)? {
+            Frame::Floats(floats) if floats.len() == len => Ok(floats),
+            _ => Err(out_of_step(rank)),
+        }
+    }
+}
+
+pub(super) fn out_of_step(rank: usize) -> TrainError {
+    TrainError::Member { rank, reason: "it sent something else than was its turn; is it another version?".into() }
 }
 
 fn write(out: &mut impl Write, frame: &Frame) -> io::Result<()> {

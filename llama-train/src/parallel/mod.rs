@@ -19,7 +19,9 @@
 //!
 //! [`join`] makes the group: in one process by channels, between processes and machines by TCP.
 
+mod background;
 mod exchange;
+mod flow;
 mod join;
 mod link;
 mod pieces;
@@ -35,7 +37,8 @@ use llama_model::shard::{Collective, Shard, Team};
 
 use crate::TrainError;
 pub(crate) use exchange::Parallel;
-use link::{Frame, Link};
+pub(crate) use flow::Flow;
+use link::{Frame, Links, out_of_step};
 pub(crate) use pieces::{Piece, owned};
 
 /// One member's view of the devices that train together.
@@ -43,20 +46,21 @@ pub struct Group {
     rank: Rank,
     /// How many consecutive members divide a model among them.
     parts: usize,
-    /// By rank; none to itself.
-    links: Vec<Option<Link>>,
+    links: Links,
+    /// What goes between the members while they compute.
+    background: Links,
     /// Why a model did not get what another member should have sent.
     lost: Mutex<Option<TrainError>>,
 }
 
 impl Group {
-    fn new(rank: Rank, links: Vec<Option<Link>>) -> Self {
-        Self { rank, parts: 1, links, lost: Mutex::new(None) }
+    fn new(rank: Rank, links: Links, background: Links) -> Self {
+        Self { rank, parts: 1, links, background, lost: Mutex::new(None) }
     }
 
     /// A device that trains alone.
     pub fn alone() -> Self {
-        Self::new(Rank::ONLY, vec![None])
+        Self::new(Rank::ONLY, Links::new(vec![None]), Links::new(vec![None]))
     }
 
     /// Lets every `parts` members, by rank, divide a model among them: members whose connections are fast, as those of one machine.
@@ -117,50 +121,22 @@ impl Group {
         self.rank.index == 0
     }
 
-    /// The other members, by rank.
-    fn others(&self) -> impl Iterator<Item = (usize, &Link)> {
-        self.links.iter().enumerate().filter_map(|(rank, link)| Some((rank, link.as_ref()?)))
-    }
-
-    fn link(&self, rank: usize) -> &Link {
-        self.links[rank].as_ref().expect("a member sends nothing to itself")
-    }
-
-    fn send(&self, rank: usize, frame: Frame) -> Result<(), TrainError> {
-        self.link(rank).send(frame).map_err(|reason| TrainError::Member { rank, reason })
-    }
-
-    fn receive(&self, rank: usize) -> Result<Frame, TrainError> {
-        self.link(rank).receive().map_err(|reason| TrainError::Member { rank, reason })
-    }
-
-    fn receive_bytes(&self, rank: usize) -> Result<Vec<u8>, TrainError> {
-        match self.receive(rank)? {
-            Frame::Bytes(bytes) => Ok(bytes),
-            Frame::Floats(_) => Err(out_of_step(rank)),
-        }
-    }
-
-    /// `len` numbers from a member.
-    fn receive_floats(&self, rank: usize, len: usize) -> Result<Vec<f32>, TrainError> {
-        match self.receive(rank)? {
-            Frame::Floats(floats) if floats.len() == len => Ok(floats),
-            _ => Err(out_of_step(rank)),
-        }
+    /// All ranks but this member's.
+    fn others(&self) -> impl Iterator<Item = usize> {
+        self.links.ranks().filter(|rank| *rank as u64 != self.rank.index)
     }
 
     /// What every member gives, by rank. For what is small.
     fn all_gather(&self, own: Vec<u8>) -> Result<Vec<Vec<u8>>, TrainError> {
-        for (rank, _) in self.others() {
-            self.send(rank, Frame::Bytes(own.clone()))?;
+        for rank in self.others() {
+            self.links.send(rank, Frame::Bytes(own.clone()))?;
         }
         let mut own = Some(own);
-        (0..self.links.len())
-            .map(|rank| match &self.links[rank] {
-                Some(_) => self.receive_bytes(rank),
-                None => Ok(own.take().unwrap_or_default()),
-            })
-            .collect()
+        let part = |rank| match own.take_if(|_| rank as u64 == self.rank.index) {
+            Some(own) => Ok(own),
+            None => self.links.receive_bytes(rank),
+        };
+        self.links.ranks().map(part).collect()
     }
 
     /// Numbers of every member, by rank.
@@ -225,7 +201,7 @@ impl Collective for Part {
 
     fn send(&self, to: usize, bytes: Vec<u8>) {
         if let Some(group) = self.group() {
-            let sent = group.send(group.rank_of_part(to), Frame::Bytes(bytes));
+            let sent = group.links.send(group.rank_of_part(to), Frame::Bytes(bytes));
             sent.unwrap_or_else(|error| group.lose(error));
         }
     }
@@ -233,14 +209,14 @@ impl Collective for Part {
     fn receive(&self, from: usize, len: usize) -> Option<Vec<u8>> {
         let group = self.group()?;
         let rank = group.rank_of_part(from);
-        let bytes = group.receive_bytes(rank);
+        let bytes = group.links.receive_bytes(rank);
         let right = bytes.and_then(|bytes| if bytes.len() == len { Ok(bytes) } else { Err(out_of_step(rank)) });
         right.map_err(|error| group.lose(error)).ok()
     }
 
     fn hear(&self, from: usize) -> Option<Vec<u8>> {
         let group = self.group()?;
-        match group.link(group.rank_of_part(from)).wait() {
+        match group.links.to(group.rank_of_part(from)).wait() {
             Ok(Frame::Bytes(bytes)) => Some(bytes),
             _ => None,
         }
@@ -252,8 +228,4 @@ impl Collective for Part {
             None => Some("this member has left the group".into()),
         }
     }
-}
-
-fn out_of_step(rank: usize) -> TrainError {
-    TrainError::Member { rank, reason: "it sent something else than was its turn; is it another version?".into() }
 }

@@ -9,7 +9,8 @@ use llama_model::shard::Split;
 use llama_model::weights::{self, Streamed};
 use llama_model::{LlamaConfig, TrainBackend, hf};
 
-use super::exchange::{Parallel, vec_of};
+use super::background::vec_of;
+use super::exchange::Parallel;
 use super::link::Frame;
 use super::pieces::Piece;
 use crate::optimizer::Moment;
@@ -57,7 +58,7 @@ impl<B: TrainBackend> Snapshot<'_, B> {
             }
             let (dims, len) = (part.shape.clone(), part.num_elements());
             let others = (1..group.shard().count).map(|rank| {
-                let part = group.receive_floats(rank, len)?;
+                let part = group.links.receive_floats(rank, len)?;
                 Ok(TensorData::new(part, dims.clone()))
             });
             let parts = std::iter::once(Ok(part)).chain(others).collect::<Result<_, TrainError>>()?;
@@ -68,7 +69,7 @@ impl<B: TrainBackend> Snapshot<'_, B> {
     /// Sends the member that leads what its files lack.
     pub(crate) fn send(&self) -> Result<(), TrainError> {
         let (group, me) = (&self.parallel.group, self.parallel.me());
-        let send = |data| group.send(0, Frame::Floats(vec_of(data)));
+        let send = |data| group.links.send(0, Frame::Floats(vec_of(data)));
         for (moment, pieces) in self.moments().into_values() {
             for piece in pieces.into_iter().filter(|piece| piece.owner == me) {
                 send(self.own_moment(moment, piece))?;
@@ -109,7 +110,7 @@ impl<B: TrainBackend> Snapshot<'_, B> {
         let part = |piece: &&Piece| {
             let floats = match piece.owner == self.parallel.me() {
                 true => vec_of(self.own_moment(moment, piece)),
-                false => self.parallel.group.receive_floats(piece.owner, piece.len())?,
+                false => self.parallel.group.links.receive_floats(piece.owner, piece.len())?,
             };
             Ok::<_, TrainError>(TensorData::new(floats, piece.dims.clone()))
         };
