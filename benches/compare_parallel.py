@@ -11,6 +11,9 @@ and compiled, with fused AdamW, and one global clip, in DistributedDataParallel;
 as this library does. With --tensor-parallel the processes divide the model and take all micro-batches together; PyTorch by its tensor and sequence
 parallelism (parallelize_module and loss_parallel, as in torchtitan). A speed is the median step of the best of several runs, memory the most
 that one process had.
+
+With --gbit the processes meet over a slower network: Linux's `tc` (which asks for root) limits the loopback device to that many Gbit/s in each direction,
+as between two machines, until the script ends.
 """
 import argparse, contextlib, json, os, shutil, statistics, subprocess, sys, tempfile, threading, time
 
@@ -18,6 +21,17 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from compare_torch import ADAMW, KEEP_MEMORY, torch_model
 
 ADDRESS = "127.0.0.1:29511"
+
+
+@contextlib.contextmanager
+def network(gbit):
+    """Loopback with as many Gbit/s in each direction; both directions go through one queue of it."""
+    limit = ["tc", "qdisc", "add", "dev", "lo", "root", "tbf", "rate", f"{2000 * gbit:.0f}mbit", "burst", "1mb", "latency", "100ms"]
+    subprocess.run(limit, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["tc", "qdisc", "del", "dev", "lo", "root"], check=True)
 
 
 def divide(model, processes):
@@ -131,6 +145,7 @@ def main():
     parser.add_argument("--sequences", type=int, default=8, help="of a micro-batch")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--tensor-parallel", action="store_true", help="processes divide the model instead of the micro-batches")
+    parser.add_argument("--gbit", type=float, help="of the network between the processes, in each direction")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--torch", nargs=2, metavar=("SHAPE", "MODE"), help=argparse.SUPPRESS)
@@ -186,9 +201,10 @@ def main():
             sides[f"PyTorch DDP, compiled, {args.processes} processes"] = lambda: theirs("compiled")
             sides[f"PyTorch DDP, moments divided, {args.processes} processes"] = lambda: theirs("divided")
         found = {side: [] for side in sides}
-        for _ in range(args.rounds):
-            for side, run in sides.items():
-                found[side].append(run())
+        with network(args.gbit) if args.gbit else contextlib.nullcontext():
+            for _ in range(args.rounds):
+                for side, run in sides.items():
+                    found[side].append(run())
         best = {side: (max(rate for rate, _ in runs), min(memory for _, memory in runs)) for side, runs in found.items()}
         mine, ours_memory = best[together_here]
         print(f"{model['d_model']} x {model['n_layers']}, {args.vocab_size} tokens, {args.seq_len} x {args.sequences} for each process")

@@ -65,7 +65,7 @@ device_test! {
                 None => 0,
             };
             let layers: Vec<usize> = taken.iter().map(|(path, _)| of_layer(path)).collect();
-            assert!(layers.is_sorted(), "{taken:?}");
+            assert!(layers.is_sorted(), "{layers:?}");
             let taken: HashMap<_, _> = taken.into_iter().collect();
             assert_eq!(taken.len(), paths.len());
             for (path, expected) in &expected.1 {

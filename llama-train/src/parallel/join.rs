@@ -100,10 +100,10 @@ pub fn join(devices: usize, rendezvous: Option<&Rendezvous>) -> Result<Vec<Group
         for (node, Node { address, devices: theirs }) in nodes[..rendezvous.node].iter().enumerate() {
             for (index, rank) in (0..devices).flat_map(|index| (0..*theirs).map(move |rank| (index, rank))) {
                 let rank = first(node) + rank;
-                for lane in 0..LANES {
+                for (lane, link) in links[index][rank].iter_mut().enumerate() {
                     let mut stream = TcpStream::connect_timeout(address, INTRODUCTION)?;
                     stream.write_all(&Opening { token, from: from + index, to: rank, lane }.to_bytes())?;
-                    links[index][rank][lane] = Some(Link::tcp(stream, rendezvous.timeout)?);
+                    *link = Some(Link::tcp(stream, rendezvous.timeout)?);
                 }
             }
         }
@@ -133,8 +133,7 @@ type ByRank = Vec<[Option<Link>; LANES]>;
 fn local(devices: usize, from: usize, count: usize, timeout: Duration) -> Vec<ByRank> {
     let mut links: Vec<ByRank> = (0..devices).map(|_| (0..count).map(|_| [const { None }; LANES]).collect()).collect();
     for (a, b) in (0..devices).flat_map(|a| (0..a).map(move |b| (a, b))) {
-        for lane in 0..LANES {
-            let (ours, theirs) = Link::pair(timeout);
+        for (lane, (ours, theirs)) in std::iter::repeat_with(|| Link::pair(timeout)).take(LANES).enumerate() {
             (links[a][from + b][lane], links[b][from + a][lane]) = (Some(ours), Some(theirs));
         }
     }

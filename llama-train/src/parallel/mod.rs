@@ -3,12 +3,11 @@
 //! The members of a [`Group`] train one model. Of a step's micro-batches each takes the `count`-th, from its rank on, so that the
 //! configuration alone says what a step is, whatever the number of members. Every parameter belongs to one member, which has its moments:
 //! the optimizer's state is divided, as in ZeRO's first stage ([Rajbhandari et al. 2020](https://arxiv.org/abs/1910.02054)).
-//! After the backward,
 //!
-//! 1. the gradients of a parameter go to its owner, which sums them in the order of ranks;
+//! 1. While the backward goes on, the gradients of a parameter go to its owner, which sums them in the order of ranks;
 //! 2. sums of squares, losses and counts go to everyone, so that all find the same norm, clip and skip alike;
 //! 3. the owner updates its parameters,
-//! 4. and sends them to everyone.
+//! 4. and sends them to everyone while the next forward goes on, which waits for those of a layer when it comes to it.
 //!
 //! A parameter is sent as often as in an all-reduce of the gradients. Sums have one order, so that a run on a CPU can be repeated bit for bit;
 //! with one micro-batch for each member it has the very bits of a run on a single one.
