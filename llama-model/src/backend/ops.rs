@@ -4,7 +4,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{DType, Int, Shape, Tensor, TensorMetadata, TensorPrimitive};
 
-use super::{AttentionSpec, BlockCache, BlockSpec, BlockWeights, LlamaBackend, LossSpec, Matrix, QuantizedWeight};
+use super::{AttentionSpec, BlockCache, BlockSpec, BlockWeights, LlamaBackend, LossSpec, Matrix};
 use crate::Precision;
 
 /// A primitive as a tensor.
@@ -52,17 +52,17 @@ pub fn linear<B: LlamaBackend, const D: usize>(
     weight: Tensor<B, 2>,
     precision: Precision,
 ) -> Tensor<B, D> {
-    let [out] = linear_all(x, [weight], precision);
+    let [out] = linear_all(x, [Matrix::Floats(primitive(weight))], precision);
     out
 }
 
-/// [`linear`] with several weights, in one go where the backend can.
+/// [`linear`] with several weights, however they are stored, in one go where the backend can.
 ///
 /// # Panics
 /// As there.
 pub fn linear_all<B: LlamaBackend, const D: usize, const N: usize>(
     x: Tensor<B, D>,
-    weights: [Tensor<B, 2>; N],
+    weights: [Matrix<B>; N],
     precision: Precision,
 ) -> [Tensor<B, D>; N] {
     let dims = x.dims();
@@ -70,39 +70,13 @@ pub fn linear_all<B: LlamaBackend, const D: usize, const N: usize>(
         let [_, d_in] = weight.dims();
         assert_eq!(dims[D - 1], d_in, "linear: the input has width {}, a weight takes {d_in}", dims[D - 1]);
     }
-    let weights = weights.into_iter().map(primitive).collect();
-    unfold(B::project_all(primitive(fold(x)), weights, precision), dims)
-}
-
-/// [`linear_all`] for weights in 8 or 4 bits; see [`LlamaBackend::project_quantized`].
-///
-/// # Panics
-/// As there.
-pub fn linear_quantized<B: LlamaBackend, const D: usize, const N: usize>(
-    x: Tensor<B, D>,
-    weights: [QuantizedWeight<B>; N],
-    precision: Precision,
-) -> [Tensor<B, D>; N] {
-    let dims = x.dims();
-    for weight in &weights {
-        let [_, d_in] = weight.dims();
-        assert_eq!(dims[D - 1], d_in, "linear: the input has width {}, a weight takes {d_in}", dims[D - 1]);
-    }
-    unfold(B::project_quantized(primitive(fold(x)), weights.into(), precision), dims)
-}
-
-/// Products of `[tokens, d_out]` each, with the leading dimensions of the input.
-fn unfold<B: Backend, const D: usize, const N: usize>(
-    products: Vec<FloatTensor<B>>,
-    dims: [usize; D],
-) -> [Tensor<B, D>; N] {
-    let mut products = products.into_iter().map(|product| {
+    // With the leading dimensions of the input.
+    Matrix::project_all(primitive(fold(x)), weights, precision).map(|product| {
         let product = tensor::<B, 2>(product);
         let mut dims = dims;
         dims[D - 1] = product.dims()[1];
         product.reshape(dims)
-    });
-    std::array::from_fn(|_| products.next().expect("each weight has a product"))
+    })
 }
 
 /// Root-mean-square normalisation (Zhang and Sennrich): `x / rms(x) · weight`.

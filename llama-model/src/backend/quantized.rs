@@ -102,6 +102,14 @@ pub enum Matrix<B: Backend> {
 }
 
 impl<B: LlamaBackend> Matrix<B> {
+    /// `[d_out, d_in]`
+    pub fn dims(&self) -> [usize; 2] {
+        match self {
+            Self::Floats(weight) => weight.shape().dims(),
+            Self::Blocks(weight) => weight.dims(),
+        }
+    }
+
     /// `x · weightᵀ` for each, in one go where all are stored alike.
     pub(crate) fn project_all<const N: usize>(
         x: FloatTensor<B>,

@@ -47,15 +47,7 @@ impl<B: LlamaBackend> Linear<B> {
         x: Tensor<B, D>,
         precision: Precision,
     ) -> [Tensor<B, D>; N] {
-        let quantized = layers.map(|layer| layer.quantized.as_ref());
-        let products = if quantized.iter().all(Option::is_none) {
-            ops::linear_all(x.clone(), layers.map(|layer| layer.weight.val()), precision)
-        } else if quantized.iter().all(Option::is_some) {
-            let weights = quantized.map(|quantized| quantized.expect("all are there").weight());
-            ops::linear_quantized(x.clone(), weights, precision)
-        } else {
-            layers.map(|layer| ops::linear(x.clone(), layer.dense(), precision))
-        };
+        let products = ops::linear_all(x.clone(), layers.map(Self::matrix), precision);
         let mut layers = layers.into_iter();
         products.map(|product| match layers.next().and_then(|layer| layer.adapter.as_ref()) {
             Some(adapter) => product + adapter.forward(x.clone(), precision),
