@@ -20,10 +20,12 @@ use super::tile::ROWS_AHEAD;
 const PARTS: usize = 3;
 /// Multiply-adds below which packing three parts of both operands costs more than it gains.
 const FEW: usize = 1 << 20;
+/// Multiply-adds for each element of the operands, below which it does, too.
+const FEW_OF_EACH: usize = 96;
 
 /// Whether a product is large enough, in both directions of the result.
 pub(super) fn worthwhile((m, n, k): (usize, usize, usize)) -> bool {
-    m >= 2 * UNIT && n >= 2 * UNIT && k >= TILE && m * n * k >= FEW
+    m * n >= FEW_OF_EACH * (m + n) && k >= TILE && m * n * k >= FEW
 }
 
 /// The kernel; the unit must be [`available`](super::amx::available).
