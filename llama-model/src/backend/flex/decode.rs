@@ -7,6 +7,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod block;
 #[cfg(target_arch = "x86_64")]
 mod many;
 #[cfg(target_arch = "aarch64")]
@@ -31,6 +32,7 @@ use burn_flex::FlexTensor;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+pub(super) use self::block::{block, takes as takes_block};
 #[cfg(target_arch = "x86_64")]
 use self::many::WordRows;
 use self::rounded::Rounded;
@@ -85,13 +87,24 @@ pub(super) fn project_blocks(
     multiply(&contiguous(x), &weights.iter().map(Stored::blocks).collect::<Vec<_>>(), precision)
 }
 
-/// The products of `x` with all weights. Threads share the rows of all of them.
+/// The products of `x` with all weights.
 fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<FlexTensor> {
     let [rows, d_in] = x.shape().dims();
-    let xs = values(x);
     let widths: Vec<usize> = weights.iter().map(|weight| weight.len() / d_in).collect();
-    // SAFETY: the tasks write all columns of all weights.
+    // SAFETY: all of each is written.
     let mut outs: Vec<Buffer> = widths.iter().map(|d_out| unsafe { Buffer::unwritten(rows * d_out) }).collect();
+    let mut targets: Vec<&mut [f32]> = outs.iter_mut().map(|out| &mut out[..]).collect();
+    multiply_into(&mut targets, values(x), d_in, weights, precision);
+    outs.into_iter().zip(widths).map(|(out, d_out)| out.into_tensor(Shape::new([rows, d_out]))).collect()
+}
+
+/// Writes the products of rows of `d_in` elements with all weights. Threads share the rows of all of them.
+fn multiply_into(outs: &mut [&mut [f32]], xs: &[f32], d_in: usize, weights: &[Stored], precision: Precision) {
+    let rows = xs.len() / d_in;
+    let widths: Vec<usize> = weights.iter().map(|weight| weight.len() / d_in).collect();
+    for (out, d_out) in outs.iter().zip(&widths) {
+        assert_eq!(out.len(), rows * d_out, "a product has another size than its result");
+    }
     let targets: Vec<Output> = outs.iter_mut().map(|out| Output(out.as_mut_ptr())).collect();
     let few = rows <= ROWS;
     let input = Input::new(xs, d_in, weights, precision);
@@ -121,7 +134,6 @@ fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<Fle
         }
     };
     team::for_each(tasks, task);
-    outs.into_iter().zip(widths).map(|(out, d_out)| out.into_tensor(Shape::new([rows, d_out]))).collect()
 }
 
 /// The rows that are multiplied.

@@ -21,7 +21,10 @@ use burn::tensor::{DType, FloatDType, TensorData};
 use burn_flex::{FlexTensor, Layout};
 
 use self::buffer::Buffer;
-use super::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, QuantizedWeight, reference};
+use super::{
+    AdamWStep, AttentionSaved, AttentionSpec, BlockCache, BlockSpec, BlockWeights, LlamaBackend, LossSpec, Matrix,
+    QuantizedWeight, block, reference,
+};
 use crate::Precision;
 
 impl LlamaBackend for Flex {
@@ -124,6 +127,18 @@ impl LlamaBackend for Flex {
             return reference::cache_write::<Flex>(cache, new, start);
         }
         rows::cache_write(cache, new, start)
+    }
+
+    fn cached_block(
+        x: FlexTensor,
+        weights: BlockWeights<Matrix<Flex>, FlexTensor>,
+        cache: BlockCache<Flex>,
+        spec: BlockSpec<Flex>,
+    ) -> (FlexTensor, BlockCache<Flex>) {
+        match decode::takes_block(&x, &weights, &cache, &spec) {
+            true => decode::block(x, weights, cache, &spec),
+            false => block::cached::<Flex>(x, weights, cache, &spec),
+        }
     }
 
     fn causal_attention_backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTensor; 3] {

@@ -41,6 +41,13 @@ vectorized! {
     }
 }
 
+/// [`rms_norm`] of few rows.
+pub(super) fn rms_norm_into(out: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
+    for (out, x) in out.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
+        rms_norm_rows(out, &mut [0.0], x, weight, eps);
+    }
+}
+
 pub(super) fn rms_norm_backward(
     x: FlexTensor,
     weight: FlexTensor,
@@ -133,7 +140,7 @@ pub(super) fn token_embedding_backward(
 
 pub(super) fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: bool) -> FlexTensor {
     let (mut x, cos, sin) = (whole(x), contiguous(cos), contiguous(sin));
-    let [_, seq_len, heads, head_dim] = x.shape().dims();
+    let [_, _, heads, head_dim] = x.shape().dims();
     let half = head_dim / 2;
     let (cos, sin) = (values(&cos), values(&sin));
     let sign = if inverse { -1.0 } else { 1.0 };
@@ -142,12 +149,24 @@ pub(super) fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: b
     let width = heads * head_dim;
     let block = rows_per_block(width);
     team::each(out.chunks_mut(block * width).enumerate(), |(index, rows)| {
-        for (row, x) in rows.chunks_exact_mut(width).enumerate() {
-            let position = (index * block + row) % seq_len * half;
-            rotate_heads(x, &cos[position..][..half], &sin[position..][..half], sign);
-        }
+        rotate_rows(rows, width, index * block, [cos, sin], half, sign);
     });
     x
+}
+
+/// Rotates rows of all heads, of which the first has a number; row after row, the sequences' positions have entries in the tables.
+pub(super) fn rotate_rows(
+    rows: &mut [f32],
+    width: usize,
+    first: usize,
+    [cos, sin]: [&[f32]; 2],
+    half: usize,
+    sign: f32,
+) {
+    for (row, x) in rows.chunks_exact_mut(width).enumerate() {
+        let entry = (first + row) * half % cos.len();
+        rotate_heads(x, &cos[entry..][..half], &sin[entry..][..half], sign);
+    }
 }
 
 vectorized! {
@@ -166,13 +185,17 @@ vectorized! {
 
 /// Flex's own assignment copies the whole buffer first, which made every token cost as much as all before it.
 pub(super) fn cache_write(cache: FlexTensor, new: FlexTensor, start: usize) -> FlexTensor {
-    let (mut cache, new) = (whole(cache), contiguous(new));
-    let [_, capacity, heads, head_dim] = cache.shape().dims();
-    let [_, len, _, _] = new.shape().dims();
-    let width = heads * head_dim;
+    write_positions(cache, values(&contiguous(new)), start)
+}
+
+/// [`cache_write`] of as many positions as `new` has for each sequence.
+pub(super) fn write_positions(cache: FlexTensor, new: &[f32], start: usize) -> FlexTensor {
+    let mut cache = whole(cache);
+    let [batch, capacity, heads, head_dim] = cache.shape().dims();
+    let (width, len) = (heads * head_dim, new.len() / batch);
     let sequences = cache.storage_mut::<f32>().chunks_exact_mut(capacity * width);
-    for (cache, new) in sequences.zip(values(&new).chunks_exact(len * width)) {
-        cache[start * width..][..len * width].copy_from_slice(new);
+    for (cache, new) in sequences.zip(new.chunks_exact(len)) {
+        cache[start * width..][..len].copy_from_slice(new);
     }
     cache
 }
@@ -187,7 +210,16 @@ pub(super) fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
 }
 
 vectorized! {
-    fn swiglu_block<'a>(out: &'a mut [f32], gate: &'a [f32], up: &'a [f32]) -> () {
+    /// `out += x`
+    pub(super) fn add<'a>(out: &'a mut [f32], x: &'a [f32]) -> () {
+        for (out, x) in out.iter_mut().zip(x) {
+            *out += x;
+        }
+    }
+}
+
+vectorized! {
+    pub(super) fn swiglu_block<'a>(out: &'a mut [f32], gate: &'a [f32], up: &'a [f32]) -> () {
         for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
             *out = gate * sigmoid(*gate) * up;
         }

@@ -10,7 +10,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::simd::vectorized;
-use crate::backend::{Bits, QUANT_BLOCK, QuantizedWeight};
+use crate::backend::{Bits, Matrix, QUANT_BLOCK, QuantizedWeight};
 
 /// Rows of a weight in one of the forms it can be stored in.
 #[derive(Clone, Copy)]
@@ -40,6 +40,14 @@ impl<'a> Stored<'a> {
         match weight.bits {
             Bits::Eight => Self::Q8(bytemuck::cast_slice(words), scales),
             Bits::Four => Self::Q4(bytemuck::cast_slice(words), scales),
+        }
+    }
+
+    /// Either.
+    pub(super) fn of(weight: &'a Matrix<Flex>) -> Self {
+        match weight {
+            Matrix::Floats(weight) => Self::floats(weight),
+            Matrix::Blocks(weight) => Self::blocks(weight),
         }
     }
 

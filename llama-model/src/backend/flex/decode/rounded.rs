@@ -7,6 +7,8 @@ use crate::backend::QUANT_BLOCK;
 
 /// The largest whole number: 127 · 128.
 const LARGEST: f32 = 16256.0;
+/// Added to a number below 2²¹, it leaves the whole number next to it, ties to even, in the last bits.
+const LAST_BITS: f32 = 1.5 * (1 << 23) as f32;
 /// Below it the inverse of a scale would overflow; such blocks count as zeros.
 const SMALLEST: f32 = 1e-30;
 
@@ -85,7 +87,8 @@ vectorized! {
             let (highs, lows) = rounded.bytes[block].split_at_mut(QUANT_BLOCK);
             let mut sums = [0; 2];
             for ((x, high), low) in x.iter().zip(highs).zip(lows) {
-                let whole = (x * inverse).round_ties_even() as i32;
+                // In the sum's last 22 bits is the whole number next to it; a conversion would look for numbers that are none, one by one.
+                let whole = ((x * inverse + LAST_BITS).to_bits() << 10) as i32 >> 10;
                 let upper = (whole + 64) >> 7;
                 let lower = whole - (upper << 7);
                 (*high, *low) = (upper as i8, lower as i8);
