@@ -134,6 +134,14 @@ fn multiply_into(outs: &mut [&mut [f32]], xs: &[f32], d_in: usize, weights: &[St
         }
     };
     team::for_each(tasks, task);
+    if !input.rounded.is_empty() {
+        SPARE.set(input.rounded);
+    }
+}
+
+thread_local! {
+    /// Memory of a product's rounded rows, for the next.
+    static SPARE: RefCell<Vec<Rounded>> = const { RefCell::new(Vec::new()) };
 }
 
 /// The rows that are multiplied.
@@ -152,10 +160,12 @@ impl<'a> Input<'a> {
     fn new(xs: &'a [f32], d_in: usize, weights: &[Stored], precision: Precision) -> Self {
         let few = xs.len() <= ROWS * d_in;
         let blocks = weights.iter().any(|weight| matches!(weight, Stored::Q8(..) | Stored::Q4(..)));
-        let rounded = match blocks && few && simd::has_vectors() {
-            true => xs.chunks_exact(d_in).map(Rounded::new).collect(),
-            false => Vec::new(),
-        };
+        let mut rounded = Vec::new();
+        if blocks && few && simd::has_vectors() {
+            rounded = SPARE.take();
+            rounded.resize_with(xs.len() / d_in, Rounded::default);
+            rounded.iter_mut().zip(xs.chunks_exact(d_in)).for_each(|(rounded, x)| rounded.set(x));
+        }
         Self {
             xs,
             d_in,

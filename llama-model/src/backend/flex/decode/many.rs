@@ -17,6 +17,7 @@ use super::rounded::{Block, scale};
 use super::whole::Whole;
 use super::words::{Avx2, Avx512Vnni, AvxVnni, Words};
 use crate::backend::QUANT_BLOCK;
+use crate::backend::rounding::nearest;
 
 /// Vectors of a weight's rows that are multiplied at a time.
 const VECTORS: usize = 2;
@@ -133,11 +134,12 @@ vectorized! {
         let blocks = x.as_chunks::<QUANT_BLOCK>().0.iter().zip(words.as_chunks_mut::<QUANT_BLOCK>().0);
         for ((x, words), floats) in blocks.zip(floats) {
             let (inverse, scale) = scale(x).unwrap_or_default();
-            let mut sum = 0;
+            let mut sum = 0i32;
             for (x, word) in x.iter().zip(words) {
-                let whole = (x * inverse).round_ties_even() as i32;
+                let whole = nearest(x * inverse);
                 *word = whole as i16;
-                sum += whole;
+                // Of what is no number it may be anything: so is then the scale.
+                sum = sum.wrapping_add(whole);
             }
             *floats = [scale, scale * sum as f32];
         }

@@ -4,11 +4,10 @@
 
 use super::super::simd::vectorized;
 use crate::backend::QUANT_BLOCK;
+use crate::backend::rounding::nearest;
 
 /// The largest whole number: 127 · 128.
 const LARGEST: f32 = 16256.0;
-/// Added to a number below 2²¹, it leaves the whole number next to it, ties to even, in the last bits.
-const LAST_BITS: f32 = 1.5 * (1 << 23) as f32;
 /// Below it the inverse of a scale would overflow; such blocks count as zeros.
 const SMALLEST: f32 = 1e-30;
 
@@ -16,6 +15,7 @@ const SMALLEST: f32 = 1e-30;
 pub(in crate::backend::flex) type Bytes = [i8; 2 * QUANT_BLOCK];
 
 /// A row of the input in whole numbers.
+#[derive(Default)]
 pub(in crate::backend::flex) struct Rounded {
     pub bytes: Vec<Bytes>,
     /// The sums of a block's high bytes and of its low ones.
@@ -28,16 +28,16 @@ pub(in crate::backend::flex) struct Rounded {
 
 impl Rounded {
     /// Rounds a row of whole blocks. A value that is not finite makes the sums that need it NaN or infinite.
-    pub fn new(x: &[f32]) -> Self {
+    pub fn set(&mut self, x: &[f32]) {
         let blocks = x.len() / QUANT_BLOCK;
-        let mut rounded = Self {
-            bytes: vec![[0; 2 * QUANT_BLOCK]; blocks],
-            sums: vec![[0; 2]; blocks],
-            scales: vec![0.0; blocks.next_multiple_of(16)],
-            scales_and_sums: vec![0.0; (2 * blocks).next_multiple_of(16)],
-        };
-        round(x, &mut rounded);
-        rounded
+        self.bytes.resize(blocks, [0; 2 * QUANT_BLOCK]);
+        self.sums.resize(blocks, [0; 2]);
+        self.scales.resize(blocks.next_multiple_of(16), 0.0);
+        self.scales_and_sums.resize((2 * blocks).next_multiple_of(16), 0.0);
+        // What a longer row left there.
+        self.scales[blocks..].fill(0.0);
+        self.scales_and_sums[2 * blocks..].fill(0.0);
+        round(x, self);
     }
 
     pub fn blocks(&self) -> usize {
@@ -83,12 +83,11 @@ pub(super) fn scale(x: &[f32; QUANT_BLOCK]) -> Option<(f32, f32)> {
 vectorized! {
     fn round<'a>(x: &'a [f32], rounded: &'a mut Rounded) -> () {
         for (block, x) in x.as_chunks::<QUANT_BLOCK>().0.iter().enumerate() {
-            let Some((inverse, scale)) = scale(x) else { continue };
+            let (inverse, scale) = scale(x).unwrap_or_default();
             let (highs, lows) = rounded.bytes[block].split_at_mut(QUANT_BLOCK);
             let mut sums = [0; 2];
             for ((x, high), low) in x.iter().zip(highs).zip(lows) {
-                // In the sum's last 22 bits is the whole number next to it; a conversion would look for numbers that are none, one by one.
-                let whole = ((x * inverse + LAST_BITS).to_bits() << 10) as i32 >> 10;
+                let whole = nearest(x * inverse);
                 let upper = (whole + 64) >> 7;
                 let lower = whole - (upper << 7);
                 (*high, *low) = (upper as i8, lower as i8);
@@ -97,7 +96,7 @@ vectorized! {
             rounded.sums[block] = sums;
             rounded.scales[block] = scale;
             rounded.scales_and_sums[2 * block] = scale;
-            rounded.scales_and_sums[2 * block + 1] = scale * (128 * sums[0] + sums[1]) as f32;
+            rounded.scales_and_sums[2 * block + 1] = scale * (128.0 * sums[0] as f32 + sums[1] as f32);
         }
     }
 }
