@@ -228,18 +228,7 @@ impl<B: TrainBackend> Run<'_, B> {
             output.positions += micro.item.positions;
             self.settle();
         }
-        let (grads, norm) = match &self.flow {
-            Some(flow) => {
-                self.parallel.group.check()?;
-                let grads = flow.gradients()?;
-                let norm = self.parallel.sum(&grads, &mut output)?;
-                (grads, norm)
-            }
-            None => {
-                let norm = grads.norm();
-                (grads, norm)
-            }
-        };
+        let (grads, norm) = self.reduce(grads, &mut output)?;
         // The sum over all tokens is divided by their number once, whatever the micro-batches.
         let per_token = 1.0 / (output.tokens.max(1) as f64 * loss_scale);
         output.grad_norm = norm * per_token;
@@ -277,6 +266,22 @@ impl<B: TrainBackend> Run<'_, B> {
         output.data_wait = waited.as_secs_f64() / seconds;
         output.memory = memory_stats::memory_stats().map_or(0.0, |stats| stats.physical_mem as f64);
         Ok(Some(output))
+    }
+
+    /// The gradients that this device updates by, of all members, and the norm of all gradients. A hook took this device's own from a group's.
+    fn reduce(
+        &self,
+        own: GradientList<B::InnerBackend>,
+        output: &mut StepOutput,
+    ) -> Result<(GradientList<B::InnerBackend>, f64), TrainError> {
+        let Some(flow) = &self.flow else {
+            let norm = own.norm();
+            return Ok((own, norm));
+        };
+        self.parallel.group.check()?;
+        let grads = flow.gradients()?;
+        let norm = self.parallel.sum(&grads, output)?;
+        Ok((grads, norm))
     }
 
     /// Waits for what others still send of the model.
