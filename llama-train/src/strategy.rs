@@ -116,12 +116,11 @@ impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for StepStrategy
         drop(learner);
         let start = self.start.lock().expect("no other thread holds this").take();
         let Start { optimizer, place, group } = start.expect("a strategy runs once");
-        let parallel = Parallel::new(group, &model.llama);
         let mut run = Run {
             schedule: WarmupCosine::new(self.plan.schedule.clone()),
             strategy: self,
-            flow: Flow::new(&parallel, &model.llama).map(Arc::new),
-            parallel,
+            parallel: Arc::new(Parallel::new(group, &model.llama)),
+            flow: None,
             model: Some(model),
             optimizer,
             place,
@@ -139,7 +138,7 @@ impl<B: TrainBackend> SupervisedLearningStrategy<Components<B>> for StepStrategy
 struct Run<'a, B: TrainBackend> {
     strategy: &'a StepStrategy<B>,
     schedule: WarmupCosine,
-    parallel: Parallel,
+    parallel: Arc<Parallel>,
     /// What others have and get of the model; a device that trains alone has none.
     flow: Option<Arc<Flow<B>>>,
     /// Away only while it is updated.
@@ -158,6 +157,8 @@ impl<B: TrainBackend> Run<'_, B> {
         valid: &Arc<dyn DataLoader<B::InnerBackend, TokenBatch>>,
         should_stop: impl Fn() -> bool,
     ) -> Result<Outcome, TrainError> {
+        let model = self.model.as_ref().expect("the model is only away during an update");
+        self.flow = Flow::new(&self.parallel, &model.llama)?.map(Arc::new);
         let Plan { schedule, run, .. } = &self.strategy.plan;
         let leads = self.parallel.group.leads();
         let mut log = leads.then(|| MetricsFile::open(&run.folder, self.place.step)).transpose()?;

@@ -5,7 +5,7 @@ use burn::tensor::{DType, Int, Tensor};
 
 use super::Quantized;
 use crate::Precision;
-use crate::backend::{LlamaBackend, Matrix, ops};
+use crate::backend::{LlamaBackend, ops};
 use crate::init::Init;
 
 /// Token embedding.
@@ -41,11 +41,7 @@ impl<B: LlamaBackend> Embedding<B> {
     /// # Shapes
     /// `hidden [.., d_model]`, result `[.., vocab_size]`.
     pub fn logits<const D: usize>(&self, hidden: Tensor<B, D>, precision: Precision) -> Tensor<B, D> {
-        let matrix = match &self.quantized {
-            None => Matrix::Floats(ops::primitive(self.weight.val())),
-            Some(quantized) => Matrix::Blocks(quantized.weight()),
-        };
-        let [logits] = ops::linear_all(hidden, [matrix], precision);
+        let [logits] = ops::linear_all(hidden, [Quantized::matrix(&self.quantized, &self.weight)], precision);
         logits
     }
 

@@ -32,10 +32,7 @@ impl<B: LlamaBackend> Linear<B> {
 
     /// The weight as it is stored, without the adapter.
     pub(crate) fn matrix(&self) -> Matrix<B> {
-        match &self.quantized {
-            Some(quantized) => Matrix::Blocks(quantized.weight()),
-            None => Matrix::Floats(ops::primitive(self.weight.val())),
-        }
+        Quantized::matrix(&self.quantized, &self.weight)
     }
 
     /// Several layers with one input, in one go where the backend can.

@@ -4,7 +4,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use crate::backend::rounding::BlockData;
-use crate::backend::{Bits, LlamaBackend, QuantizedWeight, ops};
+use crate::backend::{Bits, LlamaBackend, Matrix, QuantizedWeight, ops};
 
 /// A matrix in blocks along its rows; [`backend::quantized`](crate::backend::quantized) has their layout.
 #[derive(Module, Debug)]
@@ -41,6 +41,14 @@ impl<B: LlamaBackend> Quantized<B> {
     pub fn weight(&self) -> QuantizedWeight<B> {
         let (words, scales) = (self.words.clone().into_primitive(), ops::primitive(self.scales.clone()));
         QuantizedWeight { bits: self.bits, words, scales }
+    }
+
+    /// A weight as it is stored: in blocks, if it is, else in floats.
+    pub(super) fn matrix(blocks: &Option<Self>, floats: &Param<Tensor<B, 2>>) -> Matrix<B> {
+        match blocks {
+            Some(blocks) => Matrix::Blocks(blocks.weight()),
+            None => Matrix::Floats(ops::primitive(floats.val())),
+        }
     }
 
     /// `[d_out, d_in]`

@@ -1,6 +1,7 @@
 //! What a member exchanges while it computes: a thread that takes pieces to and from their owners, in an order that all members have alike.
 
 use std::future::Future;
+use std::io;
 use std::pin::Pin;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,9 +11,9 @@ use std::thread::{self, JoinHandle};
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData, read_sync};
 
-use super::Group;
 use super::link::Frame;
 use super::pieces::Piece;
+use super::{Group, Parallel};
 use crate::TrainError;
 
 /// What is next.
@@ -75,21 +76,23 @@ pub(super) struct Background {
 }
 
 impl Background {
-    pub fn new(group: Arc<Group>, pieces: Arc<[Piece]>) -> Self {
-        let me = group.rank.index as usize;
+    /// # Errors
+    /// If the system gives no thread.
+    pub fn new(parallel: Arc<Parallel>) -> io::Result<Self> {
+        let me = parallel.group.me();
         let (jobs, to_do) = channel::<Job>();
         let (done, came) = channel();
         let work = move || {
             for job in to_do {
-                let result = run(&group, &pieces[job.piece], job).transpose();
+                let result = run(&parallel.group, &parallel.pieces[job.piece], job).transpose();
                 let failed = matches!(result, Some(Err(_)));
                 if result.is_some_and(|result| done.send(result).is_err()) || failed {
                     break;
                 }
             }
         };
-        let thread = thread::Builder::new().name("group-exchange".into()).spawn(work).expect("the system has threads");
-        Self { me, jobs: Some(jobs), came: Mutex::new(came), thread: Some(thread) }
+        let thread = thread::Builder::new().name("group-exchange".into()).spawn(work)?;
+        Ok(Self { me, jobs: Some(jobs), came: Mutex::new(came), thread: Some(thread) })
     }
 
     /// Does what is asked for after everything before it.
@@ -118,7 +121,7 @@ impl Drop for Background {
 }
 
 fn run(group: &Group, piece: &Piece, Job { piece: place, task }: Job) -> Result<Option<Came>, TrainError> {
-    let (links, me) = (&group.background, group.rank.index as usize);
+    let (links, me) = (&group.background, group.me());
     let mut others = group.others().filter(|rank| piece.is_of(*rank, group.parts));
     match task {
         Task::Sum(own) if piece.owner != me => links.send(piece.owner, Frame::Floats(own.end())).map(|()| None),

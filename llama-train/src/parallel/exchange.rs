@@ -13,17 +13,19 @@ use crate::{GradientList, StepOutput, TrainError};
 /// A group that trains a model together.
 pub(crate) struct Parallel {
     pub group: Arc<Group>,
-    pub(super) pieces: Arc<[Piece]>,
+    pub(super) pieces: Vec<Piece>,
 }
 
 impl Parallel {
     pub fn new<B: Backend, M: Module<B>>(group: Arc<Group>, model: &M) -> Self {
-        let pieces = pieces(model, &group).into();
+        let pieces = pieces(model, &group);
         Self { group, pieces }
     }
 
-    pub(super) fn me(&self) -> usize {
-        self.group.rank.index as usize
+    /// Those that this member has, with their places in the model's order.
+    pub(super) fn mine(&self) -> impl Iterator<Item = (usize, &Piece)> {
+        let has = |(_, piece): &(usize, &Piece)| piece.is_of(self.group.me(), self.group.parts);
+        self.pieces.iter().enumerate().filter(has)
     }
 
     /// Sums the counts of all members, and returns the norm of all gradients, of which this member has those that it updates by.
@@ -43,7 +45,7 @@ impl Parallel {
         }
         // In the model's order, as one member alone would add them.
         let mut sum = 0.0;
-        for Piece { owner, .. } in self.pieces.iter() {
+        for Piece { owner, .. } in &self.pieces {
             sum += squares[*owner].next().ok_or_else(|| out_of_step(*owner))?;
         }
         Ok(sum.sqrt())

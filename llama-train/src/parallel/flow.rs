@@ -11,15 +11,13 @@ use llama_model::weights::{self, ParamMap};
 use llama_model::{Llama, ParamHook, TrainBackend};
 
 use super::background::{Background, Job, Read, Task};
-use super::{Group, Parallel, Piece};
+use super::{Parallel, Piece};
 use crate::{GradientList, TrainError};
 
 /// Gradients go to their owners while the backward makes those of the layers before; new values go to everyone while the next forward computes
 /// the layers before. All members have the same pieces on their way in the same order, so that nobody waits for somebody who waits.
 pub(crate) struct Flow<B: TrainBackend> {
-    group: Arc<Group>,
-    me: usize,
-    pieces: Arc<[Piece]>,
+    parallel: Arc<Parallel>,
     /// The places, in the model's order, of the pieces that this member has, by path.
     mine: HashMap<String, usize>,
     device: B::Device,
@@ -44,14 +42,15 @@ struct State<B: TrainBackend> {
 
 impl<B: TrainBackend> Flow<B> {
     /// For the members of a group; a device that trains alone has none.
-    pub fn new(parallel: &Parallel, model: &Llama<B>) -> Option<Self> {
-        let Parallel { group, pieces } = parallel;
-        if group.rank.count == 1 {
-            return None;
+    pub fn new(parallel: &Arc<Parallel>, model: &Llama<B>) -> Result<Option<Self>, TrainError> {
+        if parallel.group.rank.count == 1 {
+            return Ok(None);
         }
-        let me = parallel.me();
-        let has = |(_, piece): &(usize, &Piece)| piece.is_of(me, group.parts);
-        let mine = pieces.iter().enumerate().filter(has).map(|(place, piece)| (piece.path.clone(), place)).collect();
+        let no_thread = |error| TrainError::Member {
+            rank: parallel.group.me(),
+            reason: format!("the system gives no thread to exchange with: {error}"),
+        };
+        let background = Background::new(parallel.clone()).map_err(no_thread)?;
         let state = State {
             gradients: HashMap::new(),
             last: false,
@@ -60,24 +59,22 @@ impl<B: TrainBackend> Flow<B> {
             arrived: HashMap::new(),
             came: HashMap::new(),
         };
-        Some(Self {
-            group: group.clone(),
-            me,
-            pieces: pieces.clone(),
-            mine,
+        Ok(Some(Self {
+            parallel: parallel.clone(),
+            mine: parallel.mine().map(|(place, piece)| (piece.path.clone(), place)).collect(),
             device: model.device(),
-            background: Background::new(group.clone(), pieces.clone()),
+            background,
             state: Mutex::new(state),
-        })
+        }))
     }
 
     fn state(&self) -> MutexGuard<'_, State<B>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Those that this member has, in the model's order.
-    fn mine(&self) -> impl Iterator<Item = (usize, &Piece)> {
-        self.pieces.iter().enumerate().filter(|(_, piece)| piece.is_of(self.me, self.group.parts))
+    /// Whether this member updates a piece.
+    fn owns(&self, piece: &Piece) -> bool {
+        piece.owner == self.parallel.group.me()
     }
 
     /// From the next backward on, gradients go to their owners.
@@ -91,11 +88,11 @@ impl<B: TrainBackend> Flow<B> {
         state.last = false;
         let sent = std::mem::take(&mut state.sent);
         // What took no part in the last micro-batch.
-        for (place, piece) in self.mine().filter(|(place, _)| !sent.contains(place)) {
+        for (place, piece) in self.parallel.mine().filter(|(place, _)| !sent.contains(place)) {
             let gradient = state.gradients.remove(&place);
             self.send(place, gradient.unwrap_or_else(|| Tensor::zeros([piece.len()], &self.device)));
         }
-        let owned = self.mine().filter(|(_, piece)| piece.owner == self.me);
+        let owned = self.parallel.mine().filter(|(_, piece)| self.owns(piece));
         let entries = owned.map(|(place, piece)| {
             let sum = TensorData::new(self.wait(place, &mut state)?, [piece.len()]);
             Ok((piece.path.clone(), Tensor::from_data(sum, &self.device)))
@@ -126,7 +123,7 @@ impl<B: TrainBackend> Flow<B> {
             fn map<const D: usize>(&mut self, path: &str, value: Tensor<B, D>) -> Tensor<B, D> {
                 let flow = self.0;
                 let Some(&place) = flow.mine.get(path) else { return value };
-                if flow.pieces[place].owner == flow.me {
+                if flow.owns(&flow.parallel.pieces[place]) {
                     let read = Read::begin(value.clone().inner());
                     flow.background.push(Job { piece: place, task: Task::Give(read) });
                     return value;
@@ -151,7 +148,12 @@ impl<B: TrainBackend> Flow<B> {
                 arrived.map_or(value, |value| Tensor::from_inner(tensor(value)))
             }
         }
-        weights::map_params(model, &mut Settle(self))
+        let settled = {
+            let state = self.state();
+            state.awaited.is_empty() && state.arrived.is_empty()
+        };
+        // As after all but the first micro-batch of a step.
+        if settled { model } else { weights::map_params(model, &mut Settle(self)) }
     }
 
     /// The value of a piece, if it is on its way to this member.
@@ -159,9 +161,9 @@ impl<B: TrainBackend> Flow<B> {
         if !state.awaited.remove(&place) {
             return None;
         }
-        let piece = &self.pieces[place];
+        let piece = &self.parallel.pieces[place];
         let floats = self.wait(place, state).unwrap_or_else(|error| {
-            self.group.lose(error);
+            self.parallel.group.lose(error);
             vec![f32::NAN; piece.len()]
         });
         let data = TensorData::new(floats, piece.dims.clone());
@@ -185,7 +187,7 @@ impl<B: TrainBackend> ParamHook<B> for Flow<B> {
     fn after_backward(&self, path: &str, gradient: FloatTensor<B>) {
         let Some(&place) = self.mine.get(path) else { return };
         let mut state = self.state();
-        let flat = [self.pieces[place].len()].into();
+        let flat = [self.parallel.pieces[place].len()].into();
         let mut gradient: Tensor<_, 1> = tensor(B::InnerBackend::float_reshape(B::inner(gradient), flat));
         if let Some(before) = state.gradients.remove(&place) {
             gradient = before + gradient;

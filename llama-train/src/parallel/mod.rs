@@ -78,7 +78,7 @@ impl Group {
 
     /// The part of the model that this member has.
     pub fn shard(&self) -> Shard {
-        Shard { index: self.rank.index as usize % self.parts, count: self.parts }
+        Shard { index: self.me() % self.parts, count: self.parts }
     }
 
     /// Which of the whole models it has a part of: those share the micro-batches.
@@ -94,7 +94,7 @@ impl Group {
 
     /// The rank of the member of this replica that has a part.
     fn rank_of_part(&self, part: usize) -> usize {
-        self.rank.index as usize / self.parts * self.parts + part
+        self.me() / self.parts * self.parts + part
     }
 
     fn lost(&self) -> MutexGuard<'_, Option<TrainError>> {
@@ -115,6 +115,11 @@ impl Group {
         self.rank
     }
 
+    /// Its rank as a place among the members.
+    pub(crate) fn me(&self) -> usize {
+        self.rank.index as usize
+    }
+
     /// Whether this member writes files and shows the run: the first does.
     pub fn leads(&self) -> bool {
         self.rank.index == 0
@@ -122,7 +127,7 @@ impl Group {
 
     /// All ranks but this member's.
     fn others(&self) -> impl Iterator<Item = usize> {
-        self.links.ranks().filter(|rank| *rank as u64 != self.rank.index)
+        self.links.ranks().filter(|rank| *rank != self.me())
     }
 
     /// What every member gives, by rank. For what is small.
@@ -131,7 +136,7 @@ impl Group {
             self.links.send(rank, Frame::Bytes(own.clone()))?;
         }
         let mut own = Some(own);
-        let part = |rank| match own.take_if(|_| rank as u64 == self.rank.index) {
+        let part = |rank| match own.take_if(|_| rank == self.me()) {
             Some(own) => Ok(own),
             None => self.links.receive_bytes(rank),
         };

@@ -68,7 +68,7 @@ impl<B: TrainBackend> Snapshot<'_, B> {
 
     /// Sends the member that leads what its files lack.
     pub(crate) fn send(&self) -> Result<(), TrainError> {
-        let (group, me) = (&self.parallel.group, self.parallel.me());
+        let (group, me) = (&self.parallel.group, self.parallel.group.me());
         let send = |data| group.links.send(0, Frame::Floats(vec_of(data)));
         for (moment, pieces) in self.moments().into_values() {
             for piece in pieces.into_iter().filter(|piece| piece.owner == me) {
@@ -108,7 +108,7 @@ impl<B: TrainBackend> Snapshot<'_, B> {
     /// The whole of a moment, flat.
     fn moment(&self, moment: Moment, pieces: &[&Piece]) -> Result<TensorData, TrainError> {
         let part = |piece: &&Piece| {
-            let floats = match piece.owner == self.parallel.me() {
+            let floats = match piece.owner == self.parallel.group.me() {
                 true => vec_of(self.own_moment(moment, piece)),
                 false => self.parallel.group.links.receive_floats(piece.owner, piece.len())?,
             };

@@ -78,13 +78,13 @@ pub(super) fn project_blocks(
     weights: Vec<QuantizedWeight<Flex>>,
     precision: Precision,
 ) -> Vec<FlexTensor> {
-    let whole = |weight: QuantizedWeight<Flex>| QuantizedWeight {
-        words: whole(weight.words),
-        scales: whole(weight.scales),
-        bits: weight.bits,
-    };
-    let weights: Vec<_> = weights.into_iter().map(whole).collect();
+    let weights: Vec<_> = weights.into_iter().map(whole_blocks).collect();
     multiply(&contiguous(x), &weights.iter().map(Stored::blocks).collect::<Vec<_>>(), precision)
+}
+
+/// As [`Stored`] reads it.
+fn whole_blocks(weight: QuantizedWeight<Flex>) -> QuantizedWeight<Flex> {
+    QuantizedWeight { words: whole(weight.words), scales: whole(weight.scales), bits: weight.bits }
 }
 
 /// The products of `x` with all weights.

@@ -30,7 +30,8 @@ pub(super) fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f32) -> (FlexTens
 }
 
 vectorized! {
-    fn rms_norm_rows<'a>(out: &'a mut [f32], inv_rms: &'a mut [f32], x: &'a [f32], weight: &'a [f32], eps: f32) -> () {
+    /// As many rows as `inv_rms` has room for, at most.
+    pub(super) fn rms_norm_rows<'a>(out: &'a mut [f32], inv_rms: &'a mut [f32], x: &'a [f32], weight: &'a [f32], eps: f32) -> () {
         let width = weight.len();
         for ((out, inv), x) in out.chunks_exact_mut(width).zip(inv_rms).zip(x.chunks_exact(width)) {
             *inv = 1.0 / (sum1(x, |x| x * x) / width as f32 + eps).sqrt();
@@ -38,13 +39,6 @@ vectorized! {
                 *out = x * *inv * weight;
             }
         }
-    }
-}
-
-/// [`rms_norm`] of few rows.
-pub(super) fn rms_norm_into(out: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
-    for (out, x) in out.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
-        rms_norm_rows(out, &mut [0.0], x, weight, eps);
     }
 }
 

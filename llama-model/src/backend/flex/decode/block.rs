@@ -8,7 +8,7 @@ use burn::tensor::{DType, Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 
 use super::super::{Buffer, contiguous, rows, values, whole};
-use super::{ROWS, Stored, multiply_into, takes_blocks};
+use super::{ROWS, Stored, multiply_into, takes as takes_floats, takes_blocks, whole_blocks};
 use crate::backend::{AttentionSpec, BlockCache, BlockSpec, BlockWeights, LlamaBackend, Matrix};
 
 type Weights = BlockWeights<Matrix<Flex>, FlexTensor>;
@@ -24,7 +24,7 @@ pub(in crate::backend::flex) fn takes(
     let BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 } = weights;
     let in_f32 = [x, attention_norm, ffn_norm, &cache.keys, &cache.values, &spec.cos, &spec.sin];
     let stored = |matrix: &Matrix<Flex>| match matrix {
-        Matrix::Floats(weight) => matches!(weight.dtype(), DType::F32 | DType::BF16 | DType::F16),
+        Matrix::Floats(weight) => takes_floats(x, weight),
         Matrix::Blocks(weight) => takes_blocks(x, weight),
     };
     rows <= ROWS
@@ -56,7 +56,7 @@ pub(in crate::backend::flex) fn block(
     let (mut q, mut h) = unsafe { (Buffer::unwritten(count * d_q), Buffer::unwritten(count * d_model)) };
     with_parts([d_model, d_kv, d_kv, d_ff, d_ff, d_ff, d_model].map(|width| count * width), |parts| {
         let [n, k, v, gate, up, product, back] = parts;
-        rows::rms_norm_into(n, values(&x), values(&attention_norm), eps);
+        rows::rms_norm_rows(n, &mut [0.0; ROWS], values(&x), values(&attention_norm), eps);
         multiply_into(&mut [&mut q, k, v], n, d_model, &[&wq, &wk, &wv].map(Stored::of), precision);
         let tables = [values(&cos), values(&sin)];
         rows::rotate_rows(&mut q, d_q, 0, tables, head_dim / 2, 1.0);
@@ -70,7 +70,7 @@ pub(in crate::backend::flex) fn block(
         multiply_into(&mut [&mut h], values(&out), d_q, &[Stored::of(&wo)], precision);
         rows::add(&mut h, values(&x));
 
-        rows::rms_norm_into(n, &h, values(&ffn_norm), eps);
+        rows::rms_norm_rows(n, &mut [0.0; ROWS], &h, values(&ffn_norm), eps);
         multiply_into(&mut [gate, up], n, d_model, &[&w1, &w3].map(Stored::of), precision);
         rows::swiglu_block(product, gate, up);
         multiply_into(&mut [back], product, d_ff, &[Stored::of(&w2)], precision);
@@ -84,10 +84,7 @@ impl Matrix<Flex> {
     fn whole(self) -> Self {
         match self {
             Self::Floats(weight) => Self::Floats(whole(weight)),
-            Self::Blocks(mut weight) => {
-                (weight.words, weight.scales) = (whole(weight.words), whole(weight.scales));
-                Self::Blocks(weight)
-            }
+            Self::Blocks(weight) => Self::Blocks(whole_blocks(weight)),
         }
     }
 }
