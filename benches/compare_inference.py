@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Reading a prompt of 128 tokens and decoding of this library against llama.cpp and PyTorch, with weights of one width, on the
+"""Reading a prompt (of 128 tokens unless told) and decoding of this library against llama.cpp and PyTorch, with weights of one width, on the
 same machine in one run, alternating.
 
     pip install torch transformers llama-cpp-python
     python3 benches/compare_inference.py model.gguf --rounds 3
+    python3 benches/compare_inference.py model.gguf --weights q4 --prompt 4000
 
 The model is any checkpoint that `convert` reads. llama.cpp gets files that this library writes (4 bits: the model itself if it is
 a `Q4_1` file, else `Q4_0`, which is a tenth smaller than our 4 bits), PyTorch an exported folder through transformers. Tokens per
@@ -13,7 +14,7 @@ same number of threads. A program that is not installed is passed over.
 import argparse, json, os, statistics, subprocess, sys, tempfile, time
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-PROMPT, STEPS, PREFILLS = 128, 48, 5
+STEPS, PREFILLS = 48, 5
 # Our name of a weight's width, llama.cpp's, PyTorch's.
 WIDTHS = [("f32", "f32", "float32"), ("bf16", "bf16", "bfloat16"), ("q8", "q8_0", None), ("q4", "q4_0", None)]
 
@@ -22,22 +23,22 @@ def run(command):
     return subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
 
 
-def ours(model, weights):
+def ours(model, weights, prompt):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "results.jsonl")
-        run(["cargo", "bench", "--bench", "decoding", "--", "--model", model, "--weights", weights, "--json", path])
+        run(["cargo", "bench", "--bench", "decoding", "--", "--model", model, "--weights", weights, "--prompt", str(prompt), "--json", path])
         with open(path) as results:
             result = json.loads(results.readline())
         return result["prefill_tokens_per_second"], result["tokens_per_second"]
 
 
-def llama_cpp(file):
+def llama_cpp(count, file):
     from llama_cpp import Llama
 
     threads = os.cpu_count()
-    model = Llama(file, n_ctx=512, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False)
+    model = Llama(file, n_ctx=count + STEPS, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False)
     vocab = model.n_vocab()
-    prompt = [i * 37 % vocab for i in range(PROMPT)]
+    prompt = [i * 37 % vocab for i in range(count)]
 
     def read(tokens):
         start = time.perf_counter()
@@ -50,16 +51,16 @@ def llama_cpp(file):
 
     prefills = [prefill() for _ in range(1 + PREFILLS)][1:]
     steps = [read([100 + i]) for i in range(STEPS)]
-    return PROMPT / statistics.median(prefills), 1 / statistics.median(steps)
+    return count / statistics.median(prefills), 1 / statistics.median(steps)
 
 
-def torch(folder, dtype):
+def torch(count, folder, dtype):
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(os.cpu_count())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    prompt = torch.tensor([[i * 37 % model.config.vocab_size for i in range(PROMPT)]])
+    prompt = torch.tensor([[i * 37 % model.config.vocab_size for i in range(count)]])
 
     def read(tokens, past):
         start = time.perf_counter()
@@ -73,12 +74,12 @@ def torch(folder, dtype):
         for i in range(STEPS):
             seconds, past = read(torch.tensor([[100 + i]]), past)
             steps.append(seconds)
-    return PROMPT / statistics.median(prefills), 1 / statistics.median(steps)
+    return count / statistics.median(prefills), 1 / statistics.median(steps)
 
 
-def other(what, *args):
+def other(prompt, what, *args):
     """A process of another program: its two rates, or None if it is not installed."""
-    command = [sys.executable, os.path.abspath(__file__), "-", "--one", what, *args]
+    command = [sys.executable, os.path.abspath(__file__), "-", "--prompt", str(prompt), "--one", what, *args]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
@@ -92,12 +93,13 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--weights", choices=[width[0] for width in WIDTHS], help="only this width")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--json", help="append the best of each side to this file, for table.py")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         what, *rest = args.one
-        print(json.dumps((llama_cpp if what == "llama.cpp" else torch)(*rest)))
+        print(json.dumps((llama_cpp if what == "llama.cpp" else torch)(args.prompt, *rest)))
         return
     args.model = os.path.abspath(args.model)
     run(["cargo", "build", "--release", "--examples"])
@@ -118,9 +120,9 @@ def main():
                 run([convert, args.model, gguf, "--type", gguf_type])
             found = {"ours": [], "llama.cpp": [], "torch": []}
             for _ in range(args.rounds):
-                found["ours"].append(ours(args.model, weights))
-                found["llama.cpp"].append(other("llama.cpp", gguf))
-                found["torch"].append(other("torch", hf, dtype) if dtype else None)
+                found["ours"].append(ours(args.model, weights, args.prompt))
+                found["llama.cpp"].append(other(args.prompt, "llama.cpp", gguf))
+                found["torch"].append(other(args.prompt, "torch", hf, dtype) if dtype else None)
             most = {side: [max(rates) for rates in zip(*filter(None, results))] for side, results in found.items()}
             if args.json:
                 with open(args.json, "a") as results:

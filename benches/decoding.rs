@@ -1,10 +1,11 @@
-//! Reading a prompt of 128 tokens in one pass, then decoding token by token with a cache: tokens per second of both, and
+//! Reading a prompt (of 128 tokens unless told) in one pass, then decoding token by token with a cache: tokens per second of both, and
 //! the share of what reading the weights allows.
 //!
 //! ```sh
 //! cargo bench --bench decoding                                  # every size and weight format, on the CPU
 //! cargo bench --bench decoding -- --size 110m --weights q8
 //! cargo bench --bench decoding -- --model smollm2.gguf          # a checkpoint of any format instead of the sizes
+//! cargo bench --bench decoding -- --model smollm2.gguf --prompt 4000 --cache f32
 //! cargo bench --bench decoding -- --json results.jsonl          # also as JSON lines
 //! ```
 //!
@@ -16,14 +17,11 @@ use std::time::Instant;
 
 use llama::model::formats::Checkpoint;
 use llama::model::generate::{GenerateOptions, Generation, Sampling};
-use llama::model::{BackendTask, Compute, Llama, LlamaBackend, LlamaConfig, TrainBackend, WeightFormat};
+use llama::model::{BackendTask, Compute, Llama, LlamaBackend, LlamaConfig, Precision, TrainBackend, WeightFormat};
 
 #[path = "common/mod.rs"]
 mod common;
 use common::{Arguments, append, median};
-
-/// Tokens of the prompt.
-const PROMPT: usize = 128;
 
 fn main() {
     common::run(|args| Decoding { args });
@@ -51,6 +49,11 @@ fn sizes() -> Vec<(&'static str, LlamaConfig)> {
         ("110m", LlamaConfig::small_110m()),
         ("1.1b", LlamaConfig { tied_head: false, ..billion }),
     ]
+}
+
+/// `--cache`, by the names of precisions.
+fn cache(args: &Arguments, default: Precision) -> Precision {
+    args.value("--cache").map_or(Ok(default), |name| name.parse()).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Bytes that one token reads of the weights: all matrices, but of untied embeddings only a row.
@@ -100,9 +103,10 @@ impl Decoding {
         device: &B::Device,
     ) {
         let compute = Compute { precision: format.precision::<B>(device), ..Default::default() };
-        let model = model.with_compute(compute);
+        let model = model.with_compute(compute).with_cache(cache(&self.args, format.cache::<B>(device)));
         let (prefills, steps) = if self.args.smoke { (1, 2) } else { (5, self.args.number("--steps").unwrap_or(48)) };
-        let prompt: Vec<u32> = (0..PROMPT as u32).map(|i| i * 37 % config.vocab_size as u32).collect();
+        let tokens = self.args.number("--prompt").unwrap_or(128);
+        let prompt: Vec<u32> = (0..tokens as u32).map(|i| i * 37 % config.vocab_size as u32).collect();
         let begin = || {
             let options = GenerateOptions { max_new_tokens: steps, sampling: Sampling::greedy(), ..Default::default() };
             let prompt = std::slice::from_ref(&prompt);
@@ -125,7 +129,7 @@ impl Decoding {
         let memory = bandwidths.iter().sum::<f64>() / bandwidths.len() as f64;
         let ms = median(times);
         let read = bytes_per_token(config, format) / ms * 1e3;
-        let prefill = PROMPT as f64 / prefill * 1e3;
+        let prefill = tokens as f64 / prefill * 1e3;
         println!(
             "| {name} | {format} | {} | {prefill:.0} | {ms:.2} | {:.1} | {:.1} | {:.1} | {:.0}% | {:.0} |",
             self.args.device,

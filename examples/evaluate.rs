@@ -77,8 +77,9 @@ static MEMORY: llama::model::HugePages = llama::model::HugePages;
 fn main() -> Result<()> {
     llama::model::tune_process();
     let mut args = Args::parse();
-    // Figures are compared with those of others, so products are not rounded unless that is asked for.
+    // Figures are compared with those of others, so nothing is rounded unless that is asked for.
     args.loading.precision.get_or_insert(Precision::F32);
+    args.loading.cache.get_or_insert(Precision::F32);
     let engine = common::open(&args.model, &args.loading)?;
     let Some(task) = args.task else {
         let window = args.window.unwrap_or(engine.config().max_seq_len.min(2048));

@@ -74,8 +74,8 @@ fn main() -> Result<()> {
     let formats =
         WeightFormat::ALL.iter().map(|format| format!("{} in {format}", gigabytes(format.bytes_per_weight())));
     line("memory for weights", formats.collect::<Vec<_>>().join(", "));
-    let cache = (2 * config.n_layers * config.d_kv() * 4) as f64;
-    line("memory for the cache", format!("{:.1} KB a token", cache / 1e3));
+    let cache = (2 * config.n_layers * config.d_kv()) as f64 / 1e3;
+    line("memory for the cache", format!("{:.1} KB a token in f32, {:.1} in f16", 4.0 * cache, 2.0 * cache));
     line("memory to train", format!("{} for weights, gradients and moments", gigabytes(16.0)));
     if args.tensors {
         writeln!(out, "\n{:<52} {:<10} {:<18} bytes", "tensor", "type", "shape")?;

@@ -35,6 +35,8 @@ pub struct EngineOptions {
     pub weights: Option<WeightFormat>,
     /// Precision of products when a text is read; by default what [suits](suitable_precision) the weights.
     pub precision: Option<Precision>,
+    /// What keys and values of past positions are kept in; by default what [suits](WeightFormat::cache) the weights.
+    pub cache: Option<Precision>,
     /// Adapters that fine-tuning made: a folder in PEFT's layout, or a run.
     pub adapter: Option<PathBuf>,
     /// Tokenizer, where the checkpoint has none beside it: a file as [`text::codec`] takes it.
@@ -44,7 +46,7 @@ pub struct EngineOptions {
 impl EngineOptions {
     /// Weights as they are stored, no adapters.
     pub fn new(devices: Devices) -> Self {
-        Self { devices, weights: None, precision: None, adapter: None, tokenizer: None }
+        Self { devices, weights: None, precision: None, cache: None, adapter: None, tokenizer: None }
     }
 }
 
@@ -304,8 +306,10 @@ impl Open<'_> {
         };
         let weights = options.weights.unwrap_or_else(|| checkpoint.stored_format().on::<B>(device));
         let precision = options.precision.unwrap_or_else(|| weights.precision::<B>(device));
-        precision.check::<B>(device)?;
-        Ok(model.with_compute(Compute { precision, ..Default::default() }))
+        let cache = options.cache.unwrap_or_else(|| weights.cache::<B>(device));
+        precision.check::<B>("precision", device)?;
+        cache.check::<B>("cache", device)?;
+        Ok(model.with_compute(Compute { precision, ..Default::default() }).with_cache(cache))
     }
 }
 

@@ -179,6 +179,9 @@ pub struct ModelArgs {
     /// Precision of products when a text is read, f32, bf16 or f16; by default short for short weights, but f32 for an evaluation
     #[arg(long)]
     pub precision: Option<Precision>,
+    /// What keys and values of past positions are kept in, f32, bf16 or f16; by default f16 for short weights, but f32 for an evaluation
+    #[arg(long)]
+    pub cache: Option<Precision>,
     #[command(flatten)]
     pub devices: DeviceArgs,
 }
@@ -215,6 +218,7 @@ impl ModelArgs {
         Ok(EngineOptions {
             weights: self.weights,
             precision: self.precision,
+            cache: self.cache,
             adapter: self.adapter.clone(),
             tokenizer: self.tokenizer.clone(),
             ..EngineOptions::new(self.devices.devices()?)

@@ -38,8 +38,8 @@ macro_rules! names {
 }
 pub(crate) use names;
 
-/// Precision of the matrix products with weights. Weights, activations, statistics, losses, gradients and optimizer state
-/// are f32 in every case.
+/// Precision of the matrix products with weights, or of what a cache keeps. Weights, activations, statistics, losses, gradients and
+/// optimizer state are f32 in every case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -66,15 +66,15 @@ impl Precision {
         }
     }
 
-    /// Whether a device has the type at all.
+    /// Whether a device has the type at all, for the setting `field`.
     ///
     /// # Errors
     /// If not, with what to choose.
-    pub fn check<B: Backend>(self, device: &B::Device) -> Result<(), ModelError> {
+    pub fn check<B: Backend>(self, field: &'static str, device: &B::Device) -> Result<(), ModelError> {
         match B::dtype_usage(device, self.dtype()).is_empty() {
             false => Ok(()),
             true => Err(ModelError::Config {
-                field: "precision",
+                field,
                 reason: format!("cannot be `{self}` on {device:?}, which has no such numbers: choose another or f32"),
             }),
         }

@@ -110,8 +110,19 @@ impl WeightFormat {
     /// rounding of the weights, and makes reading a prompt several times as fast. bfloat16 where the device has it, for its
     /// range, then half precision.
     pub fn precision<B: Backend>(self, device: &B::Device) -> Precision {
-        let short = [Precision::Bf16, Precision::F16].into_iter().find(|short| short.check::<B>(device).is_ok());
-        if self == Self::F32 { Precision::F32 } else { short.unwrap_or_default() }
+        self.shortest::<B>([Precision::Bf16, Precision::F16], device)
+    }
+
+    /// What a cache of keys and values keeps, to suit such weights on a device: half precision where the device has it, which
+    /// rounds to an eighth of what bfloat16 does, takes half the memory of f32 and half the time to read.
+    pub fn cache<B: Backend>(self, device: &B::Device) -> Precision {
+        self.shortest::<B>([Precision::F16], device)
+    }
+
+    /// The first that the device has, but f32 for weights in f32.
+    fn shortest<B: Backend>(self, short: impl IntoIterator<Item = Precision>, device: &B::Device) -> Precision {
+        let has = |short: &Precision| short.check::<B>("precision", device).is_ok();
+        if self == Self::F32 { Precision::F32 } else { short.into_iter().find(has).unwrap_or_default() }
     }
 }
 

@@ -165,7 +165,7 @@ pub fn finetune<B: TrainBackend>(
         let reason = "is for the training of all weights: adapters need the whole model on each device";
         return Err(TrainError::config("tensor_parallel", reason));
     }
-    config.compute.precision.check::<B>(device)?;
+    config.compute.precision.check::<B>("precision", device)?;
     let folder = &config.run.folder;
     std::fs::create_dir_all(folder).map_err(|error| TrainError::io(folder, error))?;
     // What goes on with all weights does not need those it began with.

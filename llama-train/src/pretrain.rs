@@ -93,7 +93,7 @@ pub fn pretrain<B: TrainBackend>(
     config.validate()?;
     let group = Arc::new(group);
     check_shares(&config.batch, &group)?;
-    config.compute.precision.check::<B>(device)?;
+    config.compute.precision.check::<B>("precision", device)?;
     let tokenizer = Codec::load(&config.data.folder)?;
     let (has, wants) = (tokenizer.vocab_size(), config.model.vocab_size);
     // Released models may have rows to spare.

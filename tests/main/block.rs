@@ -185,7 +185,7 @@ device_test! {
         let of = |precision| model_gradients::<B>(Compute { precision, ..Compute::default() }, &device);
         let exact = of(Precision::F32);
         for (precision, rounding) in [(Precision::Bf16, 0.03), (Precision::F16, 0.01)] {
-            if let Err(error) = precision.check::<B>(&device) {
+            if let Err(error) = precision.check::<B>("precision", &device) {
                 eprintln!("skipped: {error}");
                 continue;
             }

@@ -1,15 +1,15 @@
-//! The block with a cache, as decoding runs it: every form of weights, few new positions and many, short texts and long, against
-//! the plain composition in f32 on the same weights.
+//! The block with a cache, as decoding runs it: every form of weights and of the cache, few new positions and many, short texts and long,
+//! against the plain composition in f32 on the same weights.
 
 use burn::backend::Flex;
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData, TensorMetadata};
 use llama::model::backend::block::cached;
 use llama::model::backend::ops::{primitive, tensor};
 use llama::model::backend::{Bits, BlockCache, BlockSpec, BlockWeights, Matrix, ops};
 use llama::model::modules::Quantized;
 use llama::model::shard::Team;
-use llama::model::{Compute, LlamaBackend, WeightFormat};
+use llama::model::{Compute, LlamaBackend, Precision, WeightFormat};
 
 use crate::support::{close, device_test, floats, noise, scale, tolerance};
 
@@ -68,9 +68,10 @@ impl Case {
         random([self.batch, self.seq_len, self.d_model], 1, device)
     }
 
-    fn cache<B: Backend>(&self, device: &B::Device) -> BlockCache<B> {
+    /// A cache whose positions are rounded.
+    fn cache<B: Backend>(&self, rounded: Precision, device: &B::Device) -> BlockCache<B> {
         let dims = [self.batch, self.capacity(), self.kv_heads, self.head_dim];
-        let [keys, values] = [2, 3].map(|seed| primitive(random::<B, 4>(dims, seed, device)));
+        let [keys, values] = [2, 3].map(|seed| primitive(random::<B, 4>(dims, seed, device).cast(rounded.dtype())));
         BlockCache { keys, values, len: self.past }
     }
 
@@ -122,8 +123,8 @@ fn stored<B: LlamaBackend>(
 }
 
 /// The block on the device, and the plain composition.
-fn check<B: LlamaBackend>(case: Case, format: WeightFormat, device: &B::Device) {
-    let what = format!("{format} {case:?}");
+fn check<B: LlamaBackend>(case: Case, format: WeightFormat, kept: Precision, device: &B::Device) {
+    let what = format!("{format}, cache {kept} {case:?}");
     let on_host = Default::default();
     let mut plain = Vec::new();
     let mut gains = Vec::new();
@@ -146,7 +147,8 @@ fn check<B: LlamaBackend>(case: Case, format: WeightFormat, device: &B::Device) 
     };
     let weights = BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 };
     let (found, cache) =
-        ops::cached_block(case.input::<B>(device), weights, case.cache::<B>(device), case.spec::<B>(device));
+        ops::cached_block(case.input::<B>(device), weights, case.cache::<B>(kept, device), case.spec::<B>(device));
+    assert_eq!([&cache.keys, &cache.values].map(|kept| kept.dtype()), [kept.dtype(); 2], "{what}");
 
     let Ok(plain) = <[_; 9]>::try_from(plain) else { unreachable!("nine weights") };
     let BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 } = BlockWeights::from(plain);
@@ -154,7 +156,9 @@ fn check<B: LlamaBackend>(case: Case, format: WeightFormat, device: &B::Device) 
     let weights = BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 };
     let spec = case.spec::<Flex>(&on_host);
     let input = primitive(case.input::<Flex>(&on_host).flatten::<2>(0, 1));
-    let (expected, expected_cache) = cached::<Flex>(input, weights, case.cache::<Flex>(&on_host), &spec);
+    let BlockCache { keys, values, len } = case.cache::<Flex>(kept, &on_host);
+    let [keys, values] = [keys, values].map(|cache| primitive(tensor::<Flex, 4>(cache).cast(DType::F32)));
+    let (expected, expected_cache) = cached::<Flex>(input, weights, BlockCache { keys, values, len }, &spec);
 
     assert_eq!(cache.len, case.past + case.seq_len, "{what}");
     let pairs = [
@@ -164,7 +168,14 @@ fn check<B: LlamaBackend>(case: Case, format: WeightFormat, device: &B::Device) 
     ];
     for (name, found, expected) in pairs {
         // Where weights are in fewer bytes, the CPU's kernels round the inputs as well.
-        let cpu = if format == WeightFormat::F32 { 2e-5 } else { 5e-3 };
+        let of_weights = if format == WeightFormat::F32 { 2e-5 } else { 5e-3 };
+        // Half a unit in the last place of the largest.
+        let of_cache = match kept {
+            Precision::F32 => 0.0,
+            Precision::Bf16 => 4e-3,
+            Precision::F16 => 5e-4,
+        };
+        let cpu = f64::max(of_weights, of_cache);
         let scale = scale(&expected);
         close(&format!("{what}: {name}"), &found, &expected, tolerance(cpu, 0.2) * scale);
     }
@@ -172,15 +183,18 @@ fn check<B: LlamaBackend>(case: Case, format: WeightFormat, device: &B::Device) 
 
 device_test! {
     fn is_the_plain_composition<B>(device) {
-        for format in [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::F16, WeightFormat::Q8, WeightFormat::Q4] {
-            if let Err(error) = format.check::<B::InnerBackend>(&device) {
+        let every = WeightFormat::ALL.iter().map(|format| (*format, Precision::F32));
+        let rounded = [(WeightFormat::F32, Precision::Bf16), (WeightFormat::F32, Precision::F16), (WeightFormat::Q8, Precision::F16)];
+        for (format, kept) in every.chain(rounded) {
+            let there = format.check::<B::InnerBackend>(&device).and(kept.check::<B::InnerBackend>("cache", &device));
+            if let Err(error) = there {
                 eprintln!("skipped: {error}");
                 continue;
             }
             for case in CASES {
                 let whole = [case.d_model, case.heads * case.head_dim, case.d_ff].iter().all(|width| width % 32 == 0);
                 if whole || !matches!(format, WeightFormat::Q8 | WeightFormat::Q4) {
-                    check::<B::InnerBackend>(case, format, &device);
+                    check::<B::InnerBackend>(case, format, kept, &device);
                 }
             }
         }

@@ -109,7 +109,7 @@ device_test! {
 
 device_test! {
     fn gradients_of_a_divided_model_in_bf16<B>(device) {
-        if Precision::Bf16.check::<B>(&device).is_err() {
+        if Precision::Bf16.check::<B>("precision", &device).is_err() {
             return;
         }
         let compute = Compute { precision: Precision::Bf16, ..Default::default() };

@@ -213,7 +213,7 @@ pub trait LlamaBackend: Backend {
         reference::causal_attention::<Self>(q, k, v, starts, spec)
     }
 
-    /// Replaces the positions of `cache` from `start` on by those of `new`, in place where the caller's is the only handle.
+    /// Replaces the positions of `cache` from `start` on by those of `new`, rounded to the cache's type, in place where the caller's is the only handle.
     ///
     /// # Shapes
     /// `cache [batch, capacity, n_kv_heads, head_dim]`, `new [batch, len, n_kv_heads, head_dim]`, result as `cache`.
@@ -221,7 +221,8 @@ pub trait LlamaBackend: Backend {
         reference::cache_write::<Self>(cache, new, start)
     }
 
-    /// [`causal_attention`](Self::causal_attention) to the first `len` positions of a cache, of which the last are the queries' own.
+    /// [`causal_attention`](Self::causal_attention) to the first `len` positions of a cache, of which the last are the queries' own. The cache may
+    /// keep them in fewer bits than `q` has.
     ///
     /// # Shapes
     /// `q [batch, q_len, n_heads, head_dim]`, the cache's `[batch, capacity, n_kv_heads, head_dim]`, result as `q`.

@@ -123,13 +123,8 @@ pub fn causal_attention<B: LlamaBackend>(
     starts: Option<Tensor<B, 2, Int>>,
     precision: Precision,
 ) -> Tensor<B, 4> {
-    let [batch, q_len, n_heads, head_dim] = q.dims();
-    let [k_batch, kv_len, n_kv_heads, k_dim] = k.dims();
-    assert_eq!(k.dims(), v.dims(), "attention: keys and values have different shapes");
-    assert_eq!((batch, head_dim), (k_batch, k_dim), "attention: queries and keys do not fit");
-    assert!(n_heads % n_kv_heads == 0, "attention: {n_heads} query heads cannot share {n_kv_heads} key heads");
-    assert!(q_len <= kv_len, "attention: {q_len} queries but only {kv_len} keys");
-    let spec = AttentionSpec::new(head_dim, precision);
+    let [batch, q_len, ..] = q.dims();
+    let spec = AttentionSpec::new(check_attention(&q, &k, &v, k.dims()[1]), precision);
     let starts = starts.map(|starts| {
         assert_eq!(starts.dims(), [batch, q_len], "attention: a start for each query");
         starts.into_primitive()
@@ -137,10 +132,40 @@ pub fn causal_attention<B: LlamaBackend>(
     tensor(B::causal_attention(primitive(q), primitive(k), primitive(v), starts, spec).0)
 }
 
+/// Attention to the first `len` positions of a cache, of which the last are the queries' own; see [`LlamaBackend::cached_attention`].
+///
+/// # Shapes
+/// `q [batch, q_len, n_heads, head_dim]`, `keys` and `values` `[batch, capacity, n_kv_heads, head_dim]` in any float type, result as `q`.
+///
+/// # Panics
+/// If the shapes do not fit or the cache ends before `len`.
+pub fn cached_attention<B: LlamaBackend>(
+    q: Tensor<B, 4>,
+    keys: Tensor<B, 4>,
+    values: Tensor<B, 4>,
+    len: usize,
+    precision: Precision,
+) -> Tensor<B, 4> {
+    let head_dim = check_attention(&q, &keys, &values, len);
+    assert!(len <= keys.dims()[1], "attention: {len} positions of a cache that has {}", keys.dims()[1]);
+    let spec = AttentionSpec::new(head_dim, precision);
+    tensor(B::cached_attention(primitive(q), primitive(keys), primitive(values), len, spec))
+}
+
+/// Checks that the shapes fit, with `len` keys; returns the width of a head.
+fn check_attention<B: LlamaBackend>(q: &Tensor<B, 4>, k: &Tensor<B, 4>, v: &Tensor<B, 4>, len: usize) -> usize {
+    let ([batch, q_len, n_heads, head_dim], [k_batch, _, n_kv_heads, k_dim]) = (q.dims(), k.dims());
+    assert_eq!(k.dims(), v.dims(), "attention: keys and values have different shapes");
+    assert_eq!((batch, head_dim), (k_batch, k_dim), "attention: queries and keys do not fit");
+    assert!(n_heads % n_kv_heads == 0, "attention: {n_heads} query heads cannot share {n_kv_heads} key heads");
+    assert!(q_len <= len, "attention: {q_len} queries but only {len} keys");
+    head_dim
+}
+
 /// Replaces the positions of a cache of keys or values from `start` on; see [`LlamaBackend::cache_write`].
 ///
 /// # Shapes
-/// `cache [batch, capacity, n_kv_heads, head_dim]`, `new [batch, len, n_kv_heads, head_dim]`, result as `cache`.
+/// `cache [batch, capacity, n_kv_heads, head_dim]` in any float type, which `new [batch, len, n_kv_heads, head_dim]` is rounded to, result as `cache`.
 ///
 /// # Panics
 /// If the shapes do not fit or the cache ends before the last position.

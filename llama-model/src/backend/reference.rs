@@ -224,6 +224,7 @@ pub fn causal_attention<B: Backend>(
 pub fn cache_write<B: Backend>(cache: FloatTensor<B>, new: FloatTensor<B>, start: usize) -> FloatTensor<B> {
     let (cache, new) = (tensor::<B, 4>(cache), tensor::<B, 4>(new));
     let [batch, len, heads, head_dim] = new.dims();
+    let new = new.cast(cache.dtype());
     primitive(cache.slice_assign([0..batch, start..start + len, 0..heads, 0..head_dim], new))
 }
 
@@ -235,7 +236,9 @@ pub fn cached_attention<B: LlamaBackend>(
     len: usize,
     spec: AttentionSpec,
 ) -> FloatTensor<B> {
-    let [keys, values] = [keys, values].map(|cache| primitive(tensor::<B, 4>(cache).narrow(1, 0, len)));
+    let dtype = q.dtype();
+    let read = |cache| primitive(tensor::<B, 4>(cache).narrow(1, 0, len).cast(dtype));
+    let [keys, values] = [keys, values].map(read);
     let (out, _) = B::causal_attention(q, keys, values, None, spec);
     out
 }

@@ -36,7 +36,7 @@ impl<B: LlamaBackend> Attention<B> {
         }
     }
 
-    /// With a cache, `x` continues the sequences in it; with `starts`, tokens attend inside their document only. `cos` and `sin` are the rotary embedding's for its positions.
+    /// With a cache, `x` continues the sequences in it; without one and with `starts`, tokens attend inside their document only. `cos` and `sin` are the rotary embedding's for its positions.
     ///
     /// # Shapes
     /// `x [batch, seq_len, d_model]`, `cos` and `sin` `[seq_len, head_dim / 2]`, `starts [batch, seq_len]`, result as `x`.
@@ -56,11 +56,10 @@ impl<B: LlamaBackend> Attention<B> {
 
         let [q, k, v] = Linear::forward_all([&self.wq, &self.wk, &self.wv], x, precision).map(heads);
         let (q, k) = (ops::rotary(q, cos.clone(), sin.clone()), ops::rotary(k, cos, sin));
-        let (k, v) = match cache {
-            Some(cache) => cache.append(k, v),
-            None => (k, v),
+        let out = match cache {
+            Some(cache) => cache.attend([q, k, v], precision),
+            None => ops::causal_attention(q, k, v, starts, precision),
         };
-        let out = ops::causal_attention(q, k, v, starts, precision);
         self.wo.forward(out.flatten::<3>(2, 3), precision)
     }
 }

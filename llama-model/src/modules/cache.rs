@@ -4,8 +4,8 @@ use burn::tensor::{Int, Tensor};
 
 use super::follow::{Call, Mirror};
 use super::{Attention, Block, Llama};
-use crate::ModelError;
 use crate::backend::{BlockCache, LlamaBackend, ops};
+use crate::{ModelError, Precision};
 
 const TAKEN: &str = "buffers are away only inside an operation";
 
@@ -19,7 +19,7 @@ pub struct KvCache<B: LlamaBackend> {
     mirror: Option<Mirror>,
 }
 
-/// One layer's keys and values, `[batch, capacity, n_kv_heads, head_dim]` each.
+/// One layer's keys and values, `[batch, capacity, n_kv_heads, head_dim]` each, in what [`Llama::cache`] says.
 #[derive(Debug)]
 pub struct LayerCache<B: LlamaBackend> {
     keys: Option<Tensor<B, 4>>,
@@ -36,11 +36,11 @@ impl<B: LlamaBackend> KvCache<B> {
         if capacity > model.max_seq_len() {
             return Err(ModelError::SequenceTooLong { len: capacity, max: model.max_seq_len() });
         }
-        let device = model.device();
+        let (device, dtype) = (model.device(), model.cache.dtype());
         let layer = |block: &Block<B>| {
             let Attention { wk, head_dim, .. } = &block.attention;
             let [width, _] = wk.dims();
-            let zeros = || Some(Tensor::zeros([batch, capacity, width / head_dim, *head_dim], &device));
+            let zeros = || Some(Tensor::zeros([batch, capacity, width / head_dim, *head_dim], (&device, dtype)));
             LayerCache { keys: zeros(), values: zeros(), len: 0 }
         };
         let mirror = Mirror::new(model.team(), batch, capacity);
@@ -90,7 +90,7 @@ impl<B: LlamaBackend> KvCache<B> {
         let zeros = |cache: &Option<Tensor<B, 4>>| {
             let cache = cache.as_ref()?;
             let [_, _, heads, head_dim] = cache.dims();
-            Some(Tensor::zeros([batch, capacity, heads, head_dim], &cache.device()))
+            Some(Tensor::zeros([batch, capacity, heads, head_dim], (&cache.device(), cache.dtype())))
         };
         let layer =
             |layer: &LayerCache<B>| LayerCache { keys: zeros(&layer.keys), values: zeros(&layer.values), len: 0 };
@@ -156,16 +156,16 @@ impl<B: LlamaBackend> LayerCache<B> {
         result
     }
 
-    /// Appends keys and values and returns all there are, `[batch, len, n_kv_heads, head_dim]`.
-    pub(crate) fn append(&mut self, k: Tensor<B, 4>, v: Tensor<B, 4>) -> (Tensor<B, 4>, Tensor<B, 4>) {
-        let start = self.len;
-        self.len += k.dims()[1];
-        let end = self.len;
+    /// Appends keys and values, and attends to all there are.
+    pub(crate) fn attend(&mut self, [q, k, v]: [Tensor<B, 4>; 3], precision: Precision) -> Tensor<B, 4> {
+        let (start, len) = (self.len, self.len + k.dims()[1]);
         // Taken out for the write, so that the buffer has one owner and is changed in place.
         let write = |slot: &mut Option<Tensor<B, 4>>, new: Tensor<B, 4>| {
             let buffer = slot.take().expect(TAKEN);
-            slot.insert(ops::cache_write(buffer, new, start)).clone().narrow(1, 0, end)
+            slot.insert(ops::cache_write(buffer, new, start)).clone()
         };
-        (write(&mut self.keys, k), write(&mut self.values, v))
+        let (keys, values) = (write(&mut self.keys, k), write(&mut self.values, v));
+        self.len = len;
+        ops::cached_attention(q, keys, values, len, precision)
     }
 }

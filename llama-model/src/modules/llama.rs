@@ -12,7 +12,7 @@ use crate::backend::{BlockSpec, LlamaBackend, LossSpec, ops};
 use crate::hook::{Hook, hooked};
 use crate::init::Init;
 use crate::shard::Team;
-use crate::{Compute, LlamaConfig, ModelError, ParamHook};
+use crate::{Compute, LlamaConfig, ModelError, ParamHook, Precision};
 
 /// A LLaMA language model. Parameters carry the names of the released checkpoints.
 #[derive(Module, Debug)]
@@ -30,6 +30,9 @@ pub struct Llama<B: LlamaBackend> {
     /// How it computes.
     #[module(skip)]
     pub compute: Compute,
+    /// What a [`KvCache`] of it keeps keys and values in.
+    #[module(skip)]
+    pub cache: Precision,
     /// Who has the other parts, if it is divided.
     #[module(skip)]
     pub(crate) team: Team,
@@ -71,6 +74,7 @@ impl LlamaConfig {
                 .then(|| Linear::new(self.d_model, self.vocab_size, init.std(), &init.at("output"))),
             rope: RotaryEmbedding::new(self, init.device()),
             compute: Compute::default(),
+            cache: Precision::default(),
             team: team.clone(),
         })
     }
@@ -222,6 +226,12 @@ impl<B: LlamaBackend> Llama<B> {
     #[must_use]
     pub fn with_compute(self, compute: Compute) -> Self {
         Self { compute, ..self }
+    }
+
+    /// The model with caches that keep keys and values in another precision; [`WeightFormat::cache`](crate::WeightFormat::cache) suits its weights.
+    #[must_use]
+    pub fn with_cache(self, cache: Precision) -> Self {
+        Self { cache, ..self }
     }
 
     /// Summed cross entropy of `targets` after `tokens`; a target of -100 is left out. The logits never exist whole. A member of a

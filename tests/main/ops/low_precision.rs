@@ -16,7 +16,7 @@ type Inner<B> = <B as AutodiffBackend>::InnerBackend;
 /// Whether operands are stored in the precision: as f32 where the device has the type, and stored too where it multiplies
 /// them so.
 fn forms<B: LlamaBackend>(precision: Precision, device: &B::Device) -> Vec<bool> {
-    if let Err(error) = precision.check::<B>(device) {
+    if let Err(error) = precision.check::<B>("precision", device) {
         eprintln!("skipped: {error}");
         return Vec::new();
     }

@@ -10,12 +10,14 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use burn::tensor::{Int, Shape, Tensor, TensorMetadata};
+use burn::tensor::{DType, Element, Int, Shape, Tensor, TensorMetadata};
 use burn_flex::FlexTensor;
+use bytemuck::Pod;
 
 use super::product::{Matrix, PRODUCT, Product, multiply};
 use super::simd::{exp, max, replace, sum2, vectorized};
-use super::{Buffer, Strided, contiguous, team, values};
+use super::stored::Stored;
+use super::{Buffer, Strided, contiguous, team, values, whole};
 use crate::Precision;
 use crate::backend::{AttentionSaved, AttentionSpec};
 use burn::backend::Flex;
@@ -108,28 +110,32 @@ impl Starts {
 }
 
 /// `[batch, len, heads, head_dim]` with unit stride inside a head.
-struct Heads<'a>(Strided<'a>);
+struct Heads<'a, T = f32>(Strided<'a, T>);
 
 // SAFETY: the pointers inside are only read, and the borrow keeps the tensor alive.
-unsafe impl Sync for Heads<'_> {}
+unsafe impl<T: Sync> Sync for Heads<'_, T> {}
 
-impl<'a> Heads<'a> {
+impl<'a, T: Element + Pod> Heads<'a, T> {
     fn new(x: &'a FlexTensor) -> Self {
         Self(Strided::new(x))
     }
+}
 
+impl<T> Heads<'_, T> {
+    /// The first element of a head's row, and how many are between rows.
+    fn at(&self, batch: usize, head: usize, row: usize) -> (*const T, isize) {
+        let x = &self.0;
+        let offset = batch as isize * x.stride(0) + row as isize * x.stride(1) + head as isize * x.stride(2);
+        // SAFETY: batch, head and row are inside the tensor.
+        (unsafe { x.ptr().offset(offset) }, x.stride(1))
+    }
+}
+
+impl Heads<'_> {
     /// Rows `start..start + rows` of a head.
     fn tile(&self, batch: usize, head: usize, start: usize, rows: usize) -> Matrix {
-        let x = &self.0;
-        let offset = batch as isize * x.stride(0) + start as isize * x.stride(1) + head as isize * x.stride(2);
-        Matrix {
-            // SAFETY: batch, head and row are inside the tensor.
-            ptr: unsafe { x.ptr().offset(offset) },
-            rows,
-            cols: x.dim(3),
-            row_stride: x.stride(1),
-            col_stride: 1,
-        }
+        let (ptr, row_stride) = self.at(batch, head, start);
+        Matrix { ptr, rows, cols: self.0.dim(3), row_stride, col_stride: 1 }
     }
 
     /// The same, as rows that can be read.
@@ -183,18 +189,56 @@ impl Output {
     }
 }
 
-/// Lends a thread's buffers for two tiles.
-fn with_tiles(each: impl FnOnce([&mut [f32]; 2])) {
+/// Lends a thread two buffers of so many elements.
+fn with_two(len: usize, each: impl FnOnce([&mut [f32]; 2])) {
     thread_local! {
-        static TILES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+        static BUFFERS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     }
-    let mut tiles = TILES.take();
-    tiles.resize(2 * Q_TILE * K_TILE, 0.0);
-    let (first, second) = tiles.split_at_mut(Q_TILE * K_TILE);
+    let mut buffers = BUFFERS.take();
+    if buffers.len() < 2 * len {
+        buffers.resize(2 * len, 0.0);
+    }
+    let (first, second) = buffers[..2 * len].split_at_mut(len);
     each([first, second]);
-    TILES.set(tiles);
+    BUFFERS.set(buffers);
 }
 
+/// Whether [`cached`] reads a cache of this type.
+pub(super) fn reads(cache: &FlexTensor) -> bool {
+    matches!(cache.dtype(), DType::F32 | DType::BF16 | DType::F16)
+}
+
+/// Attention to the first `len` positions of a cache, in whatever floats it keeps them.
+pub(super) fn cached(
+    q: FlexTensor,
+    keys: FlexTensor,
+    values: FlexTensor,
+    len: usize,
+    spec: AttentionSpec,
+) -> FlexTensor {
+    let few = q.shape()[1] < FEW;
+    let [keys, values] = [keys, values].map(|cache| match cache.dtype() {
+        dtype if few || dtype == DType::F32 => cache.narrow(1, 0, len),
+        // Packing for tiles reads f32; it is little beside what many queries make of it.
+        _ => widened(&whole(cache), len),
+    });
+    forward(q, keys, values, None, spec).0
+}
+
+/// The first `len` positions of a cache in f32.
+fn widened(cache: &FlexTensor, len: usize) -> FlexTensor {
+    let [batch, capacity, heads, head_dim] = cache.shape().dims();
+    let (width, stored) = (heads * head_dim, Stored::floats(cache));
+    // SAFETY: every position is written.
+    let mut out = unsafe { Buffer::unwritten(batch * len * width) };
+    team::each(out.chunks_exact_mut(width).enumerate(), |(row, out)| {
+        let at = row / len * capacity + row % len;
+        stored.rows(at, at + 1, width).widen(out);
+    });
+    out.into_tensor(Shape::new([batch, len, heads, head_dim]))
+}
+
+/// Attention, and the log-sum-exp of each query's scores. Of fewer than [`FEW`] queries keys and values may be bf16 or f16.
 pub(super) fn forward(
     q: FlexTensor,
     k: FlexTensor,
@@ -207,17 +251,17 @@ pub(super) fn forward(
     let sizes = Sizes::new(&q, &k, precision);
     let Sizes { batch, q_len, n_heads, head_dim, .. } = sizes;
     let starts = Starts::new(starts, q_len);
-    let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
     let mut out = Buffer::zeros(batch * q_len * n_heads * head_dim);
     let mut lse = Buffer::zeros(batch * n_heads * q_len);
-    let plain = Product { precision, ..PRODUCT };
-    let (out_ptr, lse_ptr) = (Output(out.as_mut_ptr()), Output(lse.as_mut_ptr()));
     if q_len < FEW {
-        few::forward(&sizes, [&qs, &ks, &vs], &starts, scale, &mut out, &mut lse);
+        few::forward(&sizes, &Heads::new(&q), [&k, &v], &starts, scale, [&mut out, &mut lse]);
         return (out.into_tensor(q.shape()), lse.into_tensor(Shape::new([batch, n_heads, q_len])));
     }
+    let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
+    let plain = Product { precision, ..PRODUCT };
+    let (out_ptr, lse_ptr) = (Output(out.as_mut_ptr()), Output(lse.as_mut_ptr()));
     team::for_each(batch * n_heads, |index| {
-        with_tiles(|[scores, _]| {
+        with_two(Q_TILE * K_TILE, |[scores, _]| {
             let (b, head) = (index / n_heads, index % n_heads);
             let kv_head = head / sizes.group();
             for tile in sizes.q_tiles() {
@@ -277,7 +321,7 @@ pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTe
     let [d_q_ptr, d_k_ptr, d_v_ptr] = [&mut d_q, &mut d_k, &mut d_v].map(|x| Output(x.as_mut_ptr()));
     // A task has a key head and all query heads of its group, so it alone writes the key head's gradient.
     team::for_each(batch * n_kv_heads, |index| {
-        with_tiles(|[weights, d_weights]| {
+        with_two(Q_TILE * K_TILE, |[weights, d_weights]| {
             let (b, kv_head) = (index / n_kv_heads, index % n_kv_heads);
             for head in kv_head * sizes.group()..(kv_head + 1) * sizes.group() {
                 for tile in sizes.q_tiles() {

@@ -5,9 +5,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
 mod block;
+mod floats;
 #[cfg(target_arch = "x86_64")]
 mod many;
 #[cfg(target_arch = "aarch64")]
@@ -29,8 +28,7 @@ use std::cell::RefCell;
 use burn::backend::Flex;
 use burn::tensor::{DType, Shape, TensorMetadata};
 use burn_flex::FlexTensor;
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
+use half::f16;
 
 pub(super) use self::block::{block, takes as takes_block};
 #[cfg(target_arch = "x86_64")]
@@ -39,8 +37,9 @@ use self::rounded::Rounded;
 use super::product::{self, Matrix, Output, PRODUCT, Product};
 #[cfg(target_arch = "x86_64")]
 use super::product::{Bf16Unit, PackedRows};
-use super::simd::{self, LANES, tree_sum, vectorized};
+use super::simd::{self, tree_sum, vectorized};
 use super::stored::Stored;
+use super::vector::by_vectors;
 use super::{Buffer, contiguous, team, values, whole};
 use crate::Precision;
 use crate::backend::{QUANT_BLOCK, QuantizedWeight};
@@ -270,41 +269,37 @@ unsafe fn dots(columns: Columns, input: &Input, weight: Stored) {
         // SAFETY: the caller's promise.
         let out = unsafe { std::slice::from_raw_parts_mut(columns.out.0.add(start), len) };
         // SAFETY: every slice has `len` rows.
-        if unsafe { by_hand(out, x, input.rounded.get(row), weight) } {
+        if input.rounded.get(row).is_some_and(|x| unsafe { in_whole_numbers(out, x, weight) }) {
             continue;
         }
-        match weight {
-            Stored::F32(w) => f32_dots(out, x, w),
-            Stored::Bf16(w) => bf16_dots(out, x, w),
-            Stored::F16(w) => f16_dots(out, x, w),
-            Stored::Q8(w, scales) => q8_dots(out, x, w, scales),
-            Stored::Q4(w, scales) => q4_dots(out, x, w, scales),
+        // SAFETY: the CPU was asked, and every slice has `len` rows.
+        unsafe {
+            match weight {
+                Stored::F32(w) => by_vectors!(floats::dots(out, x, w)),
+                Stored::Bf16(w) => by_vectors!(floats::dots(out, x, w)),
+                Stored::F16(w) => by_vectors!(floats::dots(out, x, w)),
+                Stored::Q8(w, scales) => q8_dots(out, x, w, scales),
+                Stored::Q4(w, scales) => q4_dots(out, x, w, scales),
+            }
         }
     }
 }
 
-/// The dots of a row, if there are loops by hand for this form and CPU.
+/// The dots of a row with weights in blocks, if this CPU multiplies them in whole numbers.
 ///
 /// # Safety
 /// The weight must have a row as long as `x` for each result.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-unsafe fn by_hand(out: &mut [f32], x: &[f32], rounded: Option<&Rounded>, weight: Stored) -> bool {
+unsafe fn in_whole_numbers(out: &mut [f32], x: &Rounded, weight: Stored) -> bool {
     // SAFETY: the CPU was asked, and the caller's promise.
     unsafe {
-        match (weight, rounded) {
+        match weight {
             #[cfg(target_arch = "x86_64")]
-            (Stored::F32(w), _) if simd::has_avx512() => avx512::dots(out, x, w),
+            Stored::Q8(w, scales) if simd::has_vnni() => whole::dots::<Wide, _>(out, x, w, scales),
             #[cfg(target_arch = "x86_64")]
-            (Stored::Bf16(w), _) if simd::has_avx512() => avx512::dots(out, x, w),
-            #[cfg(target_arch = "x86_64")]
-            (Stored::F16(w), _) if simd::has_avx512() => avx512::dots(out, x, w),
-            #[cfg(target_arch = "x86_64")]
-            (Stored::Q8(w, scales), Some(x)) if simd::has_vnni() => whole::dots::<Wide, _>(out, x, w, scales),
-            #[cfg(target_arch = "x86_64")]
-            (Stored::Q4(w, scales), Some(x)) if simd::has_vnni() => whole::dots::<Wide, _>(out, x, w, scales),
-            (Stored::F16(w), _) if simd::has_vectors() => whole::half_dots::<Own>(out, x, w),
-            (Stored::Q8(w, scales), Some(x)) => whole::dots::<Own, _>(out, x, w, scales),
-            (Stored::Q4(w, scales), Some(x)) => whole::dots::<Own, _>(out, x, w, scales),
+            Stored::Q4(w, scales) if simd::has_vnni() => whole::dots::<Wide, _>(out, x, w, scales),
+            Stored::Q8(w, scales) => whole::dots::<Own, _>(out, x, w, scales),
+            Stored::Q4(w, scales) => whole::dots::<Own, _>(out, x, w, scales),
             _ => return false,
         }
     }
@@ -312,48 +307,8 @@ unsafe fn by_hand(out: &mut [f32], x: &[f32], rounded: Option<&Rounded>, weight:
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-unsafe fn by_hand(_: &mut [f32], _: &[f32], _: Option<&Rounded>, _: Stored) -> bool {
+unsafe fn in_whole_numbers(_: &mut [f32], _: &Rounded, _: Stored) -> bool {
     false
-}
-
-/// `Σ x[i] · value(w[i])` in [`LANES`] partial sums.
-#[inline(always)]
-fn dot<T: Copy>(x: &[f32], w: &[T], value: impl Fn(T) -> f32) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let (x_blocks, x_rest) = x.as_chunks::<LANES>();
-    let (w_blocks, w_rest) = w.as_chunks::<LANES>();
-    for (x, w) in x_blocks.iter().zip(w_blocks) {
-        for lane in 0..LANES {
-            lanes[lane] = x[lane].mul_add(value(w[lane]), lanes[lane]);
-        }
-    }
-    let rest: f32 = x_rest.iter().zip(w_rest).map(|(x, w)| x * value(*w)).sum();
-    tree_sum(lanes) + rest
-}
-
-vectorized! {
-    fn f32_dots<'a>(out: &'a mut [f32], x: &'a [f32], w: &'a [f32]) -> () {
-        for (out, w) in out.iter_mut().zip(w.chunks_exact(x.len())) {
-            *out = dot(x, w, |w| w);
-        }
-    }
-}
-
-vectorized! {
-    fn bf16_dots<'a>(out: &'a mut [f32], x: &'a [f32], w: &'a [bf16]) -> () {
-        for (out, w) in out.iter_mut().zip(w.chunks_exact(x.len())) {
-            *out = dot(x, w, |w| f32::from_bits(u32::from(w.to_bits()) << 16));
-        }
-    }
-}
-
-/// `half` widens with the CPU's instruction where there is one.
-fn f16_dots(out: &mut [f32], x: &[f32], w: &[f16]) {
-    let mut wide = vec![0.0; x.len()];
-    for (out, w) in out.iter_mut().zip(w.chunks_exact(x.len())) {
-        w.convert_to_f32_slice(&mut wide);
-        f32_dots(std::slice::from_mut(out), x, &wide);
-    }
 }
 
 vectorized! {

@@ -17,8 +17,9 @@ mod vector;
 
 use burn::backend::Flex;
 use burn::tensor::ops::{FloatTensorOps, IntTensor};
-use burn::tensor::{DType, FloatDType, TensorData};
+use burn::tensor::{DType, Element, FloatDType, TensorData};
 use burn_flex::{FlexTensor, Layout};
+use bytemuck::Pod;
 
 use self::buffer::Buffer;
 use super::{
@@ -123,10 +124,23 @@ impl LlamaBackend for Flex {
     }
 
     fn cache_write(cache: FlexTensor, new: FlexTensor, start: usize) -> FlexTensor {
-        if !is_f32(&[&cache, &new]) {
+        if !is_f32(&[&new]) || !attention::reads(&cache) {
             return reference::cache_write::<Flex>(cache, new, start);
         }
         rows::cache_write(cache, new, start)
+    }
+
+    fn cached_attention(
+        q: FlexTensor,
+        keys: FlexTensor,
+        values: FlexTensor,
+        len: usize,
+        spec: AttentionSpec,
+    ) -> FlexTensor {
+        if !is_f32(&[&q]) || ![&keys, &values].into_iter().all(attention::reads) {
+            return reference::cached_attention::<Flex>(q, keys, values, len, spec);
+        }
+        attention::cached(q, keys, values, len, spec)
     }
 
     fn cached_block(
@@ -240,18 +254,20 @@ fn scalar(value: f32) -> FlexTensor {
 }
 
 /// A view of a tensor's elements with strides.
-struct Strided<'a> {
-    data: &'a [f32],
+struct Strided<'a, T = f32> {
+    data: &'a [T],
     layout: &'a Layout,
 }
 
-impl<'a> Strided<'a> {
+impl<'a, T: Element + Pod> Strided<'a, T> {
     fn new(x: &'a FlexTensor) -> Self {
-        Self { data: x.storage::<f32>(), layout: x.layout() }
+        Self { data: x.storage(), layout: x.layout() }
     }
+}
 
+impl<T> Strided<'_, T> {
     /// Pointer to the first element. Positions reached by the strides are inside the buffer.
-    fn ptr(&self) -> *const f32 {
+    fn ptr(&self) -> *const T {
         self.data[self.layout.start_offset()..].as_ptr()
     }
 

@@ -1,7 +1,9 @@
 //! The operations that go over rows or elements once: limited by memory, so each reads and writes everything once.
 
-use burn::tensor::{Shape, TensorMetadata};
+use burn::tensor::{DType, Shape, TensorMetadata};
 use burn_flex::FlexTensor;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 
 use super::simd::{sigmoid, sum1, sum2, vectorized};
 use super::{Buffer, contiguous, scalar, team, values, whole};
@@ -187,9 +189,13 @@ pub(super) fn write_positions(cache: FlexTensor, new: &[f32], start: usize) -> F
     let mut cache = whole(cache);
     let [batch, capacity, heads, head_dim] = cache.shape().dims();
     let (width, len) = (heads * head_dim, new.len() / batch);
-    let sequences = cache.storage_mut::<f32>().chunks_exact_mut(capacity * width);
-    for (cache, new) in sequences.zip(new.chunks_exact(len)) {
-        cache[start * width..][..len].copy_from_slice(new);
+    for (b, new) in new.chunks_exact(len).enumerate() {
+        let there = (b * capacity + start) * width..(b * capacity + start) * width + len;
+        match cache.dtype() {
+            DType::BF16 => cache.storage_mut::<bf16>()[there].convert_from_f32_slice(new),
+            DType::F16 => cache.storage_mut::<f16>()[there].convert_from_f32_slice(new),
+            _ => cache.storage_mut::<f32>()[there].copy_from_slice(new),
+        }
     }
     cache
 }

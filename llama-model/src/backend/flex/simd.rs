@@ -132,7 +132,7 @@ pub(super) fn max(a: &[f32], f: impl Fn(f32) -> f32) -> f32 {
             lanes[lane] = larger(lanes[lane], f(block[lane]));
         }
     }
-    let max = lanes.into_iter().fold(f32::NEG_INFINITY, larger);
+    let max = halve(&mut std::hint::black_box(lanes), larger);
     rest.iter().fold(max, |max, x| larger(max, f(*x)))
 }
 
@@ -165,10 +165,16 @@ pub(super) fn tree_sum<const N: usize>(lanes: [f32; N]) -> f32 {
 /// The sum of a power of two of numbers, half of them added to the other half until one is left.
 #[inline(always)]
 pub(super) fn sum_halves(lanes: &mut [f32]) -> f32 {
+    halve(lanes, |a, b| a + b)
+}
+
+/// A power of two of numbers put together, half of them with the other half until one is left.
+#[inline(always)]
+fn halve(lanes: &mut [f32], put_together: impl Fn(f32, f32) -> f32) -> f32 {
     let mut width = lanes.len() / 2;
     while width > 0 {
         for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
+            lanes[lane] = put_together(lanes[lane], lanes[lane + width]);
         }
         width /= 2;
     }

@@ -6,10 +6,10 @@ pub(super) mod avx512;
 use burn::backend::Flex;
 use burn::tensor::DType;
 use burn_flex::FlexTensor;
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::simd::vectorized;
+use super::vector::{by_vectors, widen};
 use crate::backend::{Bits, Matrix, QUANT_BLOCK, QuantizedWeight};
 
 /// Rows of a weight in one of the forms it can be stored in.
@@ -91,18 +91,11 @@ impl<'a> Stored<'a> {
         }
         match self {
             Self::F32(w) => out.copy_from_slice(w),
-            Self::Bf16(w) => widen_bf16(out, w),
-            Self::F16(w) => w.convert_to_f32_slice(out),
+            // SAFETY: the CPU was asked; there are as many.
+            Self::Bf16(w) => unsafe { by_vectors!(widen(out, w)) },
+            Self::F16(w) => unsafe { by_vectors!(widen(out, w)) },
             Self::Q8(w, scales) => widen_q8(out, w, scales),
             Self::Q4(w, scales) => widen_q4(out, w, scales),
-        }
-    }
-}
-
-vectorized! {
-    fn widen_bf16<'a>(out: &'a mut [f32], w: &'a [bf16]) -> () {
-        for (out, w) in out.iter_mut().zip(w) {
-            *out = f32::from_bits(u32::from(w.to_bits()) << 16);
         }
     }
 }

@@ -2,19 +2,12 @@
 
 use std::arch::x86_64::*;
 
-use half::f16;
-
 use super::rounded::Bytes;
 use super::whole::Whole;
 use crate::backend::QUANT_BLOCK;
 
 impl Whole for __m256 {
     const TWO: bool = true;
-
-    #[inline(always)]
-    unsafe fn widen(src: *const f16) -> Self {
-        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(src.cast())) }
-    }
 
     #[inline(always)]
     unsafe fn products_of_8(w: *const i8, x: &Bytes, _: &[i32; 2]) -> Self {

@@ -7,7 +7,7 @@ use burn::backend::Flex;
 use burn::tensor::{DType, Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 
-use super::super::{Buffer, contiguous, rows, values, whole};
+use super::super::{Buffer, attention, contiguous, rows, values, whole};
 use super::{ROWS, Stored, multiply_into, takes as takes_floats, takes_blocks, whole_blocks};
 use crate::backend::{AttentionSpec, BlockCache, BlockSpec, BlockWeights, LlamaBackend, Matrix};
 
@@ -22,7 +22,7 @@ pub(in crate::backend::flex) fn takes(
 ) -> bool {
     let [rows, _] = x.shape().dims();
     let BlockWeights { attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3 } = weights;
-    let in_f32 = [x, attention_norm, ffn_norm, &cache.keys, &cache.values, &spec.cos, &spec.sin];
+    let in_f32 = [x, attention_norm, ffn_norm, &spec.cos, &spec.sin];
     let stored = |matrix: &Matrix<Flex>| match matrix {
         Matrix::Floats(weight) => takes_floats(x, weight),
         Matrix::Blocks(weight) => takes_blocks(x, weight),
@@ -30,6 +30,7 @@ pub(in crate::backend::flex) fn takes(
     rows <= ROWS
         && spec.team.is_alone()
         && in_f32.iter().all(|x| x.dtype() == DType::F32)
+        && [&cache.keys, &cache.values].into_iter().all(attention::reads)
         && [wq, wk, wv, wo, w1, w2, w3].into_iter().all(stored)
 }
 

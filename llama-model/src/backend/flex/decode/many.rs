@@ -14,7 +14,6 @@ use super::super::team;
 use super::super::vector::{MAX_LANES, Task, Vector};
 use super::Columns;
 use super::rounded::{Block, scale};
-use super::whole::Whole;
 use super::words::{Avx2, Avx512Vnni, AvxVnni, Words};
 use crate::backend::QUANT_BLOCK;
 use crate::backend::rounding::nearest;
@@ -233,7 +232,7 @@ unsafe fn pack<V: Words, T: ToWords>(
                     for (i, float) in floats.iter_mut().enumerate().take(here) {
                         *float = *scales.get_unchecked(row(i) * per_row + block * T::SCALES + kind);
                     }
-                    packed.scales[block][kind][vector] = V::Floats::widen(floats.as_ptr());
+                    packed.scales[block][kind][vector] = V::Floats::load_f16(floats.as_ptr());
                 }
             }
         }

@@ -1,26 +1,12 @@
 //! Whole numbers by NEON: bytes are multiplied into 16 bits and added by pairs.
 
 use std::arch::aarch64::*;
-use std::arch::asm;
-
-use half::f16;
 
 use super::rounded::Bytes;
 use super::whole::Whole;
 use crate::backend::QUANT_BLOCK;
 
 impl Whole for float32x4_t {
-    /// Rust's intrinsic for it is not stable.
-    #[inline(always)]
-    unsafe fn widen(src: *const f16) -> Self {
-        unsafe {
-            let halfs = vld1_u16(src.cast());
-            let floats: float32x4_t;
-            asm!("fcvtl {0:v}.4s, {1:v}.4h", out(vreg) floats, in(vreg) halfs, options(pure, nomem, nostack));
-            floats
-        }
-    }
-
     #[inline(always)]
     unsafe fn products_of_8(w: *const i8, x: &Bytes, _: &[i32; 2]) -> Self {
         unsafe { products([vld1q_s8(w), vld1q_s8(w.add(16))], x) }

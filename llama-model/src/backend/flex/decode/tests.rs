@@ -1,3 +1,6 @@
+use half::bf16;
+
+use super::super::vector::Plain;
 use super::*;
 use crate::backend::Bits;
 use crate::backend::rounding::round;
@@ -40,10 +43,10 @@ fn products_are_right_in_every_form() {
             compare(name, &found[..d_out]);
             wide
         };
-        assert_eq!(check("f32", Stored::F32(&w), &|out, x| f32_dots(out, x, &w)), w);
-        let wide = check("bf16", Stored::Bf16(&short), &|out, x| bf16_dots(out, x, &short));
+        assert_eq!(check("f32", Stored::F32(&w), &|out, x| unsafe { floats::dots::<Plain>(out, x, &w) }), w);
+        let wide = check("bf16", Stored::Bf16(&short), &|out, x| unsafe { floats::dots::<Plain>(out, x, &short) });
         assert!(wide.iter().zip(&short).all(|(wide, w)| *wide == w.to_f32()));
-        let wide = check("f16", Stored::F16(&half), &|out, x| f16_dots(out, x, &half));
+        let wide = check("f16", Stored::F16(&half), &|out, x| unsafe { floats::dots::<Plain>(out, x, &half) });
         assert!(wide.iter().zip(&half).all(|(wide, w)| *wide == w.to_f32()));
         if width % QUANT_BLOCK == 0 {
             let (words, scales) = rounded(Bits::Eight, &w);

@@ -3,23 +3,12 @@
 
 use std::arch::x86_64::*;
 
-use half::f16;
-
-use super::super::stored::avx512::Widen;
 use super::super::vector::compiled_for;
-use super::avx512::AHEAD;
 use super::rounded::Bytes;
 use super::whole::Whole;
 
 impl Whole for __m512 {
-    const AHEAD: usize = AHEAD;
-
     compiled_for!(run_whole, "avx512f,avx512bw,avx512vl,avx512vnni");
-
-    #[inline(always)]
-    unsafe fn widen(src: *const f16) -> Self {
-        unsafe { Widen::widen(src) }
-    }
 
     #[inline(always)]
     unsafe fn products_of_8(w: *const i8, x: &Bytes, [high, low]: &[i32; 2]) -> Self {

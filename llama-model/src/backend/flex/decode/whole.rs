@@ -1,4 +1,4 @@
-//! Dots with weights in blocks, and in f16, by vectors that multiply whole numbers: of AVX512-VNNI, AVX2 and NEON.
+//! Dots with weights in blocks by vectors that multiply whole numbers: of AVX512-VNNI, AVX2 and NEON.
 
 use std::marker::PhantomData;
 
@@ -12,24 +12,17 @@ use crate::backend::QUANT_BLOCK;
 const LINE: usize = 32;
 /// Rows of blocks at a time: they share what is read of the input, and the last steps of their sums.
 const ROWS: usize = 4;
-/// Sums of a row of floats at a time, so that none waits for the one before.
-const SUMS: usize = 4;
 
 /// Vectors with what these dots need.
 ///
 /// # Safety
 /// Of all functions: as of [`Vector`]'s.
 pub(super) trait Whole: Vector {
-    /// Bytes between what is read and what is asked for; rows are read one after the other.
-    const AHEAD: usize = 4096;
-
     /// Runs a task whose code is compiled for these products.
     unsafe fn run_whole(task: impl Task) {
         unsafe { Self::run(task) }
     }
 
-    /// The numbers at `src`, of which there must be as many as lanes.
-    unsafe fn widen(src: *const f16) -> Self;
     /// Σ w · (128 · high + low) over a block of 8-bit weights, in lanes. `sums` are of the high bytes and of the low.
     unsafe fn products_of_8(w: *const i8, x: &Bytes, sums: &[i32; 2]) -> Self;
     /// The same for weights of 4 bits, the first half of a block in the low bits of its bytes.
@@ -185,7 +178,7 @@ unsafe fn multiply_scales<V: Whole, T: Multiplied, const N: usize>(
                 if at % LINE == 0 {
                     V::prefetch(scales.cast::<u8>().wrapping_add(scales_ahead).cast());
                 }
-                let product = V::widen(scales).multiply(factors);
+                let product = V::load_f16(scales).multiply(factors);
                 product.store(floats.as_mut_ptr().add(row * stride + at), V::LANES);
                 if T::SCALES == 2 {
                     *minima = product.multiply_add(ones, *minima);
@@ -203,7 +196,7 @@ unsafe fn multiply_scales<V: Whole, T: Multiplied, const N: usize>(
                     last[..from.len()].copy_from_slice(from);
                     from = &last;
                 }
-                V::widen(from.as_ptr()).multiply(factors).store(floats, V::LANES);
+                V::load_f16(from.as_ptr()).multiply(factors).store(floats, V::LANES);
                 if T::SCALES == 2 {
                     for i in (1..per_row - whole).step_by(2) {
                         *minima = minima.add(V::load(floats.add(i), 1));
@@ -213,48 +206,4 @@ unsafe fn multiply_scales<V: Whole, T: Multiplied, const N: usize>(
         }
         minima
     }
-}
-
-/// `out[i] = Σ x · w[i]` of weights in f16.
-///
-/// # Safety
-/// `w` must have a row as long as `x` for each result; the CPU must have the vectors.
-pub(super) unsafe fn half_dots<V: Whole>(out: &mut [f32], x: &[f32], w: &[f16]) {
-    unsafe { V::run(Halves::<V> { out, x, w, kind: PhantomData }) }
-}
-
-struct Halves<'a, V> {
-    out: &'a mut [f32],
-    x: &'a [f32],
-    w: &'a [f16],
-    kind: PhantomData<V>,
-}
-
-impl<V: Whole> Task for Halves<'_, V> {
-    #[inline(always)]
-    unsafe fn run(self) {
-        let Self { out, x, w, .. } = self;
-        let step = SUMS * V::LANES;
-        let vectors = x.len() / step * step;
-        for (out, w) in out.iter_mut().zip(w.chunks_exact(x.len())) {
-            let rest: f32 = x[vectors..].iter().zip(&w[vectors..]).map(|(x, w)| x * w.to_f32()).sum();
-            // SAFETY: there are so many numbers; fetching reads nothing.
-            unsafe {
-                let mut sums = [V::splat(0.0); SUMS];
-                for at in (0..vectors).step_by(step) {
-                    V::prefetch(w.as_ptr().add(at).wrapping_add(V::AHEAD / 2).cast());
-                    for (i, sum) in sums.iter_mut().enumerate() {
-                        let at = at + i * V::LANES;
-                        *sum = V::widen(w.as_ptr().add(at)).multiply_add(V::load(x.as_ptr().add(at), V::LANES), *sum);
-                    }
-                }
-                *out = total(sums) + rest;
-            }
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn total<V: Vector>([a, b, c, d]: [V; SUMS]) -> f32 {
-    unsafe { a.add(b).add(c.add(d)).total() }
 }

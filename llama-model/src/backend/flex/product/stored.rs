@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use super::super::stored::Stored;
-use super::super::stored::avx512::{Widen, Widened, to_floats};
+use super::super::stored::avx512::{Widened, to_floats};
 use super::super::vector::Vector;
 use super::super::{Buffer, team};
 use super::avx512::Pairs;
@@ -194,7 +194,7 @@ impl Short for f16 {
     const SCALES: usize = 0;
     #[inline(always)]
     unsafe fn pairs(w: *const f16, _: *const f32) -> __m512 {
-        unsafe { rounded([f16::widen(w), f16::widen(w.add(STEP / 2))]) }
+        unsafe { rounded([__m512::load_f16(w), __m512::load_f16(w.add(STEP / 2))]) }
     }
 }
 

@@ -2,51 +2,11 @@
 
 use std::arch::x86_64::*;
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::super::decode::rounded::Block;
+use super::super::vector::Vector;
 use crate::backend::QUANT_BLOCK;
-
-/// A float that 16 of are widened at a time.
-pub(in crate::backend::flex) trait Widen: Copy {
-    /// # Safety
-    /// 16 values must follow `ptr`; the CPU must have AVX-512.
-    unsafe fn widen(ptr: *const Self) -> __m512;
-    fn value(self) -> f32;
-}
-
-impl Widen for f32 {
-    #[inline(always)]
-    unsafe fn widen(ptr: *const f32) -> __m512 {
-        unsafe { _mm512_loadu_ps(ptr) }
-    }
-    fn value(self) -> f32 {
-        self
-    }
-}
-
-impl Widen for bf16 {
-    #[inline(always)]
-    unsafe fn widen(ptr: *const bf16) -> __m512 {
-        unsafe {
-            let short = _mm512_cvtepu16_epi32(_mm256_loadu_si256(ptr.cast()));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(short))
-        }
-    }
-    fn value(self) -> f32 {
-        self.to_f32()
-    }
-}
-
-impl Widen for f16 {
-    #[inline(always)]
-    unsafe fn widen(ptr: *const f16) -> __m512 {
-        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(ptr.cast())) }
-    }
-    fn value(self) -> f32 {
-        self.to_f32()
-    }
-}
 
 /// The integer of a form in blocks, one or more to a byte.
 pub(in crate::backend::flex) trait Widened: Block {
@@ -114,7 +74,7 @@ pub(in crate::backend::flex) fn to_floats(out: &mut [f32], halfs: &[f16]) {
     let (out_blocks, out_rest) = out.split_at_mut(16 * blocks.len());
     for (out, block) in out_blocks.as_chunks_mut::<16>().0.iter_mut().zip(blocks) {
         // SAFETY: both have 16 elements.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), f16::widen(block.as_ptr())) };
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), __m512::load_f16(block.as_ptr())) };
     }
     for (out, half) in out_rest.iter_mut().zip(rest) {
         *out = half.to_f32();

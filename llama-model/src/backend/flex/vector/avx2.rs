@@ -3,6 +3,8 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
+use half::{bf16, f16};
+
 use super::{MAX_LANES, Vector, compiled_for, load_lanes};
 
 impl Vector for __m256 {
@@ -26,6 +28,17 @@ impl Vector for __m256 {
                 transmute::<[f32; 8], Self>(load_lanes(src, count))
             }
         }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(src: *const bf16) -> Self {
+        unsafe {
+            let short = _mm256_cvtepu16_epi32(_mm_loadu_si128(src.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(short))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(src: *const f16) -> Self {
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(src.cast())) }
     }
     #[inline(always)]
     unsafe fn store(self, out: *mut f32, count: usize) {

@@ -10,6 +10,10 @@ mod neon;
 #[cfg(target_arch = "x86_64")]
 pub(super) use avx512::mask;
 
+use std::marker::PhantomData;
+
+use half::{bf16, f16};
+
 use super::simd::sum_halves;
 
 /// Lanes of the widest vector.
@@ -28,12 +32,24 @@ pub(super) trait Vector: Copy {
     const VECTORS: usize;
     /// Rows of a packed block with all its terms, for the second-level cache: a multiple of [`ROWS`](Self::ROWS).
     const BLOCK: usize;
+    /// Bytes between what is read and what is asked for, where rows are read one after the other.
+    const AHEAD: usize = 4096;
 
     /// Runs a task whose code is compiled for these vectors.
     unsafe fn run(task: impl Task);
     unsafe fn splat(x: f32) -> Self;
     /// The numbers at `src`, or the first `count` of them and zeros.
     unsafe fn load(src: *const f32, count: usize) -> Self;
+    /// The numbers at `src`, as many as lanes.
+    #[inline(always)]
+    unsafe fn load_bf16(src: *const bf16) -> Self {
+        unsafe { load_by(src, bf16::to_f32) }
+    }
+    /// The same of f16.
+    #[inline(always)]
+    unsafe fn load_f16(src: *const f16) -> Self {
+        unsafe { load_by(src, f16::to_f32) }
+    }
     /// Stores the first `count` numbers, all if it is more.
     unsafe fn store(self, out: *mut f32, count: usize);
     unsafe fn add(self, other: Self) -> Self;
@@ -79,6 +95,87 @@ pub(super) trait Vector: Copy {
             self.store(lanes.as_mut_ptr(), Self::LANES);
             lanes.iter_mut().take(Self::LANES).for_each(|x| *x = each(*x));
             Self::load(lanes.as_ptr(), Self::LANES)
+        }
+    }
+}
+
+/// The numbers at `src`, widened one by one.
+///
+/// # Safety
+/// There must be as many as lanes.
+#[inline(always)]
+unsafe fn load_by<V: Vector, T: Copy>(src: *const T, wide: impl Fn(T) -> f32) -> V {
+    let mut lanes = [0.0; MAX_LANES];
+    unsafe {
+        lanes.iter_mut().take(V::LANES).enumerate().for_each(|(i, lane)| *lane = wide(*src.add(i)));
+        V::load(lanes.as_ptr(), V::LANES)
+    }
+}
+
+/// A float that vectors read as f32.
+pub(super) trait Float: Copy {
+    /// # Safety
+    /// There must be as many as lanes at `src`; the CPU must have the vectors.
+    unsafe fn load<V: Vector>(src: *const Self) -> V;
+    fn value(self) -> f32;
+}
+
+impl Float for f32 {
+    #[inline(always)]
+    unsafe fn load<V: Vector>(src: *const f32) -> V {
+        unsafe { V::load(src, V::LANES) }
+    }
+    fn value(self) -> f32 {
+        self
+    }
+}
+
+impl Float for bf16 {
+    #[inline(always)]
+    unsafe fn load<V: Vector>(src: *const bf16) -> V {
+        unsafe { V::load_bf16(src) }
+    }
+    fn value(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Float for f16 {
+    #[inline(always)]
+    unsafe fn load<V: Vector>(src: *const f16) -> V {
+        unsafe { V::load_f16(src) }
+    }
+    fn value(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+/// Writes numbers as f32.
+///
+/// # Safety
+/// The CPU must have the vectors.
+pub(super) unsafe fn widen<V: Vector>(out: &mut [f32], w: &[impl Float]) {
+    unsafe { V::run(Widen::<V, _> { out, w, kind: PhantomData }) }
+}
+
+struct Widen<'a, V, T> {
+    out: &'a mut [f32],
+    w: &'a [T],
+    kind: PhantomData<V>,
+}
+
+impl<V: Vector, T: Float> Task for Widen<'_, V, T> {
+    #[inline(always)]
+    unsafe fn run(self) {
+        let Self { out, w, .. } = self;
+        let (blocks, rest) =
+            (out.chunks_exact_mut(V::LANES).zip(w.chunks_exact(V::LANES)), w.len() / V::LANES * V::LANES);
+        for (out, w) in blocks {
+            // SAFETY: both have as many as lanes.
+            unsafe { T::load::<V>(w.as_ptr()).store(out.as_mut_ptr(), V::LANES) };
+        }
+        for (out, w) in out[rest..].iter_mut().zip(&w[rest..]) {
+            *out = w.value();
         }
     }
 }

@@ -1,7 +1,10 @@
 //! Vectors of NEON, which every 64-bit ARM CPU has: 8 x 12 sums in registers.
 
 use std::arch::aarch64::*;
+use std::arch::asm;
 use std::mem::transmute;
+
+use half::{bf16, f16};
 
 use super::{MAX_LANES, Task, Vector, load_lanes, store_lanes};
 
@@ -22,6 +25,20 @@ impl Vector for float32x4_t {
     unsafe fn load(src: *const f32, count: usize) -> Self {
         unsafe {
             if count >= Self::LANES { vld1q_f32(src) } else { transmute::<[f32; 4], Self>(load_lanes(src, count)) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(src: *const bf16) -> Self {
+        unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(src.cast()))) }
+    }
+    /// Rust's intrinsic for it is not stable.
+    #[inline(always)]
+    unsafe fn load_f16(src: *const f16) -> Self {
+        unsafe {
+            let halfs = vld1_u16(src.cast());
+            let floats: Self;
+            asm!("fcvtl {0:v}.4s, {1:v}.4h", out(vreg) floats, in(vreg) halfs, options(pure, nomem, nostack));
+            floats
         }
     }
     #[inline(always)]
