@@ -1,8 +1,9 @@
 //! Causal attention in tiles (paper, section 2.4; Dao, FlashAttention-2): scores exist for one tile at a time, tiles
 //! above the diagonal are never touched, the backward recomputes the probabilities from the log-sum-exp.
 //!
-//! Threads take heads. Tensors are read with their strides, so neither projections nor caches are copied.
+//! Threads take heads, forward tiles of their queries. Tensors are read with their strides, so neither projections nor caches are copied.
 
+mod backward;
 mod few;
 mod vectors;
 
@@ -14,12 +15,13 @@ use burn::tensor::{DType, Element, Int, Shape, Tensor, TensorMetadata};
 use burn_flex::FlexTensor;
 use bytemuck::Pod;
 
+pub(super) use self::backward::backward;
 use super::product::{Matrix, PRODUCT, Product, multiply};
-use super::simd::{exp, max, replace, sum2, vectorized};
+use super::simd::{exp, max, replace, vectorized};
 use super::stored::Stored;
-use super::{Buffer, Strided, contiguous, team, values, whole};
+use super::{Buffer, Strided, contiguous, team, whole};
 use crate::Precision;
-use crate::backend::{AttentionSaved, AttentionSpec};
+use crate::backend::AttentionSpec;
 use burn::backend::Flex;
 
 /// Queries of a tile, at most.
@@ -57,10 +59,15 @@ impl Sizes {
         self.n_heads / self.n_kv_heads
     }
 
-    /// Tiles of queries: first query and number.
-    fn q_tiles(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let Self { q_len, q_tile, .. } = *self;
-        (0..q_len).step_by(q_tile).map(move |start| (start, q_tile.min(q_len - start)))
+    /// How many tiles of queries there are.
+    fn q_tiles(&self) -> usize {
+        self.q_len.div_ceil(self.q_tile)
+    }
+
+    /// A tile of queries: first query and number.
+    fn q_tile(&self, tile: usize) -> (usize, usize) {
+        let start = tile * self.q_tile;
+        (start, self.q_tile.min(self.q_len - start))
     }
 
     /// Keys that query `i` sees: bottom-right aligned.
@@ -260,109 +267,48 @@ pub(super) fn forward(
     let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
     let plain = Product { precision, ..PRODUCT };
     let (out_ptr, lse_ptr) = (Output(out.as_mut_ptr()), Output(lse.as_mut_ptr()));
-    team::for_each(batch * n_heads, |index| {
+    let tiles = sizes.q_tiles();
+    team::for_each(batch * n_heads * tiles, |index| {
         with_two(Q_TILE * K_TILE, |[scores, _]| {
+            // The last tiles see the most keys: what is left to share at the end is little.
+            let (index, tile) = (index / tiles, tiles - 1 - index % tiles);
             let (b, head) = (index / n_heads, index % n_heads);
             let kv_head = head / sizes.group();
-            for tile in sizes.q_tiles() {
-                let (start, rows) = tile;
-                let q = qs.tile(b, head, start, rows);
-                let out_at = |row: usize| ((b * q_len + start + row) * n_heads + head) * head_dim;
-                // SAFETY: these rows of this head are this task's own.
-                let lse = unsafe { lse_ptr.slice(index * q_len + start, rows) };
-                let mut maxima = [f32::NEG_INFINITY; Q_TILE];
-                let mut sums = [0.0f32; Q_TILE];
-                for (index, (k_start, cols)) in sizes.k_tiles(tile, starts.of(b)).enumerate() {
-                    let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
-                    // SAFETY: `scores` holds a tile.
-                    unsafe { multiply(scores.as_mut_ptr(), cols as isize, q, k.transposed(), plain) };
-                    for (row, scores) in scores.chunks_exact_mut(cols).take(rows).enumerate() {
-                        let seen = sizes.range(start + row, starts.of(b), k_start, cols);
-                        let keep = online_softmax(scores, seen, scale, &mut maxima[row], &mut sums[row]);
-                        if index > 0 {
-                            // SAFETY: this row of this head is this task's own.
-                            let out = unsafe { out_ptr.slice(out_at(row), head_dim) };
-                            out.iter_mut().for_each(|x| *x *= keep);
-                        }
+            let (start, rows) = sizes.q_tile(tile);
+            let q = qs.tile(b, head, start, rows);
+            let out_at = |row: usize| ((b * q_len + start + row) * n_heads + head) * head_dim;
+            // SAFETY: these rows of this head are this task's own.
+            let lse = unsafe { lse_ptr.slice(index * q_len + start, rows) };
+            let mut maxima = [f32::NEG_INFINITY; Q_TILE];
+            let mut sums = [0.0f32; Q_TILE];
+            for (index, (k_start, cols)) in sizes.k_tiles((start, rows), starts.of(b)).enumerate() {
+                let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
+                // SAFETY: `scores` holds a tile.
+                unsafe { multiply(scores.as_mut_ptr(), cols as isize, q, k.transposed(), plain) };
+                for (row, scores) in scores.chunks_exact_mut(cols).take(rows).enumerate() {
+                    let seen = sizes.range(start + row, starts.of(b), k_start, cols);
+                    let keep = online_softmax(scores, seen, scale, &mut maxima[row], &mut sums[row]);
+                    if index > 0 {
+                        // SAFETY: this row of this head is this task's own.
+                        let out = unsafe { out_ptr.slice(out_at(row), head_dim) };
+                        out.iter_mut().for_each(|x| *x *= keep);
                     }
-                    let weights = Matrix::rows(scores, rows, cols);
-                    let stride = (n_heads * head_dim) as isize;
-                    // SAFETY: these rows of this head are this task's own.
-                    unsafe { multiply(out_ptr.at(out_at(0)), stride, weights, v, Product { add: index > 0, ..plain }) };
                 }
-                for row in 0..rows {
-                    lse[row] = maxima[row] + sums[row].ln();
-                    let inverse = 1.0 / sums[row];
-                    // SAFETY: this row of this head is this task's own.
-                    let out = unsafe { out_ptr.slice(out_at(row), head_dim) };
-                    out.iter_mut().for_each(|x| *x *= inverse);
-                }
+                let weights = Matrix::rows(scores, rows, cols);
+                let stride = (n_heads * head_dim) as isize;
+                // SAFETY: these rows of this head are this task's own.
+                unsafe { multiply(out_ptr.at(out_at(0)), stride, weights, v, Product { add: index > 0, ..plain }) };
+            }
+            for row in 0..rows {
+                lse[row] = maxima[row] + sums[row].ln();
+                let inverse = 1.0 / sums[row];
+                // SAFETY: this row of this head is this task's own.
+                let out = unsafe { out_ptr.slice(out_at(row), head_dim) };
+                out.iter_mut().for_each(|x| *x *= inverse);
             }
         });
     });
     (out.into_tensor(q.shape()), lse.into_tensor(Shape::new([batch, n_heads, q_len])))
-}
-
-pub(super) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTensor; 3] {
-    let AttentionSaved { q, k, v, starts, out, lse, spec: AttentionSpec { scale, precision } } = saved;
-    let scale = scale as f32;
-    let [q, k, v, out, grad] = [q, k, v, out, grad].map(readable);
-    let lse = contiguous(lse);
-    let sizes = Sizes::new(&q, &k, precision);
-    let Sizes { batch, q_len, kv_len, n_heads, n_kv_heads, head_dim, .. } = sizes;
-    let starts = Starts::new(starts, q_len);
-    let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
-    let (outs, grads, lse) = (Heads::new(&out), Heads::new(&grad), values(&lse));
-    let mut d_q = Buffer::zeros(batch * q_len * n_heads * head_dim);
-    let mut d_k = Buffer::zeros(batch * kv_len * n_kv_heads * head_dim);
-    let mut d_v = Buffer::zeros(batch * kv_len * n_kv_heads * head_dim);
-    let plain = Product { precision, ..PRODUCT };
-    let sum = Product { add: true, ..plain };
-    let [d_q_ptr, d_k_ptr, d_v_ptr] = [&mut d_q, &mut d_k, &mut d_v].map(|x| Output(x.as_mut_ptr()));
-    // A task has a key head and all query heads of its group, so it alone writes the key head's gradient.
-    team::for_each(batch * n_kv_heads, |index| {
-        with_two(Q_TILE * K_TILE, |[weights, d_weights]| {
-            let (b, kv_head) = (index / n_kv_heads, index % n_kv_heads);
-            for head in kv_head * sizes.group()..(kv_head + 1) * sizes.group() {
-                for tile in sizes.q_tiles() {
-                    let (start, rows) = tile;
-                    let (q, d_out) = (qs.tile(b, head, start, rows), grads.tile(b, head, start, rows));
-                    let (out_rows, grad_rows) =
-                        (outs.rows(b, head, start..start + rows), grads.rows(b, head, start..start + rows));
-                    let lse = &lse[(b * n_heads + head) * q_len + start..][..rows];
-                    let mut delta = [0.0f32; Q_TILE];
-                    for (row, delta) in delta.iter_mut().enumerate().take(rows) {
-                        *delta = dot(out_rows.row(row), grad_rows.row(row));
-                    }
-                    let d_q = d_q_ptr.at(((b * q_len + start) * n_heads + head) * head_dim);
-                    for (k_start, cols) in sizes.k_tiles(tile, starts.of(b)) {
-                        let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
-                        // SAFETY: both buffers hold a tile.
-                        unsafe {
-                            multiply(weights.as_mut_ptr(), cols as isize, q, k.transposed(), plain);
-                            multiply(d_weights.as_mut_ptr(), cols as isize, d_out, v.transposed(), plain);
-                        }
-                        let tiles = weights.chunks_exact_mut(cols).zip(d_weights.chunks_exact_mut(cols));
-                        for (row, (weights, d_scores)) in tiles.take(rows).enumerate() {
-                            let seen = sizes.range(start + row, starts.of(b), k_start, cols);
-                            softmax_backward(weights, d_scores, seen, lse[row], delta[row], scale);
-                        }
-                        let weights = Matrix::rows(weights, rows, cols);
-                        let d_scores = Matrix::rows(d_weights, rows, cols);
-                        let at_key = ((b * kv_len + k_start) * n_kv_heads + kv_head) * head_dim;
-                        let (q_stride, k_stride) = ((n_heads * head_dim) as isize, (n_kv_heads * head_dim) as isize);
-                        // SAFETY: these rows of these heads are this task's own; the outputs begin as zeros.
-                        unsafe {
-                            multiply(d_v_ptr.at(at_key), k_stride, weights.transposed(), d_out, sum);
-                            multiply(d_k_ptr.at(at_key), k_stride, d_scores.transposed(), q, sum);
-                            multiply(d_q, q_stride, d_scores, k, sum);
-                        }
-                    }
-                }
-            }
-        });
-    });
-    [d_q.into_tensor(q.shape()), d_k.into_tensor(k.shape()), d_v.into_tensor(v.shape())]
 }
 
 vectorized! {
@@ -386,33 +332,5 @@ vectorized! {
         *sum = *sum * keep + replace(seen, |score| exp(score * scale - new_largest));
         *largest = new_largest;
         keep
-    }
-}
-
-vectorized! {
-    /// One row of one tile: scores, still to be scaled, become weights, their gradients the scores' gradients, those outside
-    /// `seen` zero.
-    fn softmax_backward<'a>(
-        weights: &'a mut [f32],
-        d_scores: &'a mut [f32],
-        seen: Range<usize>,
-        lse: f32,
-        delta: f32,
-        scale: f32,
-    ) -> () {
-        for hidden in [0..seen.start, seen.end..weights.len()] {
-            weights[hidden.clone()].fill(0.0);
-            d_scores[hidden].fill(0.0);
-        }
-        for (weight, d_score) in weights[seen.clone()].iter_mut().zip(&mut d_scores[seen]) {
-            *weight = exp(*weight * scale - lse);
-            *d_score = *weight * (*d_score - delta) * scale;
-        }
-    }
-}
-
-vectorized! {
-    fn dot<'a>(a: &'a [f32], b: &'a [f32]) -> f32 {
-        sum2(a, b, |a, b| a * b)
     }
 }

@@ -5,6 +5,7 @@ use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::client::ComputeClient;
 use cubecl::cube;
+use cubecl::ir::StorageType;
 use cubecl::prelude::*;
 
 use super::super::attention::MASKED;
@@ -39,10 +40,10 @@ struct Heads {
 /// A cube for each row, head of keys and part of the keys. Queries and results `[rows, heads, pairs]`, the latter of parts
 /// `[rows, heads, parts, pairs]` with `[rows, heads, parts, 2]` of greatest score and sum of weights.
 #[cube(launch_unchecked)]
-fn attend_kernel(
+fn attend_kernel<C: Float>(
     q: &Array<Vector<f32, Pair>>,
-    keys: &Array<Vector<f32, Pair>>,
-    values: &Array<Vector<f32, Pair>>,
+    keys: &Array<Vector<C, Pair>>,
+    values: &Array<Vector<C, Pair>>,
     out: &mut Array<Vector<f32, Pair>>,
     statistics: &mut ComptimeOption<Array<f32>>,
     rows: usize,
@@ -54,6 +55,7 @@ fn attend_kernel(
     capacity: usize,
     scale: f32,
     #[comptime] heads: Heads,
+    #[define(C)] _cache: StorageType,
 ) {
     let group = comptime!(heads.group);
     let pairs = comptime!(heads.pairs);
@@ -113,8 +115,8 @@ fn attend_kernel(
                     let pair = unit + i * PLANE_DIM as usize;
                     let mut read = Vector::<f32, Pair>::cast_from(0.0f32);
                     if pair < pairs {
-                        let of_key = keys[at + pair];
-                        read = values[at + pair];
+                        let of_key = Vector::<f32, Pair>::cast_from(keys[at + pair]);
+                        read = Vector::cast_from(values[at + pair]);
                         #[unroll]
                         for head in 0..group {
                             products[head] += of_key * query[comptime!(head * per_unit + i)];
@@ -265,6 +267,11 @@ pub(super) fn fits<R: CubeRuntime>(
     heads(client, n_heads, n_kv_heads, head_dim).is_some()
 }
 
+/// Whether [`attend`] reads a cache of these.
+pub(super) fn reads<R: CubeRuntime>([keys, values]: [&CubeTensor<R>; 2]) -> bool {
+    keys.dtype == values.dtype && matches!(keys.dtype, DType::F32 | DType::F16 | DType::BF16)
+}
+
 /// Attention of queries `[rows, n_heads · head_dim]` to the cache's positions up to their own; the result as they.
 pub(super) fn attend<R: CubeRuntime>(
     q: CubeTensor<R>,
@@ -306,6 +313,7 @@ pub(super) fn attend<R: CubeRuntime>(
             capacity,
             scale as f32,
             heads,
+            keys.dtype.into(),
         );
         if let Some((results, statistics)) = partial {
             let count = rows * n_heads * heads.pairs;

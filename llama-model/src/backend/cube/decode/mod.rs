@@ -67,8 +67,11 @@ pub(super) fn widen<R: CubeRuntime>(
 /// Whether [`attention`] takes these: few queries of each sequence.
 pub(super) fn fits_attention<R: CubeRuntime>(q: &CubeTensor<R>, keys: &CubeTensor<R>, values: &CubeTensor<R>) -> bool {
     let ([_, q_len, heads, head_dim], [_, _, kv_heads, _]) = (q.shape().dims(), keys.shape().dims());
-    let in_f32 = [q, keys, values].into_iter().all(|tensor| tensor.dtype == DType::F32);
-    in_f32 && planes(&q.client) && q_len <= MAX_ROWS && attention::fits(&q.client, heads, kv_heads, head_dim)
+    q.dtype == DType::F32
+        && attention::reads([keys, values])
+        && planes(&q.client)
+        && q_len <= MAX_ROWS
+        && attention::fits(&q.client, heads, kv_heads, head_dim)
 }
 
 /// [`LlamaBackend::cached_attention`](crate::LlamaBackend::cached_attention).
@@ -108,11 +111,13 @@ where
     let [wq, wk, wv, wo] = [weight(wq)?, weight(wk)?, weight(wv)?, weight(wo)?];
     let [w1, w2, w3] = [weight(w1)?, weight(w2)?, weight(w3)?];
     let alike = wk.is_like(&wq) && wv.is_like(&wq) && w3.is_like(&w1);
-    let floats = [x, attention_norm, ffn_norm, &cache.keys, &cache.values, &spec.cos, &spec.sin];
-    let in_f32 = floats.into_iter().all(|tensor| tensor.dtype == DType::F32);
+    let in_f32 =
+        [x, attention_norm, ffn_norm, &spec.cos, &spec.sin].into_iter().all(|tensor| tensor.dtype == DType::F32);
     let head_dim = spec.head_dim;
     let heads = attention::fits(&x.client, wq.d_out / head_dim, wk.d_out / head_dim, head_dim);
-    (fits(x) && alike && in_f32 && heads && spec.team.is_alone()).then(|| Matrices([wq, wk, wv, wo, w1, w2, w3]))
+    let cached = attention::reads([&cache.keys, &cache.values]);
+    (fits(x) && alike && in_f32 && cached && heads && spec.team.is_alone())
+        .then(|| Matrices([wq, wk, wv, wo, w1, w2, w3]))
 }
 
 /// [`LlamaBackend::cached_block`](crate::LlamaBackend::cached_block) of at most [`MAX_ROWS`] rows.

@@ -183,7 +183,7 @@ fn turned<X: Float>(
 }
 
 #[cube(launch_unchecked)]
-fn qkv_kernel<X: Float, W: Numeric, S: Float, N: Size>(
+fn qkv_kernel<X: Float, W: Numeric, S: Float, C: Float, N: Size>(
     x: &Array<Vector<X, Four>>,
     gain: &ComptimeOption<Array<Vector<X, Four>>>,
     wq: &Array<Vector<W, N>>,
@@ -195,8 +195,8 @@ fn qkv_kernel<X: Float, W: Numeric, S: Float, N: Size>(
     cos: &Array<X>,
     sin: &Array<X>,
     q: &mut Array<X>,
-    keys: &mut Array<X>,
-    values: &mut Array<X>,
+    keys: &mut Array<C>,
+    values: &mut Array<C>,
     d_q: usize,
     d_kv: usize,
     start: usize,
@@ -207,7 +207,7 @@ fn qkv_kernel<X: Float, W: Numeric, S: Float, N: Size>(
     eps: f32,
     #[comptime] half: usize,
     #[comptime] product: Product,
-    #[define(X, W, S)] _dtypes: [StorageType; 3],
+    #[define(X, W, S, C)] _dtypes: [StorageType; 4],
 ) {
     let pitches = (pitch, scale_pitch);
     let of_q = d_q / 2;
@@ -236,8 +236,8 @@ fn qkv_kernel<X: Float, W: Numeric, S: Float, N: Size>(
             for row in 0..comptime!(product.rows) {
                 let (a, b) = turned::<X>(&sums, row, cos, sin, row % seq_len * half + pair);
                 let position = (row / seq_len * capacity + start + row % seq_len) * d_kv;
-                keys[position + first] = X::cast_from(a);
-                keys[position + second] = X::cast_from(b);
+                keys[position + first] = C::cast_from(a);
+                keys[position + second] = C::cast_from(b);
             }
         }
     } else if CUBE_POS < of_q + 2 * of_kv {
@@ -248,8 +248,8 @@ fn qkv_kernel<X: Float, W: Numeric, S: Float, N: Size>(
             #[unroll]
             for row in 0..comptime!(product.rows) {
                 let position = (row / seq_len * capacity + start + row % seq_len) * d_kv;
-                values[position + first] = X::cast_from(sums[comptime!(2 * row)]);
-                values[position + second] = X::cast_from(sums[comptime!(2 * row + 1)]);
+                values[position + first] = C::cast_from(sums[comptime!(2 * row)]);
+                values[position + second] = C::cast_from(sums[comptime!(2 * row + 1)]);
             }
         }
     }
@@ -267,7 +267,8 @@ pub(super) fn qkv<R: CubeRuntime>(
 ) -> CubeTensor<R> {
     let [rows, _] = x.shape().dims();
     let q = empty_like(&x, Shape::new([rows, wq.d_out]), x.dtype);
-    let (client, dtypes) = (x.client.clone(), dtypes(&x, &wq));
+    let (client, [x_type, values_type, scales_type]) = (x.client.clone(), dtypes(&x, &wq));
+    let dtypes = [x_type, values_type, scales_type, keys.dtype.into()];
     let ([pitch, scale_pitch], product, half) = (wq.pitches(), wq.product(rows), cos.shape()[1]);
     let Positions { start, seq_len, capacity } = positions;
     // SAFETY: as in `project`; the caller's cache has room for these positions.

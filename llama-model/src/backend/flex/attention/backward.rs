@@ -1,0 +1,125 @@
+//! The backward: probabilities are made again from the log-sum-exp.
+
+use std::ops::Range;
+
+use burn::backend::Flex;
+use burn::tensor::TensorMetadata;
+use burn_flex::FlexTensor;
+
+use super::super::product::{Matrix, PRODUCT, Product, multiply};
+use super::super::simd::{exp, sum2, vectorized};
+use super::super::{Buffer, contiguous, rows, team, values};
+use super::{Heads, K_TILE, Output, Q_TILE, Sizes, Starts, readable, with_two};
+use crate::backend::{AttentionSaved, AttentionSpec};
+
+/// Tasks below which threads cannot share them evenly. Fixed, so that results do not depend on the number of threads.
+const FEW_TASKS: usize = 16;
+
+pub(in crate::backend::flex) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTensor; 3] {
+    let AttentionSaved { q, k, v, starts, out, lse, spec: AttentionSpec { scale, precision } } = saved;
+    let scale = scale as f32;
+    let [q, k, v, out, grad] = [q, k, v, out, grad].map(readable);
+    let lse = contiguous(lse);
+    let sizes = Sizes::new(&q, &k, precision);
+    let Sizes { batch, q_len, kv_len, n_heads, n_kv_heads, head_dim, .. } = sizes;
+    let starts = Starts::new(starts, q_len);
+    let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
+    let (outs, grads, lse) = (Heads::new(&out), Heads::new(&grad), values(&lse));
+    let mut d_q = Buffer::zeros(batch * q_len * n_heads * head_dim);
+    // A task has a key head and all query heads of its group, so it alone writes the key head's gradient. Of few key heads each query head is
+    // a task, whose gradients are summed afterwards.
+    let apart = sizes.group() > 1 && batch * n_kv_heads < FEW_TASKS;
+    let (together, d_heads) = if apart { (1, n_heads) } else { (sizes.group(), n_kv_heads) };
+    let mut d_k = Buffer::zeros(batch * kv_len * d_heads * head_dim);
+    let mut d_v = Buffer::zeros(batch * kv_len * d_heads * head_dim);
+    let plain = Product { precision, ..PRODUCT };
+    let sum = Product { add: true, ..plain };
+    let [d_q_ptr, d_k_ptr, d_v_ptr] = [&mut d_q, &mut d_k, &mut d_v].map(|x| Output(x.as_mut_ptr()));
+    team::for_each(batch * d_heads, |index| {
+        with_two(Q_TILE * K_TILE, |[weights, d_weights]| {
+            let (b, d_head) = (index / d_heads, index % d_heads);
+            for head in d_head * together..(d_head + 1) * together {
+                let kv_head = head / sizes.group();
+                for tile in (0..sizes.q_tiles()).map(|tile| sizes.q_tile(tile)) {
+                    let (start, rows) = tile;
+                    let (q, d_out) = (qs.tile(b, head, start, rows), grads.tile(b, head, start, rows));
+                    let (out_rows, grad_rows) =
+                        (outs.rows(b, head, start..start + rows), grads.rows(b, head, start..start + rows));
+                    let lse = &lse[(b * n_heads + head) * q_len + start..][..rows];
+                    let mut delta = [0.0f32; Q_TILE];
+                    for (row, delta) in delta.iter_mut().enumerate().take(rows) {
+                        *delta = dot(out_rows.row(row), grad_rows.row(row));
+                    }
+                    let d_q = d_q_ptr.at(((b * q_len + start) * n_heads + head) * head_dim);
+                    for (k_start, cols) in sizes.k_tiles(tile, starts.of(b)) {
+                        let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
+                        // SAFETY: both buffers hold a tile.
+                        unsafe {
+                            multiply(weights.as_mut_ptr(), cols as isize, q, k.transposed(), plain);
+                            multiply(d_weights.as_mut_ptr(), cols as isize, d_out, v.transposed(), plain);
+                        }
+                        let tiles = weights.chunks_exact_mut(cols).zip(d_weights.chunks_exact_mut(cols));
+                        for (row, (weights, d_scores)) in tiles.take(rows).enumerate() {
+                            let seen = sizes.range(start + row, starts.of(b), k_start, cols);
+                            softmax_backward(weights, d_scores, seen, lse[row], delta[row], scale);
+                        }
+                        let weights = Matrix::rows(weights, rows, cols);
+                        let d_scores = Matrix::rows(d_weights, rows, cols);
+                        let at_key = ((b * kv_len + k_start) * d_heads + d_head) * head_dim;
+                        let (q_stride, k_stride) = ((n_heads * head_dim) as isize, (d_heads * head_dim) as isize);
+                        // SAFETY: these rows of these heads are this task's own; the outputs begin as zeros.
+                        unsafe {
+                            multiply(d_v_ptr.at(at_key), k_stride, weights.transposed(), d_out, sum);
+                            multiply(d_k_ptr.at(at_key), k_stride, d_scores.transposed(), q, sum);
+                            multiply(d_q, q_stride, d_scores, k, sum);
+                        }
+                    }
+                }
+            }
+        });
+    });
+    let [d_k, d_v] = [d_k, d_v].map(|d| if apart { sum_groups(&d, sizes.group(), head_dim) } else { d });
+    [d_q.into_tensor(q.shape()), d_k.into_tensor(k.shape()), d_v.into_tensor(v.shape())]
+}
+
+/// `[.., n_kv_heads, group, head_dim]` summed over groups.
+fn sum_groups(x: &[f32], group: usize, head_dim: usize) -> Buffer {
+    /// Elements of a task.
+    const BLOCK: usize = 1 << 14;
+    let mut out = Buffer::zeros(x.len() / group);
+    let heads = BLOCK.div_ceil(head_dim);
+    team::each(out.chunks_mut(heads * head_dim).zip(x.chunks(heads * group * head_dim)), |(out, x)| {
+        for (out, x) in out.chunks_exact_mut(head_dim).zip(x.chunks_exact(group * head_dim)) {
+            x.chunks_exact(head_dim).for_each(|x| rows::add(out, x));
+        }
+    });
+    out
+}
+
+vectorized! {
+    /// One row of one tile: scores, still to be scaled, become weights, their gradients the scores' gradients, those outside
+    /// `seen` zero.
+    fn softmax_backward<'a>(
+        weights: &'a mut [f32],
+        d_scores: &'a mut [f32],
+        seen: Range<usize>,
+        lse: f32,
+        delta: f32,
+        scale: f32,
+    ) -> () {
+        for hidden in [0..seen.start, seen.end..weights.len()] {
+            weights[hidden.clone()].fill(0.0);
+            d_scores[hidden].fill(0.0);
+        }
+        for (weight, d_score) in weights[seen.clone()].iter_mut().zip(&mut d_scores[seen]) {
+            *weight = exp(*weight * scale - lse);
+            *d_score = *weight * (*d_score - delta) * scale;
+        }
+    }
+}
+
+vectorized! {
+    fn dot<'a>(a: &'a [f32], b: &'a [f32]) -> f32 {
+        sum2(a, b, |a, b| a * b)
+    }
+}
