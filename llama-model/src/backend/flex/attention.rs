@@ -29,8 +29,8 @@ const Q_TILE: usize = 128;
 /// Keys of a tile.
 const K_TILE: usize = 256;
 
-/// Queries below which there is no use in tiles.
-const FEW: usize = 4;
+/// Queries below which tiles, which pack all keys and values, are no use.
+const FEW: usize = 8;
 
 /// Sizes of a call.
 #[derive(Clone, Copy)]
