@@ -114,7 +114,7 @@ impl WeightFormat {
     }
 
     /// What a cache of keys and values keeps, to suit such weights on a device: half precision where the device has it, which
-    /// rounds to an eighth of what bfloat16 does, takes half the memory of f32 and half the time to read.
+    /// rounds to an eighth of what bfloat16 does and takes half the memory of f32.
     pub fn cache<B: Backend>(self, device: &B::Device) -> Precision {
         self.shortest::<B>([Precision::F16], device)
     }
