@@ -202,7 +202,7 @@ def run(command, env=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES | GPU_SIZES, help="only this size")
+    parser.add_argument("--size", action="append", choices=SIZES | GPU_SIZES, help="only this size; again for another")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--binaries", help="folder with a `training` that was built elsewhere")
     parser.add_argument("--precision", choices=["f32", "bf16"], default="f32", help="bf16: PyTorch's autocast")
@@ -223,7 +223,7 @@ def main():
     print("| size | training: ours tok/s | torch eager | torch compile | ours / best torch | forward: ours | best torch | ratio "
           "| ours MB | torch MB (least) | ratio |")
     print("|" + " --- |" * 11)
-    for size in [args.size] if args.size else sizes:
+    for size in args.size or sizes:
         found = {"ours": [], "eager": [], "compile": []}
         for _ in range(args.rounds):
             found["ours"].append(ours(size, args.precision, args.device, args.binaries))
