@@ -4,7 +4,7 @@ use std::path::Path;
 
 use llama::data::tokenizer::Tokenizer;
 use llama::model::generate::{GenerateOptions, Generated, Generation, Sampling, ScoreRequest};
-use llama::model::{LlamaConfig, ModelError, hf};
+use llama::model::{LlamaConfig, ModelError, Precision, WeightFormat, hf};
 use llama::{Engine, EngineOptions, Error};
 
 use crate::behaviour::small;
@@ -89,6 +89,33 @@ device_test! {
             assert!(matches!(fails(&[1; 66], 1), ModelError::SequenceTooLong { len: 65, max: 64 }));
             assert_eq!(engine.score(&[request(&[1; 65], 1)]).unwrap()[0].len(), 64);
         }
+    }
+}
+
+/// What a cache keeps suits the weights, unless it is chosen.
+#[test]
+fn caches_are_short_where_weights_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = Tokenizer::bytes();
+    let config = LlamaConfig { vocab_size: tokenizer.vocab_size(), d_ff: 96, ..small() };
+    hf::save(&config.init::<burn::backend::Flex>(5, &Default::default()).unwrap(), &config, folder.path()).unwrap();
+    tokenizer.save(&folder.path().join("tokenizer.model")).unwrap();
+    let log_probs = |weights, cache| -> Vec<f32> {
+        let options = EngineOptions { weights: Some(weights), cache, ..EngineOptions::new("flex".parse().unwrap()) };
+        let engine = Engine::open_with(folder.path(), &options, &llama::data::NoProgress).unwrap();
+        let options = GenerateOptions { log_probs: true, ..greedy(6) };
+        let steps = engine.generate(&[engine.codec().encode_prompt("fn main")], options).unwrap();
+        steps.flat_map(|step| step.unwrap()[0]).filter_map(|new| new.log_prob).collect()
+    };
+    for (weights, suits, other) in [
+        (WeightFormat::F32, Precision::F32, Precision::F16),
+        (WeightFormat::Bf16, Precision::F16, Precision::F32),
+        (WeightFormat::Q8, Precision::F16, Precision::Bf16),
+    ] {
+        let found = log_probs(weights, None);
+        assert_eq!(found.len(), 6);
+        assert_eq!(found, log_probs(weights, Some(suits)), "{weights}");
+        assert_ne!(found, log_probs(weights, Some(other)), "{weights}");
     }
 }
 

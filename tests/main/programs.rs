@@ -94,6 +94,10 @@ fn pretrain_then_generate() {
     assert_eq!(one, generate(&["--prompt", "pub fn "]), "the same seed gives the same text");
     let batch = generate(&["--prompt", "pub fn ", "impl", "--temperature", "0", "--top-k", "5"]);
     assert_eq!(batch.matches("----").count(), 2, "{batch}");
+    let short = generate(&["--prompt", "pub fn ", "--cache", "f16"]);
+    assert!(short.starts_with("pub fn "), "{short}");
+    let error = fails(program("generate").arg("--model").arg(&path).args(["--cache", "q8"]));
+    assert!(error.contains("q8") && error.contains("f32, bf16, f16"), "{error}");
     let error = fails(program("generate").arg("--model").arg(folder.path().join("nothing")));
     assert!(error.contains("nothing") && error.contains("pretrain"), "{error}");
     into_other_formats_and_back(&path, folder.path());
