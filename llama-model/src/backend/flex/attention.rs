@@ -1,7 +1,8 @@
 //! Causal attention in tiles (paper, section 2.4; Dao, FlashAttention-2): scores exist for one tile at a time, tiles
 //! above the diagonal are never touched, the backward recomputes the probabilities from the log-sum-exp.
 //!
-//! Threads take heads, forward tiles of their queries. Tensors are read with their strides, so neither projections nor caches are copied.
+//! Threads take heads, forward tiles of their queries. Tensors are read with their strides, so neither projections nor
+//! caches are copied, but for caches in fewer bits that many queries read.
 
 mod backward;
 mod few;

@@ -6,8 +6,8 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use super::super::stored::Stored;
-use super::super::stored::avx512::{Widened, to_floats};
-use super::super::vector::Vector;
+use super::super::stored::avx512::Widened;
+use super::super::vector::{Vector, widen};
 use super::super::{Buffer, team};
 use super::avx512::Pairs;
 use super::blocks::{Kernel, OWN, TERMS, Target, with_buffer};
@@ -244,7 +244,7 @@ unsafe fn pack_strip<T: Short>(strip: *mut f32, source: Source<T>) {
         unsafe {
             for (row, floats) in floats.iter_mut().enumerate().take(here) {
                 let scales = scales.add((half + row) * per_row);
-                to_floats(floats, std::slice::from_raw_parts(scales, steps * T::SCALES));
+                widen::<__m512>(floats, std::slice::from_raw_parts(scales, steps * T::SCALES));
             }
             for step in 0..steps {
                 let mut square = [_mm512_setzero_ps(); LANES];

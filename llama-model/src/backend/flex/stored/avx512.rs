@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::super::decode::rounded::Block;
-use super::super::vector::Vector;
+use super::super::vector;
 use crate::backend::QUANT_BLOCK;
 
 /// The integer of a form in blocks, one or more to a byte.
@@ -54,7 +54,8 @@ pub(super) unsafe fn widen<T: Widened>(out: &mut [f32], w: &[T], scales: &[f16])
     let mut floats = [0.0f32; 2 * STEP];
     let steps = out.chunks_mut(STEP * QUANT_BLOCK).zip(w.chunks(STEP * T::BYTES)).zip(scales.chunks(STEP * T::SCALES));
     for ((out, w), scales) in steps {
-        to_floats(&mut floats, scales);
+        // SAFETY: the caller's promise.
+        unsafe { vector::widen::<__m512>(&mut floats, scales) };
         let blocks = out.as_chunks_mut::<QUANT_BLOCK>().0.iter_mut().zip(w.chunks_exact(T::BYTES));
         for ((out, w), scales) in blocks.zip(floats.chunks_exact(T::SCALES)) {
             // SAFETY: a block follows each pointer.
@@ -64,19 +65,5 @@ pub(super) unsafe fn widen<T: Widened>(out: &mut [f32], w: &[T], scales: &[f16])
                 _mm512_storeu_ps(out.as_mut_ptr().add(16), high);
             }
         }
-    }
-}
-
-/// Widens half floats into the beginning of a buffer.
-#[target_feature(enable = "avx512f")]
-pub(in crate::backend::flex) fn to_floats(out: &mut [f32], halfs: &[f16]) {
-    let (blocks, rest) = halfs.as_chunks::<16>();
-    let (out_blocks, out_rest) = out.split_at_mut(16 * blocks.len());
-    for (out, block) in out_blocks.as_chunks_mut::<16>().0.iter_mut().zip(blocks) {
-        // SAFETY: both have 16 elements.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), __m512::load_f16(block.as_ptr())) };
-    }
-    for (out, half) in out_rest.iter_mut().zip(rest) {
-        *out = half.to_f32();
     }
 }

@@ -150,7 +150,7 @@ impl Float for f16 {
     }
 }
 
-/// Writes numbers as f32.
+/// Writes numbers as f32 to the beginning of a buffer.
 ///
 /// # Safety
 /// The CPU must have the vectors.
