@@ -27,8 +27,8 @@ pub enum WeightFormat {
     F16,
     /// 8 bits and a scale for every 32 weights: 1.0625 bytes.
     Q8,
-    /// 4 bits, a scale and a smallest value for every 32 weights: 0.625 bytes. Token embeddings and the head are as in
-    /// [`Q8`](Self::Q8).
+    /// 4 bits, a scale and a smallest value for every 32 weights: 0.625 bytes, or 0.5625 where a file has no smallest values (GGUF's
+    /// `Q4_0`). Token embeddings and the head are as in [`Q8`](Self::Q8).
     Q4,
 }
 
@@ -94,7 +94,7 @@ impl WeightFormat {
         if self.check::<B>(device).is_ok() { self } else { Self::F32 }
     }
 
-    /// Bytes that a weight of a linear layer takes.
+    /// Bytes that a weight of a linear layer takes, at most.
     pub fn bytes_per_weight(self) -> f64 {
         match self {
             Self::F32 => 4.0,

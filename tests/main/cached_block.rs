@@ -9,7 +9,7 @@ use llama::model::backend::ops::{primitive, tensor};
 use llama::model::backend::{Bits, BlockCache, BlockSpec, BlockWeights, Matrix, ops};
 use llama::model::modules::Quantized;
 use llama::model::shard::Team;
-use llama::model::{Compute, LlamaBackend, Precision, WeightFormat};
+use llama::model::{Compute, LlamaBackend, Precision};
 
 use crate::support::{close, device_test, floats, noise, scale, tolerance};
 
@@ -97,34 +97,31 @@ fn random<B: Backend, const D: usize>(dims: [usize; D], seed: u64, device: &B::D
     Tensor::from_data(TensorData::new(noise(dims.iter().product(), seed), dims), (device, DType::F32))
 }
 
-/// A matrix in a format, and the values it then has.
-fn stored<B: LlamaBackend>(
-    shape: &[usize],
-    values: &[f64],
-    format: WeightFormat,
-    device: &B::Device,
-) -> (Matrix<B>, TensorData) {
+/// A form of weights.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Form {
+    Floats(Precision),
+    Blocks(Bits),
+}
+
+/// A matrix in a form, and the values it then has.
+fn stored<B: LlamaBackend>(shape: &[usize], values: &[f64], form: Form, device: &B::Device) -> (Matrix<B>, TensorData) {
     let data = TensorData::new(values.to_vec(), [shape[0], shape[1]]);
-    let in_blocks = |bits| {
-        let matrix = Quantized::<B>::new(data.clone(), bits, device);
-        (Matrix::Blocks(matrix.weight()), matrix.dense().into_data())
-    };
-    let in_floats = |dtype| {
-        let matrix = Tensor::<B, 2>::from_data(data.clone(), (device, dtype));
-        (Matrix::Floats(primitive(matrix.clone())), matrix.into_data().convert::<f32>())
-    };
-    match format {
-        WeightFormat::Q8 => in_blocks(Bits::Eight),
-        WeightFormat::Q4 => in_blocks(Bits::Four),
-        WeightFormat::Bf16 => in_floats(DType::BF16),
-        WeightFormat::F16 => in_floats(DType::F16),
-        WeightFormat::F32 => in_floats(DType::F32),
+    match form {
+        Form::Blocks(bits) => {
+            let matrix = Quantized::<B>::new(data, bits, device);
+            (Matrix::Blocks(matrix.weight()), matrix.dense().into_data())
+        }
+        Form::Floats(precision) => {
+            let matrix = Tensor::<B, 2>::from_data(data, (device, precision.dtype()));
+            (Matrix::Floats(primitive(matrix.clone())), matrix.into_data().convert::<f32>())
+        }
     }
 }
 
 /// The block on the device, and the plain composition.
-fn check<B: LlamaBackend>(case: Case, format: WeightFormat, kept: Precision, device: &B::Device) {
-    let what = format!("{format}, cache {kept} {case:?}");
+fn check<B: LlamaBackend>(case: Case, form: Form, kept: Precision, device: &B::Device) {
+    let what = format!("{form:?}, cache {kept} {case:?}");
     let on_host = Default::default();
     let mut plain = Vec::new();
     let mut gains = Vec::new();
@@ -135,7 +132,7 @@ fn check<B: LlamaBackend>(case: Case, format: WeightFormat, kept: Precision, dev
             gains.push(primitive(Tensor::<B, 1>::from_data(gain.clone(), (device, DType::F32))));
             plain.push(primitive(Tensor::<Flex, 1>::from_data(gain, (&on_host, DType::F32))));
         } else {
-            let (matrix, values) = stored::<B>(&shape, &values, format, device);
+            let (matrix, values) = stored::<B>(&shape, &values, form, device);
             matrices.push(matrix);
             plain.push(primitive(Tensor::<Flex, 2>::from_data(values, (&on_host, DType::F32))));
         }
@@ -168,7 +165,7 @@ fn check<B: LlamaBackend>(case: Case, format: WeightFormat, kept: Precision, dev
     ];
     for (name, found, expected) in pairs {
         // Where weights are in fewer bytes, the CPU's kernels round the inputs as well.
-        let of_weights = if format == WeightFormat::F32 { 2e-5 } else { 5e-3 };
+        let of_weights = if form == Form::Floats(Precision::F32) { 2e-5 } else { 5e-3 };
         // Half a unit in the last place of the largest.
         let of_cache = match kept {
             Precision::F32 => 0.0,
@@ -183,18 +180,21 @@ fn check<B: LlamaBackend>(case: Case, format: WeightFormat, kept: Precision, dev
 
 device_test! {
     fn is_the_plain_composition<B>(device) {
-        let every = WeightFormat::ALL.iter().map(|format| (*format, Precision::F32));
-        let rounded = [(WeightFormat::F32, Precision::Bf16), (WeightFormat::F32, Precision::F16), (WeightFormat::Q8, Precision::F16)];
-        for (format, kept) in every.chain(rounded) {
-            let there = format.check::<B::InnerBackend>(&device).and(kept.check::<B::InnerBackend>("cache", &device));
-            if let Err(error) = there {
+        let f32 = Form::Floats(Precision::F32);
+        let blocks = [Bits::Eight, Bits::Four, Bits::FourSymmetric].map(Form::Blocks);
+        let forms = Precision::ALL.iter().map(|precision| Form::Floats(*precision)).chain(blocks);
+        let rounded = [(f32, Precision::Bf16), (f32, Precision::F16), (Form::Blocks(Bits::Eight), Precision::F16)];
+        for (form, kept) in forms.map(|form| (form, Precision::F32)).chain(rounded) {
+            let of_weights = if let Form::Floats(precision) = form { precision } else { Precision::F32 };
+            let has = |field, precision: Precision| precision.check::<B::InnerBackend>(field, &device);
+            if let Err(error) = has("weights", of_weights).and(has("cache", kept)) {
                 eprintln!("skipped: {error}");
                 continue;
             }
             for case in CASES {
                 let whole = [case.d_model, case.heads * case.head_dim, case.d_ff].iter().all(|width| width % 32 == 0);
-                if whole || !matches!(format, WeightFormat::Q8 | WeightFormat::Q4) {
-                    check::<B::InnerBackend>(case, format, kept, &device);
+                if whole || matches!(form, Form::Floats(_)) {
+                    check::<B::InnerBackend>(case, form, kept, &device);
                 }
             }
         }

@@ -4,6 +4,7 @@
 //! | --- | --- | --- |
 //! | 8 | `scale · q`, `q` from -127 to 127 | 1.0625 |
 //! | 4 | `scale · q + min`, `q` from 0 to 15 | 0.625 |
+//! | 4, symmetric | `scale · (q - 8)` | 0.5625 |
 //!
 //! The integers are kept in words of 32 bits, little-endian, which every backend has. In 4 bits the byte `i` of a block has
 //! value `i` in its low half and value `i + 16` in its high half, as in llama.cpp's files. Scales and minima are half
@@ -27,6 +28,8 @@ pub enum Bits {
     Eight,
     /// A scale and a smallest value for each block.
     Four,
+    /// A scale for each block, as llama.cpp's `Q4_0`.
+    FourSymmetric,
 }
 
 impl Bits {
@@ -34,14 +37,14 @@ impl Bits {
     pub const fn words(self) -> usize {
         match self {
             Self::Eight => QUANT_BLOCK / 4,
-            Self::Four => QUANT_BLOCK / 8,
+            Self::Four | Self::FourSymmetric => QUANT_BLOCK / 8,
         }
     }
 
     /// Floats that describe a block.
     pub const fn scales(self) -> usize {
         match self {
-            Self::Eight => 1,
+            Self::Eight | Self::FourSymmetric => 1,
             Self::Four => 2,
         }
     }
@@ -81,10 +84,11 @@ impl<B: Backend> QuantizedWeight<B> {
                 let sign = bytes.clone().bitwise_and_scalar(128.elem()).mul_scalar(2);
                 (bytes - sign).float() * scales
             }
-            Bits::Four => {
+            Bits::Four | Bits::FourSymmetric => {
                 let low = bytes.clone().bitwise_and_scalar(15.elem());
                 let high = bytes.bitwise_right_shift_scalar(4.elem());
-                let [scale, min] = [0, 1].map(|i| scales.clone().narrow(1, i, 1));
+                let scale = scales.clone().narrow(1, 0, 1);
+                let min = if self.bits == Bits::Four { scales.narrow(1, 1, 1) } else { scale.clone() * -8.0 };
                 Tensor::cat(vec![low, high], 1).float() * scale + min
             }
         };

@@ -68,8 +68,22 @@ pub(crate) fn round(bits: Bits, weights: &[f32], values: &mut [u8], scales: &mut
                 values.iter_mut().zip(pairs).for_each(|(q, (a, b))| *q = value(a) | value(b) << 4);
                 scales.copy_from_slice(&[scale, min]);
             }
+            Bits::FourSymmetric => scales[0] = round_symmetric(block, values),
         }
     }
+}
+
+/// Writes the values of a block; its scale. The value furthest from zero, the first of two, becomes -8, and halves go up, as in llama.cpp's
+/// `Q4_0`, whose integers come from the scale before it is in half precision.
+pub(crate) fn round_symmetric(block: &[f32; QUANT_BLOCK], values: &mut [u8]) -> f16 {
+    let furthest = largest(block, f32::abs);
+    let d = block.iter().find(|x| x.abs() == furthest).map_or(0.0, |x| x / -8.0);
+    let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
+    let below = |x: f32| nearest(x) - i32::from(nearest(x) as f32 > x);
+    let quantise = |x: f32| below((x * inverse + 8.5).clamp(0.0, 15.0)) as u8;
+    let pairs = block[..QUANT_BLOCK / 2].iter().zip(&block[QUANT_BLOCK / 2..]);
+    values.iter_mut().zip(pairs).for_each(|(q, (low, high))| *q = quantise(*low) | quantise(*high) << 4);
+    f16::from_f32(d)
 }
 
 /// The largest of what `of` makes of the values, eight at a time.
@@ -154,11 +168,27 @@ mod tests {
         }
     }
 
+    /// Symmetric blocks have one value further on one side of zero than on the other.
+    #[test]
+    fn symmetric_values_are_nearly_what_they_were() {
+        let weights: Vec<f32> = (0..96).map(|i| ((i * 7919) % 2003) as f32 / 1001.5 - 0.7).collect();
+        let found = dense(Bits::FourSymmetric, &weights, 3);
+        for (found, exact) in found.chunks(QUANT_BLOCK).zip(weights.chunks(QUANT_BLOCK)) {
+            let furthest =
+                exact.iter().fold(0.0f32, |furthest, w| if w.abs() > furthest.abs() { *w } else { furthest });
+            let step = furthest / -8.0;
+            for (found, exact) in found.iter().zip(exact) {
+                let nearest = exact.clamp((7.0 * step).min(furthest), (7.0 * step).max(furthest));
+                assert!((found - nearest).abs() <= 0.51 * step.abs(), "{exact} became {found}, by steps of {step}");
+            }
+        }
+    }
+
     /// What was in blocks once stays what it is.
     #[test]
     fn rounded_values_are_not_rounded_again() {
         let weights: Vec<f32> = (0..128).map(|i| ((i * 7919) % 257) as f32 / 128.0 - 1.0).collect();
-        for bits in [Bits::Eight, Bits::Four] {
+        for bits in [Bits::Eight, Bits::Four, Bits::FourSymmetric] {
             let once = dense(bits, &weights, 1);
             let twice = dense(bits, &once, 1);
             assert!(once.iter().zip(&twice).all(|(a, b)| (a - b).abs() < 1e-6), "{bits:?}");
@@ -183,7 +213,7 @@ mod tests {
 
     #[test]
     fn zeros_and_extremes_stay_finite() {
-        for bits in [Bits::Eight, Bits::Four] {
+        for bits in [Bits::Eight, Bits::Four, Bits::FourSymmetric] {
             assert_eq!(dense(bits, &[0.0; 32], 1), [0.0; 32]);
             assert!(dense(bits, &[1e-30; 32], 1).iter().all(|w| *w == 0.0));
             assert!(dense(bits, &[3e4; 32], 1).iter().all(|w| (w - 3e4).abs() < 300.0));

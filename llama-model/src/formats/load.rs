@@ -101,7 +101,7 @@ impl Parts<'_> {
     fn blocks(&self, path: &str, dims: [usize; 2], bits: Bits) -> Result<BlockData, ModelError> {
         let split = Split::of(path);
         let whole = split.whole_dims(&dims, self.shard.count);
-        let BlockData { words, scales, .. } = self.whole.reader.blocks(path, [whole[0], whole[1]], bits)?;
+        let BlockData { bits, words, scales } = self.whole.reader.blocks(path, [whole[0], whole[1]], bits)?;
         Ok(BlockData { bits, words: split.cut(words, self.shard), scales: split.cut(scales, self.shard) })
     }
 }

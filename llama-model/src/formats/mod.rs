@@ -109,7 +109,7 @@ trait Reader: Weights {
     fn tensors(&self) -> Vec<TensorInfo>;
     /// The format that is nearest to how the weight at `path` is stored, and no shorter; f32 if there is none.
     fn stored(&self, path: &str) -> WeightFormat;
-    /// A matrix in blocks along its rows, as [`Weights::weight`]: its values rounded, or the blocks that it is stored in.
+    /// A matrix in blocks of so many bits along its rows, as [`Weights::weight`]: its values rounded, or the blocks that it is stored in.
     fn blocks(&self, path: &str, dims: [usize; 2], bits: Bits) -> Result<BlockData, ModelError> {
         Ok(BlockData::round(&self.weight(path, &dims)?, bits))
     }

@@ -6,7 +6,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use crate::WeightFormat;
-use crate::backend::rounding::{largest, nearest, round};
+use crate::backend::rounding::{largest, nearest, round, round_symmetric};
 use crate::backend::{Bits, QUANT_BLOCK};
 use crate::copy::fill;
 
@@ -60,6 +60,11 @@ impl Quant {
         }
     }
 
+    /// The shortest of our blocks of so many bits that take it.
+    pub(super) fn bits(self, bits: Bits) -> Bits {
+        if self == Self::Q4_0 && bits == Bits::Four { Bits::FourSymmetric } else { bits }
+    }
+
     /// The values of whole blocks, by all threads.
     pub(super) fn decode_all(self, bytes: &[u8]) -> Vec<f32> {
         let (values, size) = self.block();
@@ -75,9 +80,9 @@ impl Quant {
         let scales = scales.chunks_exact_mut(ours * bits.scales());
         for ((block, values), scales) in bytes.chunks_exact(size).zip(values).zip(scales) {
             match (self, bits) {
-                (Self::Q4_0, Bits::Four) => {
+                (Self::Q4_0, Bits::FourSymmetric) => {
                     values.copy_from_slice(&block[2..]);
-                    scales.copy_from_slice(&[stored(block, 0), to_half(-8.0 * half(block, 0))]);
+                    scales[0] = stored(block, 0);
                 }
                 (Self::Q4_1, Bits::Four) => {
                     values.copy_from_slice(&block[4..]);
@@ -251,17 +256,10 @@ pub(super) fn encode_q8_0(values: &[f32], out: &mut [u8]) {
     }
 }
 
-/// Each block's value furthest from zero, the first of two, becomes -8.
 pub(super) fn encode_q4_0(values: &[f32], out: &mut [u8]) {
     for (block, out) in values.as_chunks::<BLOCK>().0.iter().zip(out.as_chunks_mut::<Q4_0_BYTES>().0) {
-        let furthest = largest(block, f32::abs);
-        let d = block.iter().find(|x| x.abs() == furthest).map_or(0.0, |x| x / -8.0);
-        let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
-        let below = |x: f32| nearest(x) - i32::from(nearest(x) as f32 > x);
-        let quantise = |x: f32| below((x * inverse + 8.5).clamp(0.0, 15.0)) as u8;
-        out[..2].copy_from_slice(&f16::from_f32(d).to_le_bytes());
-        let pairs = block[..BLOCK / 2].iter().zip(&block[BLOCK / 2..]);
-        out[2..].iter_mut().zip(pairs).for_each(|(q, (low, high))| *q = quantise(*low) | quantise(*high) << 4);
+        let d = round_symmetric(block, &mut out[2..]);
+        out[..2].copy_from_slice(&d.to_le_bytes());
     }
 }
 
@@ -323,7 +321,7 @@ mod tests {
             }
             let exact = quant.decode(&bytes);
             assert_eq!(quant.decode_all(&bytes), exact);
-            for (bits, steps) in [(Bits::Four, 15.0), (Bits::Eight, 254.0)] {
+            for (bits, steps) in [(Bits::Four, 15.0), (Bits::FourSymmetric, 8.0), (Bits::Eight, 254.0)] {
                 let ours = exact.len() / QUANT_BLOCK;
                 let mut values = vec![0; ours * 4 * bits.words()];
                 let mut scales = vec![f16::ZERO; ours * bits.scales()];
@@ -332,14 +330,15 @@ mod tests {
                 let found: Vec<f32> = blocks
                     .flat_map(|(values, scales)| match bits {
                         Bits::Eight => values.iter().map(|q| f32::from(*q as i8) * scales[0].to_f32()).collect(),
-                        Bits::Four => {
+                        Bits::Four | Bits::FourSymmetric => {
                             let halves = values.iter().map(|q| q & 15).chain(values.iter().map(|q| q >> 4));
-                            let value = |q| f32::from(q) * scales[0].to_f32() + scales[1].to_f32();
-                            halves.map(value).collect::<Vec<f32>>()
+                            let min = scales.get(1).map_or(-8.0 * scales[0].to_f32(), |min| min.to_f32());
+                            halves.map(|q| f32::from(q) * scales[0].to_f32() + min).collect::<Vec<f32>>()
                         }
                     })
                     .collect();
-                let same = matches!((quant, bits), (Q4_0 | Q4_1, Bits::Four) | (Q8_0, Bits::Eight));
+                let same =
+                    matches!((quant, bits), (Q4_0, Bits::FourSymmetric) | (Q4_1, Bits::Four) | (Q8_0, Bits::Eight));
                 for (block, (found, exact)) in found.chunks(32).zip(exact.chunks(32)).enumerate() {
                     let largest = exact.iter().fold(0.0f32, |max, x| max.max(x.abs()));
                     let half_precision = 1.5e-3 * largest;

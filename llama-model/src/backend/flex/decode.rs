@@ -38,7 +38,7 @@ use super::product::{self, Matrix, Output, PRODUCT, Product};
 #[cfg(target_arch = "x86_64")]
 use super::product::{Bf16Unit, PackedRows};
 use super::simd::{self, tree_sum, vectorized};
-use super::stored::Stored;
+use super::stored::{Stored, Symmetric};
 use super::vector::by_vectors;
 use super::{Buffer, contiguous, team, values, whole};
 use crate::Precision;
@@ -50,6 +50,9 @@ const ROWS: usize = 8;
 const TASK: usize = 1 << 14;
 /// Weights that are widened at a time: a megabyte of floats.
 const WIDENED: usize = 1 << 18;
+/// Bytes between what is read of a weight and what is asked for, as a single stream: several rows at a time were half as fast where
+/// rows are short.
+const AHEAD: usize = 8192;
 /// Rows of a weight that many rows are multiplied with together, in whatever way.
 const PANEL: usize = 32;
 
@@ -158,12 +161,21 @@ struct Input<'a> {
 impl<'a> Input<'a> {
     fn new(xs: &'a [f32], d_in: usize, weights: &[Stored], precision: Precision) -> Self {
         let few = xs.len() <= ROWS * d_in;
-        let blocks = weights.iter().any(|weight| matches!(weight, Stored::Q8(..) | Stored::Q4(..)));
+        let blocks =
+            weights.iter().any(|weight| matches!(weight, Stored::Q8(..) | Stored::Q4(..) | Stored::Q4Symmetric(..)));
         let mut rounded = Vec::new();
         if blocks && few && simd::has_vectors() {
             rounded = SPARE.take();
             rounded.resize_with(xs.len() / d_in, Rounded::default);
-            rounded.iter_mut().zip(xs.chunks_exact(d_in)).for_each(|(rounded, x)| rounded.set(x));
+            let group = if weights.iter().any(|weight| matches!(weight, Stored::Q4(..) | Stored::Q4Symmetric(..))) {
+                together()
+            } else {
+                1
+            };
+            rounded.iter_mut().zip(xs.chunks_exact(d_in)).for_each(|(rounded, x)| {
+                rounded.set(x);
+                rounded.group(group);
+            });
         }
         Self {
             xs,
@@ -280,9 +292,22 @@ unsafe fn dots(columns: Columns, input: &Input, weight: Stored) {
                 Stored::F16(w) => by_vectors!(floats::dots(out, x, w)),
                 Stored::Q8(w, scales) => q8_dots(out, x, w, scales),
                 Stored::Q4(w, scales) => q4_dots(out, x, w, scales),
+                Stored::Q4Symmetric(w, scales) => q4_symmetric_dots(out, x, w, scales),
             }
         }
     }
+}
+
+/// Blocks of 4 bits that [`in_whole_numbers`] multiplies at a time.
+fn together() -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if simd::has_vnni() {
+        return <Wide as whole::Whole>::TOGETHER;
+    }
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    return <Own as whole::Whole>::TOGETHER;
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    1
 }
 
 /// The dots of a row with weights in blocks, if this CPU multiplies them in whole numbers.
@@ -298,8 +323,11 @@ unsafe fn in_whole_numbers(out: &mut [f32], x: &Rounded, weight: Stored) -> bool
             Stored::Q8(w, scales) if simd::has_vnni() => whole::dots::<Wide, _>(out, x, w, scales),
             #[cfg(target_arch = "x86_64")]
             Stored::Q4(w, scales) if simd::has_vnni() => whole::dots::<Wide, _>(out, x, w, scales),
+            #[cfg(target_arch = "x86_64")]
+            Stored::Q4Symmetric(w, scales) if simd::has_vnni() => whole::dots::<Wide, _>(out, x, w, scales),
             Stored::Q8(w, scales) => whole::dots::<Own, _>(out, x, w, scales),
             Stored::Q4(w, scales) => whole::dots::<Own, _>(out, x, w, scales),
+            Stored::Q4Symmetric(w, scales) => whole::dots::<Own, _>(out, x, w, scales),
             _ => return false,
         }
     }
@@ -330,21 +358,39 @@ vectorized! {
 
 vectorized! {
     fn q4_dots<'a>(out: &'a mut [f32], x: &'a [f32], w: &'a [u8], scales: &'a [f16]) -> () {
-        const HALF: usize = QUANT_BLOCK / 2;
-        let rows = w.chunks_exact(x.len() / 2).zip(scales.chunks_exact(2 * x.len() / QUANT_BLOCK));
-        for (out, (w, scales)) in out.iter_mut().zip(rows) {
-            let mut lanes = [0.0f32; QUANT_BLOCK];
-            let blocks = x.as_chunks::<QUANT_BLOCK>().0.iter().zip(w.as_chunks::<HALF>().0);
-            for ((x, w), [scale, min]) in blocks.zip(scales.as_chunks::<2>().0) {
-                let (scale, min) = (scale.to_f32(), min.to_f32());
-                for lane in 0..HALF {
-                    let (low, high) = (f32::from(w[lane] & 15), f32::from(w[lane] >> 4));
-                    lanes[lane] = x[lane].mul_add(scale.mul_add(low, min), lanes[lane]);
-                    lanes[HALF + lane] = x[HALF + lane].mul_add(scale.mul_add(high, min), lanes[HALF + lane]);
-                }
+        dots_of_4::<2>(out, x, w, scales, |[scale, min]| [scale.to_f32(), min.to_f32()]);
+    }
+}
+
+vectorized! {
+    fn q4_symmetric_dots<'a>(out: &'a mut [f32], x: &'a [f32], w: &'a [Symmetric], scales: &'a [f16]) -> () {
+        dots_of_4::<1>(out, x, bytemuck::cast_slice(w), scales, |[scale]| [scale.to_f32(), -8.0 * scale.to_f32()]);
+    }
+}
+
+/// `scales` are of a block's floats its scale and minimum.
+#[inline(always)]
+fn dots_of_4<const N: usize>(
+    out: &mut [f32],
+    x: &[f32],
+    w: &[u8],
+    floats: &[f16],
+    scales: impl Fn(&[f16; N]) -> [f32; 2],
+) {
+    const HALF: usize = QUANT_BLOCK / 2;
+    let rows = w.chunks_exact(x.len() / 2).zip(floats.chunks_exact(N * x.len() / QUANT_BLOCK));
+    for (out, (w, floats)) in out.iter_mut().zip(rows) {
+        let mut lanes = [0.0f32; QUANT_BLOCK];
+        let blocks = x.as_chunks::<QUANT_BLOCK>().0.iter().zip(w.as_chunks::<HALF>().0);
+        for ((x, w), floats) in blocks.zip(floats.as_chunks::<N>().0) {
+            let [scale, min] = scales(floats);
+            for lane in 0..HALF {
+                let (low, high) = (f32::from(w[lane] & 15), f32::from(w[lane] >> 4));
+                lanes[lane] = x[lane].mul_add(scale.mul_add(low, min), lanes[lane]);
+                lanes[HALF + lane] = x[HALF + lane].mul_add(scale.mul_add(high, min), lanes[HALF + lane]);
             }
-            *out = tree_sum(lanes);
         }
+        *out = tree_sum(lanes);
     }
 }
 

@@ -22,7 +22,18 @@ pub(super) enum Stored<'a> {
     Q8(&'a [i8], &'a [f16]),
     /// Pairs of values, and scale and minimum for each [`QUANT_BLOCK`] of them.
     Q4(&'a [u8], &'a [f16]),
+    /// Pairs of values, and one scale for each [`QUANT_BLOCK`] of them.
+    Q4Symmetric(&'a [Symmetric], &'a [f16]),
 }
+
+/// Two values of 4 bits that count from -8.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct Symmetric(pub u8);
+
+// SAFETY: it is a byte.
+unsafe impl bytemuck::Zeroable for Symmetric {}
+unsafe impl bytemuck::Pod for Symmetric {}
 
 impl<'a> Stored<'a> {
     /// A matrix that [`whole`](super::whole) gave, in floats.
@@ -40,6 +51,7 @@ impl<'a> Stored<'a> {
         match weight.bits {
             Bits::Eight => Self::Q8(bytemuck::cast_slice(words), scales),
             Bits::Four => Self::Q4(bytemuck::cast_slice(words), scales),
+            Bits::FourSymmetric => Self::Q4Symmetric(bytemuck::cast_slice(words), scales),
         }
     }
 
@@ -59,6 +71,7 @@ impl<'a> Stored<'a> {
             Self::F16(w) => w.len(),
             Self::Q8(w, _) => w.len(),
             Self::Q4(w, _) => 2 * w.len(),
+            Self::Q4Symmetric(w, _) => 2 * w.len(),
         }
     }
 
@@ -74,6 +87,9 @@ impl<'a> Stored<'a> {
             Self::Q4(w, scales) => {
                 Self::Q4(&w[range.start / 2..range.end / 2], &scales[2 * start * blocks..2 * end * blocks])
             }
+            Self::Q4Symmetric(w, scales) => {
+                Self::Q4Symmetric(&w[range.start / 2..range.end / 2], &scales[start * blocks..end * blocks])
+            }
         }
     }
 
@@ -86,6 +102,7 @@ impl<'a> Stored<'a> {
                 // SAFETY: the CPU was asked; values and scales are of as many blocks as `out`.
                 Self::Q8(w, scales) => return unsafe { avx512::widen(out, w, scales) },
                 Self::Q4(w, scales) => return unsafe { avx512::widen(out, w, scales) },
+                Self::Q4Symmetric(w, scales) => return unsafe { avx512::widen(out, w, scales) },
                 _ => {}
             }
         }
@@ -96,6 +113,7 @@ impl<'a> Stored<'a> {
             Self::F16(w) => unsafe { by_vectors!(widen(out, w)) },
             Self::Q8(w, scales) => widen_q8(out, w, scales),
             Self::Q4(w, scales) => widen_q4(out, w, scales),
+            Self::Q4Symmetric(w, scales) => widen_q4_symmetric(out, w, scales),
         }
     }
 }
@@ -116,12 +134,25 @@ vectorized! {
     pub(super) fn widen_q4<'a>(out: &'a mut [f32], w: &'a [u8], scales: &'a [f16]) -> () {
         let blocks = out.as_chunks_mut::<QUANT_BLOCK>().0.iter_mut().zip(w.as_chunks::<{ QUANT_BLOCK / 2 }>().0);
         for ((out, w), [scale, min]) in blocks.zip(scales.as_chunks::<2>().0) {
-            let (scale, min) = (scale.to_f32(), min.to_f32());
-            let (low, high) = out.split_at_mut(QUANT_BLOCK / 2);
-            for ((low, high), w) in low.iter_mut().zip(high).zip(w) {
-                *low = scale.mul_add(f32::from(w & 15), min);
-                *high = scale.mul_add(f32::from(w >> 4), min);
-            }
+            widen_block(out, w, scale.to_f32(), min.to_f32());
         }
+    }
+}
+
+vectorized! {
+    pub(super) fn widen_q4_symmetric<'a>(out: &'a mut [f32], w: &'a [Symmetric], scales: &'a [f16]) -> () {
+        let w = bytemuck::cast_slice(w).as_chunks::<{ QUANT_BLOCK / 2 }>().0;
+        for ((out, w), scale) in out.as_chunks_mut::<QUANT_BLOCK>().0.iter_mut().zip(w).zip(scales) {
+            widen_block(out, w, scale.to_f32(), -8.0 * scale.to_f32());
+        }
+    }
+}
+
+#[inline(always)]
+fn widen_block(out: &mut [f32; QUANT_BLOCK], w: &[u8; QUANT_BLOCK / 2], scale: f32, min: f32) {
+    let (low, high) = out.split_at_mut(QUANT_BLOCK / 2);
+    for ((low, high), w) in low.iter_mut().zip(high).zip(w) {
+        *low = scale.mul_add(f32::from(w & 15), min);
+        *high = scale.mul_add(f32::from(w >> 4), min);
     }
 }

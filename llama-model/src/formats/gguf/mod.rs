@@ -224,6 +224,14 @@ impl Kind {
         }
     }
 
+    /// The shortest of our blocks of so many bits that take it.
+    fn bits(self, bits: Bits) -> Bits {
+        match self {
+            Self::Float(_) => bits,
+            Self::Blocks(quant) => quant.bits(bits),
+        }
+    }
+
     /// Rows in our blocks.
     fn write_blocks(self, bits: Bits, bytes: &[u8], values: &mut [u8], scales: &mut [f16]) {
         match self {

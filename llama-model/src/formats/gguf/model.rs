@@ -140,7 +140,7 @@ impl formats::Reader for Reader {
 
     fn blocks(&self, path: &str, dims: [usize; 2], bits: Bits) -> Result<BlockData, ModelError> {
         let entry = self.entry(path, &dims)?;
-        let rotary = is_rotary(path);
+        let (bits, rotary) = (entry.kind.bits(bits), is_rotary(path));
         Ok(self.file.map.read(entry.range.clone(), |bytes| {
             let row_bytes = bytes.len() / dims[0].max(1);
             BlockData::by_rows(bits, dims, |row, values, scales| {

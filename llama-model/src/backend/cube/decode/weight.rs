@@ -34,7 +34,7 @@ impl Format {
         match self {
             Self::Floats(values) => values / 4,
             Self::Blocks(Bits::Eight) => 1,
-            Self::Blocks(Bits::Four) => 2,
+            Self::Blocks(Bits::Four | Bits::FourSymmetric) => 2,
         }
     }
 
@@ -54,8 +54,12 @@ impl Format {
         }
     }
 
-    fn has_low_and_high(self) -> bool {
+    fn has_minima(self) -> bool {
         self == Self::Blocks(Bits::Four)
+    }
+
+    fn has_low_and_high(self) -> bool {
+        matches!(self, Self::Blocks(Bits::Four | Bits::FourSymmetric))
     }
 }
 
@@ -175,10 +179,17 @@ pub(super) fn read<W: Numeric, S: Float, N: Size>(
                     low[lane] = f32::cast_from((word >> comptime!(8 * lane as i32)) & 15);
                     high[lane] = f32::cast_from((word >> comptime!(8 * lane as i32 + 4)) & 15);
                 }
-                let scale = Vector::<f32, Four>::cast_from(scales[row * pitches.1 + 2 * block]);
-                let min = Vector::<f32, Four>::cast_from(scales[row * pitches.1 + 2 * block + 1]);
-                fours[0] = low * scale + min;
-                fours[1] = high * scale + min;
+                if comptime!(format.has_minima()) {
+                    let scale = Vector::<f32, Four>::cast_from(scales[row * pitches.1 + 2 * block]);
+                    let min = Vector::<f32, Four>::cast_from(scales[row * pitches.1 + 2 * block + 1]);
+                    fours[0] = low * scale + min;
+                    fours[1] = high * scale + min;
+                } else {
+                    let scale = Vector::<f32, Four>::cast_from(scales[row * pitches.1 + block]);
+                    let zero = Vector::<f32, Four>::cast_from(8.0f32);
+                    fours[0] = (low - zero) * scale;
+                    fours[1] = (high - zero) * scale;
+                }
             } else {
                 let mut values = Vector::<f32, Four>::cast_from(0.0f32);
                 #[unroll]

@@ -2,13 +2,11 @@
 
 use std::arch::x86_64::*;
 
-use super::rounded::Bytes;
+use super::rounded::{Bytes, Half};
 use super::whole::Whole;
 use crate::backend::QUANT_BLOCK;
 
 impl Whole for __m256 {
-    const TWO: bool = true;
-
     #[inline(always)]
     unsafe fn products_of_8(w: *const i8, x: &Bytes, _: &[i32; 2]) -> Self {
         unsafe {
@@ -29,35 +27,33 @@ impl Whole for __m256 {
         }
     }
 
+    const TOGETHER: usize = 2;
+
     #[inline(always)]
-    unsafe fn products_of_two_4(w: *const u8, x: &[Bytes; 2]) -> Self {
+    unsafe fn products_of_4s(w: *const u8, x: *const Half) -> Self {
         unsafe {
             let both = _mm256_loadu_si256(w.cast());
             let mask = _mm256_set1_epi8(15);
             let (first, second) = (_mm256_and_si256(both, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(both), mask));
-            let high = _mm256_maddubs_epi16(second, of_two(x, HALF));
-            let high = _mm256_add_epi16(high, _mm256_maddubs_epi16(first, of_two(x, 0)));
-            let low = _mm256_maddubs_epi16(second, of_two(x, QUANT_BLOCK + HALF));
-            let low = _mm256_add_epi16(low, _mm256_maddubs_epi16(first, of_two(x, QUANT_BLOCK)));
+            let [high_first, high_second, low_first, low_second] =
+                [0, 1, 2, 3].map(|i| _mm256_loadu_si256(x.add(2 * i).cast()));
+            let add = |a, b| _mm256_add_epi16(a, b);
+            let high = add(_mm256_maddubs_epi16(second, high_second), _mm256_maddubs_epi16(first, high_first));
+            let low = add(_mm256_maddubs_epi16(second, low_second), _mm256_maddubs_epi16(first, low_first));
             total(high, low)
         }
     }
 
     #[inline(always)]
-    unsafe fn two(numbers: *const f32) -> Self {
+    unsafe fn scales_of_4s(floats: *const f32, every: usize) -> Self {
         unsafe {
-            let both = _mm256_broadcast_ps(&*numbers.cast());
-            _mm256_permutevar_ps(both, _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2))
+            let second = every as i32;
+            let lanes = _mm256_setr_epi32(0, 0, 0, 0, second, second, second, second);
+            // Of single scales there are only two.
+            let both = if every == 2 { _mm_loadu_ps(floats) } else { _mm_castsi128_ps(_mm_loadl_epi64(floats.cast())) };
+            _mm256_permutevar_ps(_mm256_set_m128(both, both), lanes)
         }
     }
-}
-
-const HALF: usize = QUANT_BLOCK / 2;
-
-/// Half of the high or low bytes of one block and of another.
-#[inline(always)]
-unsafe fn of_two([first, second]: &[Bytes; 2], at: usize) -> __m256i {
-    unsafe { _mm256_loadu2_m128i(second.as_ptr().add(at).cast(), first.as_ptr().add(at).cast()) }
 }
 
 #[inline(always)]

@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 
 use super::super::vector::{Float, Task, Vector};
+use super::AHEAD;
 
 /// Sums of a row at a time, so that none waits for the one before.
 const SUMS: usize = 4;
@@ -36,9 +37,9 @@ impl<V: Vector, T: Float> Task for Dots<'_, V, T> {
             unsafe {
                 let mut sums = [V::splat(0.0); SUMS];
                 for at in (0..vectors).step_by(step) {
-                    let ahead = w.as_ptr().add(at).cast::<u8>().wrapping_add(V::AHEAD);
+                    let ahead = w.as_ptr().add(at).cast::<u8>().wrapping_add(AHEAD);
                     for line in (0..step * size_of::<T>()).step_by(LINE) {
-                        V::prefetch(ahead.wrapping_add(line).cast());
+                        V::prefetch_far(ahead.wrapping_add(line).cast());
                     }
                     for (i, sum) in sums.iter_mut().enumerate() {
                         let at = at + i * V::LANES;

@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 use half::f16;
 
 use super::super::simd::{WordUnit, vectorized};
-use super::super::stored::Stored;
+use super::super::stored::{Stored, Symmetric};
 use super::super::team;
 use super::super::vector::{MAX_LANES, Task, Vector};
 use super::Columns;
@@ -48,6 +48,13 @@ impl ToWords for u8 {
     #[inline(always)]
     unsafe fn to_words<V: Words>(w: *const u8, part: usize) -> V {
         unsafe { V::of_4(w, part) }
+    }
+}
+
+impl ToWords for Symmetric {
+    #[inline(always)]
+    unsafe fn to_words<V: Words>(w: *const Symmetric, part: usize) -> V {
+        unsafe { V::of_4(w.cast(), part).less(8) }
     }
 }
 
@@ -100,6 +107,7 @@ impl WordRows {
             match weight {
                 Stored::Q8(w, scales) => self.by_unit(columns, w, scales),
                 Stored::Q4(w, scales) => self.by_unit(columns, w, scales),
+                Stored::Q4Symmetric(w, scales) => self.by_unit(columns, w, scales),
                 _ => return false,
             }
         }

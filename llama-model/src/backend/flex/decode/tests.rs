@@ -57,6 +57,11 @@ fn products_are_right_in_every_form() {
             let bytes = bytemuck::cast_slice(&words);
             let wide = check("q4", Stored::Q4(bytes, &scales), &|out, x| q4_dots(out, x, bytes, &scales));
             assert!(wide.iter().zip(&w).all(|(wide, w)| (wide - w).abs() < 0.08));
+            let (words, scales) = rounded(Bits::FourSymmetric, &w);
+            let bytes = bytemuck::cast_slice(&words);
+            let portable = |out: &mut [f32], x: &[f32]| q4_symmetric_dots(out, x, bytes, &scales);
+            let wide = check("q4, symmetric", Stored::Q4Symmetric(bytes, &scales), &portable);
+            assert!(wide.iter().zip(&w).all(|(wide, w)| (wide - w).abs() < 0.13));
         }
     }
 }
@@ -70,12 +75,13 @@ fn products_of_many_rows_are_right() {
         let w: Vec<f32> = (0..width * d_out).map(|i| noise(i + 17)).collect();
         let short: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
         let half: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
-        let [eight, four] = [Bits::Eight, Bits::Four].map(|bits| rounded(bits, &w));
+        let [eight, four, symmetric] = [Bits::Eight, Bits::Four, Bits::FourSymmetric].map(|bits| rounded(bits, &w));
         let weights = [
             Stored::Bf16(&short),
             Stored::F16(&half),
             Stored::Q8(bytemuck::cast_slice(&eight.0), &eight.1),
             Stored::Q4(bytemuck::cast_slice(&four.0), &four.1),
+            Stored::Q4Symmetric(bytemuck::cast_slice(&symmetric.0), &symmetric.1),
         ];
         for (form, weight) in weights.into_iter().enumerate() {
             let mut wide = vec![0.0; width * d_out];
@@ -123,12 +129,13 @@ fn inputs<'a>(xs: &'a [f32], d_in: usize, weight: Stored) -> Vec<(String, Input<
 /// Whole numbers or not, zeros and the smallest numbers are harmless and what is not finite stays so.
 #[test]
 fn unusual_inputs_of_blocks_are_what_they_are() {
-    for bits in [Bits::Eight, Bits::Four] {
+    for bits in [Bits::Eight, Bits::Four, Bits::FourSymmetric] {
         let (words, scales) = rounded(bits, &[1.0; 128]);
         let bytes: &[u8] = bytemuck::cast_slice(&words);
         let weight = match bits {
             Bits::Eight => Stored::Q8(bytemuck::cast_slice(bytes), &scales),
             Bits::Four => Stored::Q4(bytes, &scales),
+            Bits::FourSymmetric => Stored::Q4Symmetric(bytemuck::cast_slice(bytes), &scales),
         };
         let product = |x: &[f32]| {
             let mut out = [0.0f32; 2];
@@ -166,7 +173,7 @@ fn unusual_inputs_of_blocks_are_what_they_are() {
 #[test]
 fn widening_by_hand_is_widening() {
     let weights: Vec<f32> = (0..96 * 32).map(|i| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0).collect();
-    for bits in [Bits::Eight, Bits::Four] {
+    for bits in [Bits::Eight, Bits::Four, Bits::FourSymmetric] {
         let (words, scales) = rounded(bits, &weights);
         let mut found = vec![0.0; weights.len()];
         let mut plain = found.clone();
@@ -178,6 +185,10 @@ fn widening_by_hand_is_widening() {
             Bits::Four => {
                 Stored::Q4(bytemuck::cast_slice(&words), &scales).widen(&mut found);
                 super::super::stored::widen_q4(&mut plain, bytemuck::cast_slice(&words), &scales);
+            }
+            Bits::FourSymmetric => {
+                Stored::Q4Symmetric(bytemuck::cast_slice(&words), &scales).widen(&mut found);
+                super::super::stored::widen_q4_symmetric(&mut plain, bytemuck::cast_slice(&words), &scales);
             }
         }
         assert!(found.iter().zip(&plain).all(|(a, b)| (a - b).abs() < 1e-6));

@@ -4,8 +4,10 @@ use std::marker::PhantomData;
 
 use half::f16;
 
+use super::super::stored::Symmetric;
 use super::super::vector::{MAX_LANES, Task, Vector};
-use super::rounded::{Block, Bytes, Rounded};
+use super::AHEAD;
+use super::rounded::{Block, Bytes, HALVES, Half, Rounded};
 use crate::backend::QUANT_BLOCK;
 
 /// Scales in a cache line.
@@ -33,14 +35,14 @@ pub(super) trait Whole: Vector {
         self
     }
 
-    /// Whether these vectors multiply two blocks of 4 bits at a time.
-    const TWO: bool = false;
-    /// The same for two blocks, one in each half of the lanes.
-    unsafe fn products_of_two_4(_w: *const u8, _x: &[Bytes; 2]) -> Self {
+    /// Blocks of 4 bits that these vectors multiply at a time, each in as many lanes.
+    const TOGETHER: usize = 1;
+    /// The same for [`TOGETHER`](Self::TOGETHER) blocks, with the input as [`Rounded::halves`] has it.
+    unsafe fn products_of_4s(_w: *const u8, _x: *const Half) -> Self {
         unreachable!("these vectors multiply one block at a time")
     }
-    /// The first of four numbers in one half of the lanes, the third in the other.
-    unsafe fn two(_numbers: *const f32) -> Self {
+    /// The scales of as many blocks, each in the lanes of its block. They are every one of the floats there, or every second.
+    unsafe fn scales_of_4s(_floats: *const f32, _every: usize) -> Self {
         unreachable!("these vectors multiply one block at a time")
     }
 }
@@ -63,6 +65,13 @@ impl Multiplied for u8 {
     #[inline(always)]
     unsafe fn products<V: Whole>(w: *const u8, x: &Bytes, _: &[i32; 2]) -> V {
         unsafe { V::products_of_4(w, x) }
+    }
+}
+
+impl Multiplied for Symmetric {
+    #[inline(always)]
+    unsafe fn products<V: Whole>(w: *const Symmetric, x: &Bytes, _: &[i32; 2]) -> V {
+        unsafe { V::products_of_4(w.cast(), x) }
     }
 }
 
@@ -119,20 +128,12 @@ unsafe fn sums<V: Whole, T: Multiplied, const N: usize>(
     let stride = T::factors(x).len();
     // SAFETY: the caller's promise; factors and floats are whole registers, and fetching reads nothing.
     unsafe {
-        let minima: [V; N] = multiply_scales::<V, T, N>(floats, T::factors(x), scales, per_row);
+        let minima: [V; N] = multiply_scales::<V, T, N>(floats, x, scales, per_row);
+        let together = if T::BYTES == QUANT_BLOCK / 2 { V::TOGETHER } else { 1 };
+        let groups = if together > 1 { x.blocks() / together } else { 0 };
+        assert!(groups == 0 || x.halves.len() == groups * together * HALVES, "the input is in other groups");
         let mut sums = [V::splat(0.0); N];
-        let (twos, _) = x.bytes.as_chunks::<2>();
-        let twos = if V::TWO && T::BYTES == QUANT_BLOCK / 2 { twos } else { &[] };
-        for (pair, bytes) in twos.iter().enumerate() {
-            let block = 2 * pair;
-            fetch::<V, T, N>(w, block, 2);
-            for (row, sum) in sums.iter_mut().enumerate() {
-                let products = V::products_of_two_4(w.as_ptr().add(row * width + block * T::BYTES).cast(), bytes);
-                let scales = floats.as_ptr().add(row * stride + block * T::SCALES);
-                *sum = products.multiply_add(V::two(scales), *sum);
-            }
-        }
-        for (block, (bytes, of_bytes)) in x.bytes.iter().zip(&x.sums).enumerate().skip(2 * twos.len()) {
+        for (block, (bytes, of_bytes)) in x.bytes.iter().zip(&x.sums).enumerate().skip(groups * together) {
             fetch::<V, T, N>(w, block, 1);
             for (row, sum) in sums.iter_mut().enumerate() {
                 let products: V = T::products(w.as_ptr().add(row * width + block * T::BYTES), bytes, of_bytes);
@@ -143,6 +144,15 @@ unsafe fn sums<V: Whole, T: Multiplied, const N: usize>(
         for (sum, minima) in sums.iter_mut().zip(minima) {
             *sum = sum.weigh().add(minima);
         }
+        for block in (0..groups).map(|group| group * together) {
+            fetch::<V, T, N>(w, block, together);
+            let halves = x.halves.as_ptr().add(block * HALVES);
+            for (row, sum) in sums.iter_mut().enumerate() {
+                let products = V::products_of_4s(w.as_ptr().add(row * width + block * T::BYTES).cast(), halves);
+                let scales = V::scales_of_4s(floats.as_ptr().add(row * stride + block * T::SCALES), T::SCALES);
+                *sum = products.multiply_add(scales, *sum);
+            }
+        }
         sums
     }
 }
@@ -151,7 +161,7 @@ unsafe fn sums<V: Whole, T: Multiplied, const N: usize>(
 #[inline(always)]
 fn fetch<V: Whole, T: Multiplied, const N: usize>(w: &[T], block: usize, count: usize) {
     for line in (0..count * N * T::BYTES).step_by(64) {
-        V::prefetch(w.as_ptr().wrapping_add(block * N * T::BYTES + line + V::AHEAD).cast());
+        V::prefetch_far(w.as_ptr().wrapping_add(block * N * T::BYTES + line + AHEAD).cast());
     }
 }
 
@@ -160,14 +170,15 @@ fn fetch<V: Whole, T: Multiplied, const N: usize>(w: &[T], block: usize, count: 
 #[inline(always)]
 unsafe fn multiply_scales<V: Whole, T: Multiplied, const N: usize>(
     floats: &mut [f32],
-    factors: &[f32],
+    x: &Rounded,
     scales: &[f16],
     per_row: usize,
 ) -> [V; N] {
+    let (factors, offsets) = (T::factors(x), T::offsets(x));
     let ones: [f32; MAX_LANES] = std::array::from_fn(|i| (i % T::SCALES) as f32);
     let (whole, stride) = (per_row / V::LANES * V::LANES, factors.len());
     // As many blocks ahead as their values.
-    let scales_ahead = V::AHEAD / T::BYTES * T::SCALES * size_of::<f16>();
+    let scales_ahead = AHEAD / T::BYTES * T::SCALES * size_of::<f16>();
     // SAFETY: the caller's promise; of the scales only what is left is read.
     unsafe {
         let (ones, mut minima) = (V::load(ones.as_ptr(), V::LANES), [V::splat(0.0); N]);
@@ -176,11 +187,13 @@ unsafe fn multiply_scales<V: Whole, T: Multiplied, const N: usize>(
             for (row, minima) in minima.iter_mut().enumerate() {
                 let scales = scales.as_ptr().add(row * per_row + at);
                 if at % LINE == 0 {
-                    V::prefetch(scales.cast::<u8>().wrapping_add(scales_ahead).cast());
+                    V::prefetch_far(scales.cast::<u8>().wrapping_add(scales_ahead).cast());
                 }
                 let product = V::load_f16(scales).multiply(factors);
                 product.store(floats.as_mut_ptr().add(row * stride + at), V::LANES);
-                if T::SCALES == 2 {
+                if let Some(offsets) = offsets {
+                    *minima = product.multiply_add(V::load(offsets.as_ptr().add(at), V::LANES), *minima);
+                } else if T::SCALES == 2 {
                     *minima = product.multiply_add(ones, *minima);
                 }
             }
@@ -196,8 +209,12 @@ unsafe fn multiply_scales<V: Whole, T: Multiplied, const N: usize>(
                     last[..from.len()].copy_from_slice(from);
                     from = &last;
                 }
-                V::load_f16(from.as_ptr()).multiply(factors).store(floats, V::LANES);
-                if T::SCALES == 2 {
+                let product = V::load_f16(from.as_ptr()).multiply(factors);
+                product.store(floats, V::LANES);
+                if let Some(offsets) = offsets {
+                    // Those of the next row are times zero.
+                    *minima = product.multiply_add(V::load(offsets.as_ptr().add(whole), V::LANES), *minima);
+                } else if T::SCALES == 2 {
                     for i in (1..per_row - whole).step_by(2) {
                         *minima = minima.add(V::load(floats.add(i), 1));
                     }

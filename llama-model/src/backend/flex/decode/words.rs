@@ -30,6 +30,8 @@ pub(super) trait Words: Copy {
     unsafe fn of_8(w: *const i8, part: usize) -> Self;
     /// Part `part` of the 32 values of a block of 4 bits.
     unsafe fn of_4(w: *const u8, part: usize) -> Self;
+    /// Each word less a number.
+    unsafe fn less(self, by: i16) -> Self;
     /// Pairs of words as the bits of floats, and back.
     unsafe fn to_bits(self) -> Self::Floats;
     unsafe fn from_bits(bits: Self::Floats) -> Self;
@@ -74,6 +76,10 @@ macro_rules! words_of_256_bits {
                     let value = if part == 0 { both } else { _mm256_srli_epi16::<4>(both) };
                     Self(_mm256_and_si256(value, _mm256_set1_epi16(15)))
                 }
+            }
+            #[inline(always)]
+            unsafe fn less(self, by: i16) -> Self {
+                unsafe { Self(_mm256_sub_epi16(self.0, _mm256_set1_epi16(by))) }
             }
             #[inline(always)]
             unsafe fn to_bits(self) -> __m256 {
@@ -167,6 +173,10 @@ impl Words for Avx512Vnni {
             let both = _mm512_cvtepu8_epi16(_mm256_set_m128i(_mm_srli_epi16::<4>(w), w));
             Self(_mm512_and_si512(both, _mm512_set1_epi16(15)))
         }
+    }
+    #[inline(always)]
+    unsafe fn less(self, by: i16) -> Self {
+        unsafe { Self(_mm512_sub_epi16(self.0, _mm512_set1_epi16(by))) }
     }
     #[inline(always)]
     unsafe fn to_bits(self) -> __m512 {

@@ -5,8 +5,8 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::super::stored::Stored;
 use super::super::stored::avx512::Widened;
+use super::super::stored::{Stored, Symmetric};
 use super::super::vector::{Vector, widen};
 use super::super::{Buffer, team};
 use super::avx512::Pairs;
@@ -104,6 +104,7 @@ impl PackedRows {
                 Stored::F16(w) => self.by_unit(out, stride, w, &[]),
                 Stored::Q8(w, scales) => self.by_unit(out, stride, w, scales),
                 Stored::Q4(w, scales) => self.by_unit(out, stride, w, scales),
+                Stored::Q4Symmetric(w, scales) => self.by_unit(out, stride, w, scales),
                 Stored::F32(_) => unreachable!("weights in f32 are multiplied where they are"),
             }
         }
@@ -211,7 +212,7 @@ macro_rules! short_blocks {
         })*
     };
 }
-short_blocks!(i8, STEP, 1; u8, STEP / 2, 2);
+short_blocks!(i8, STEP, 1; u8, STEP / 2, 2; Symmetric, STEP / 2, 1);
 
 #[inline(always)]
 unsafe fn rounded([low, high]: [__m512; 2]) -> __m512 {

@@ -6,6 +6,7 @@ use half::f16;
 
 use super::super::decode::rounded::Block;
 use super::super::vector;
+use super::Symmetric;
 use crate::backend::QUANT_BLOCK;
 
 /// The integer of a form in blocks, one or more to a byte.
@@ -32,14 +33,26 @@ impl Widened for i8 {
 impl Widened for u8 {
     #[inline(always)]
     unsafe fn load(bytes: *const u8, scales: *const f32) -> [__m512; 2] {
-        unsafe {
-            // A block has 16 different values: they are looked up.
-            let counts = _mm512_set_ps(15., 14., 13., 12., 11., 10., 9., 8., 7., 6., 5., 4., 3., 2., 1., 0.);
-            let table = _mm512_fmadd_ps(counts, _mm512_set1_ps(*scales), _mm512_set1_ps(*scales.add(1)));
-            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.cast()));
-            // Only the last four bits of an index count.
-            [_mm512_permutexvar_ps(bytes, table), _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), table)]
-        }
+        unsafe { of_four_bits(bytes, *scales, *scales.add(1)) }
+    }
+}
+
+impl Widened for Symmetric {
+    #[inline(always)]
+    unsafe fn load(bytes: *const Symmetric, scales: *const f32) -> [__m512; 2] {
+        unsafe { of_four_bits(bytes.cast(), *scales, -8.0 * *scales) }
+    }
+}
+
+#[inline(always)]
+unsafe fn of_four_bits(bytes: *const u8, scale: f32, min: f32) -> [__m512; 2] {
+    unsafe {
+        // A block has 16 different values: they are looked up.
+        let counts = _mm512_set_ps(15., 14., 13., 12., 11., 10., 9., 8., 7., 6., 5., 4., 3., 2., 1., 0.);
+        let table = _mm512_fmadd_ps(counts, _mm512_set1_ps(scale), _mm512_set1_ps(min));
+        let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.cast()));
+        // Only the last four bits of an index count.
+        [_mm512_permutexvar_ps(bytes, table), _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), table)]
     }
 }
 

@@ -17,8 +17,6 @@ impl Vector for __m512 {
     const VECTORS: usize = 2;
     /// 1 MB.
     const BLOCK: usize = 36 * Self::ROWS;
-    /// A single stream: several rows at a time were half as fast where rows are short.
-    const AHEAD: usize = 8192;
 
     compiled_for!(run, "avx512f");
     #[inline(always)]
@@ -107,6 +105,11 @@ impl Vector for __m512 {
     fn prefetch(ptr: *const f32) {
         // SAFETY: it reads nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr.cast()) }
+    }
+    #[inline(always)]
+    fn prefetch_far(ptr: *const f32) {
+        // SAFETY: it reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(ptr.cast()) }
     }
     #[inline(always)]
     unsafe fn round_to_bf16(self) -> Self {

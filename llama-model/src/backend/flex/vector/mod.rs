@@ -32,8 +32,6 @@ pub(super) trait Vector: Copy {
     const VECTORS: usize;
     /// Rows of a packed block with all its terms, for the second-level cache: a multiple of [`ROWS`](Self::ROWS).
     const BLOCK: usize;
-    /// Bytes between what is read and what is asked for, where rows are read one after the other.
-    const AHEAD: usize = 4096;
 
     /// Runs a task whose code is compiled for these vectors.
     unsafe fn run(task: impl Task);
@@ -75,6 +73,11 @@ pub(super) trait Vector: Copy {
     unsafe fn transpose(square: [Self; MAX_LANES]) -> [Self; MAX_LANES];
     /// Asks for the cache line that `ptr` is in; it may be outside of anything.
     fn prefetch(ptr: *const f32);
+    /// The same for the second-level cache, which waits for more lines at a time than the first.
+    #[inline(always)]
+    fn prefetch_far(ptr: *const f32) {
+        Self::prefetch(ptr);
+    }
 
     /// Each number rounded to the nearest bf16, ties to even, NaN to NaN.
     #[inline(always)]
