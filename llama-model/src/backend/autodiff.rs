@@ -7,9 +7,9 @@ use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::tensor::TensorMetadata;
 use burn::tensor::backend::AutodiffBackend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
+use burn::tensor::{DType, TensorMetadata};
 
 use super::block::{self, BlockSaved};
 use super::{
@@ -86,18 +86,18 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
                 register::<B, 1>(grads, ops.parents.map(|p| p.map(|n| n.id)), [d_x]);
             }
         }
-        let inner = |QuantizedWeight { bits, words, scales }: QuantizedWeight<Self>| QuantizedWeight {
-            bits,
-            words,
-            scales: scales.primitive,
-        };
-        let weights: Vec<QuantizedWeight<B>> = weights.into_iter().map(inner).collect();
+        let weights: Vec<_> = weights.into_iter().map(inner).collect();
         let outs = B::project_quantized(x.primitive, weights.clone(), precision);
         let track = |(out, weight)| match QuantizedBackward.prepare::<C>([x.node.clone()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((weight, precision), out),
             OpsKind::UnTracked(prep) => prep.finish(out),
         };
         outs.into_iter().zip(weights).map(track).collect()
+    }
+
+    /// A constant, as the weight is.
+    fn widen(weight: QuantizedWeight<Self>, dtype: DType) -> FloatTensor<Self> {
+        <Self as AutodiffBackend>::from_inner(B::widen(inner(weight), dtype))
     }
 
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> (FloatTensor<Self>, FloatTensor<Self>) {
@@ -321,6 +321,11 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
         let updated = B::adamw(tensors, step).into_iter();
         updated.map(|tensors| tensors.map(<Self as AutodiffBackend>::from_inner)).collect()
     }
+}
+
+fn inner<B: LlamaBackend, C: CheckpointStrategy>(weight: QuantizedWeight<Autodiff<B, C>>) -> QuantizedWeight<B> {
+    let QuantizedWeight { bits, words, scales } = weight;
+    QuantizedWeight { bits, words, scales: scales.primitive }
 }
 
 /// Adds each gradient to its parent, where the parent asks for one.

@@ -1,4 +1,4 @@
-//! A low-rank adapter (Hu et al. 2021, "LoRA"): `y = x Wᵀ + scale · (x Aᵀ) Bᵀ`, where `W` is frozen.
+//! A low-rank adapter (Hu et al. 2021, "LoRA"): `y = x Wᵀ + (scale · x Aᵀ) Bᵀ`, where `W` is frozen.
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
@@ -30,12 +30,13 @@ impl<B: LlamaBackend> Adapter<B> {
     /// # Shapes
     /// `x [.., d_in]`, result `[.., d_out]`.
     pub fn forward<const D: usize>(&self, x: Tensor<B, D>, precision: Precision) -> Tensor<B, D> {
-        let down = ops::linear(x, self.a.val(), precision);
-        ops::linear(down, self.b.val(), precision).mul_scalar(self.scale)
+        // The factor goes where the fewest numbers are.
+        let down = ops::linear(x, self.a.val(), precision).mul_scalar(self.scale);
+        ops::linear(down, self.b.val(), precision)
     }
 
     /// What it adds to the layer's weight, `[d_out, d_in]`.
     pub fn delta(&self) -> Tensor<B, 2> {
-        self.b.val().matmul(self.a.val()).mul_scalar(self.scale)
+        self.b.val().matmul(self.a.val().mul_scalar(self.scale))
     }
 }

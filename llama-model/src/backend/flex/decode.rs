@@ -38,9 +38,9 @@ use super::product::{self, Matrix, Output, PRODUCT, Product};
 #[cfg(target_arch = "x86_64")]
 use super::product::{Bf16Unit, PackedRows};
 use super::simd::{self, tree_sum, vectorized};
-use super::stored::{Stored, Symmetric};
+use super::stored::{Stored, Symmetric, whole_blocks};
 use super::vector::by_vectors;
-use super::{Buffer, contiguous, team, values, whole};
+use super::{Buffer, contiguous, stored, team, values, whole};
 use crate::Precision;
 use crate::backend::{QUANT_BLOCK, QuantizedWeight};
 
@@ -65,7 +65,7 @@ pub(super) fn takes(x: &FlexTensor, weight: &FlexTensor) -> bool {
 
 /// Whether [`project_blocks`] takes this product.
 pub(super) fn takes_blocks(x: &FlexTensor, weight: &QuantizedWeight<Flex>) -> bool {
-    x.dtype() == DType::F32 && weight.words.dtype() == DType::I32 && weight.scales.dtype() == DType::F16
+    x.dtype() == DType::F32 && stored::reads(weight)
 }
 
 /// `x · weightᵀ` for weights in floats, in one go: sharing out work to threads costs as much as a small product.
@@ -82,11 +82,6 @@ pub(super) fn project_blocks(
 ) -> Vec<FlexTensor> {
     let weights: Vec<_> = weights.into_iter().map(whole_blocks).collect();
     multiply(&contiguous(x), &weights.iter().map(Stored::blocks).collect::<Vec<_>>(), precision)
-}
-
-/// As [`Stored`] reads it.
-fn whole_blocks(weight: QuantizedWeight<Flex>) -> QuantizedWeight<Flex> {
-    QuantizedWeight { words: whole(weight.words), scales: whole(weight.scales), bits: weight.bits }
 }
 
 /// The products of `x` with all weights.

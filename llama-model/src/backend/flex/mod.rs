@@ -65,13 +65,21 @@ impl LlamaBackend for Flex {
         Self::project_all(x, weights.into_iter().map(QuantizedWeight::dense).collect(), precision)
     }
 
+    fn widen(weight: QuantizedWeight<Flex>, dtype: DType) -> FlexTensor {
+        let dense = if stored::reads(&weight) { stored::widened(Matrix::Blocks(weight)) } else { weight.dense() };
+        if dtype == DType::F32 { dense } else { Self::float_cast(dense, dtype.into()) }
+    }
+
     fn project_backward_input(pairs: Vec<(FlexTensor, FlexTensor)>, precision: Precision, dtype: DType) -> FlexTensor {
         if !pairs.iter().all(|(grad, _)| is_f32(&[grad])) || dtype != DType::F32 {
             return reference::project_backward_input::<Flex>(pairs, precision, dtype);
         }
         // A frozen weight may be stored in fewer bytes.
-        let widened =
-            |weight: FlexTensor| if is_f32(&[&weight]) { weight } else { Self::float_cast(weight, FloatDType::F32) };
+        let widened = |weight: FlexTensor| match weight.dtype() {
+            DType::F32 => weight,
+            DType::BF16 | DType::F16 => stored::widened(Matrix::Floats(weight)),
+            _ => Self::float_cast(weight, FloatDType::F32),
+        };
         let pairs: Vec<_> = pairs.into_iter().map(|(grad, weight)| (grad, widened(weight))).collect();
         product::sum_of_products(&pairs, precision)
     }

@@ -4,12 +4,13 @@
 pub(super) mod avx512;
 
 use burn::backend::Flex;
-use burn::tensor::DType;
+use burn::tensor::{DType, Shape};
 use burn_flex::FlexTensor;
 use half::{bf16, f16};
 
 use super::simd::vectorized;
 use super::vector::{by_vectors, widen};
+use super::{Buffer, team, whole};
 use crate::backend::{Bits, Matrix, QUANT_BLOCK, QuantizedWeight};
 
 /// Rows of a weight in one of the forms it can be stored in.
@@ -116,6 +117,36 @@ impl<'a> Stored<'a> {
             Self::Q4Symmetric(w, scales) => widen_q4_symmetric(out, w, scales),
         }
     }
+}
+
+/// Values that a thread widens at a time.
+const PIECE: usize = 1 << 16;
+
+/// A matrix as floats, by all threads.
+pub(super) fn widened(matrix: Matrix<Flex>) -> FlexTensor {
+    let matrix = match matrix {
+        Matrix::Floats(weight) => Matrix::Floats(whole(weight)),
+        Matrix::Blocks(weight) => Matrix::Blocks(whole_blocks(weight)),
+    };
+    let (dims @ [_, width], stored) = (matrix.dims(), Stored::of(&matrix));
+    // SAFETY: every row is written.
+    let mut out = unsafe { Buffer::unwritten(stored.len()) };
+    let piece = (PIECE / width.max(1)).max(1);
+    team::each(out.chunks_mut((piece * width).max(1)).enumerate(), |(index, out)| {
+        let first = index * piece;
+        stored.rows(first, first + out.len() / width, width).widen(out);
+    });
+    out.into_tensor(Shape::new(dims))
+}
+
+/// Whether the kernels read a weight in blocks.
+pub(super) fn reads(weight: &QuantizedWeight<Flex>) -> bool {
+    weight.words.dtype() == DType::I32 && weight.scales.dtype() == DType::F16
+}
+
+/// As [`Stored`] reads it.
+pub(super) fn whole_blocks(weight: QuantizedWeight<Flex>) -> QuantizedWeight<Flex> {
+    QuantizedWeight { words: whole(weight.words), scales: whole(weight.scales), bits: weight.bits }
 }
 
 vectorized! {
