@@ -66,6 +66,11 @@ impl<B: LlamaBackend> Quantized<B> {
     /// # Shapes
     /// `rows [n]`, result `[n, d_in]`.
     pub fn rows(&self, rows: Tensor<B, 1, Int>) -> Tensor<B, 2> {
+        let [_, floats] = self.scales.dims();
+        if floats == 1 {
+            // Of two tensors whose rows are selected together, Burn's fusion reads other rows of the one that is a number wide.
+            return self.dense().select(0, rows);
+        }
         let words = self.words.clone().select(0, rows.clone());
         Self { words, scales: self.scales.clone().select(0, rows), bits: self.bits }.dense()
     }
