@@ -42,7 +42,7 @@ use super::stored::{Stored, Symmetric, whole_blocks};
 use super::vector::by_vectors;
 use super::{Buffer, contiguous, stored, team, values, whole};
 use crate::Precision;
-use crate::backend::{QUANT_BLOCK, QuantizedWeight};
+use crate::backend::{Bits, QUANT_BLOCK, QuantizedWeight};
 
 /// Rows of the input up to which the product is one of dots.
 const ROWS: usize = 8;
@@ -156,17 +156,13 @@ struct Input<'a> {
 impl<'a> Input<'a> {
     fn new(xs: &'a [f32], d_in: usize, weights: &[Stored], precision: Precision) -> Self {
         let few = xs.len() <= ROWS * d_in;
-        let blocks =
-            weights.iter().any(|weight| matches!(weight, Stored::Q8(..) | Stored::Q4(..) | Stored::Q4Symmetric(..)));
+        let bits = || weights.iter().filter_map(|weight| weight.bits());
+        let blocks = bits().next().is_some();
         let mut rounded = Vec::new();
         if blocks && few && simd::has_vectors() {
             rounded = SPARE.take();
             rounded.resize_with(xs.len() / d_in, Rounded::default);
-            let group = if weights.iter().any(|weight| matches!(weight, Stored::Q4(..) | Stored::Q4Symmetric(..))) {
-                together()
-            } else {
-                1
-            };
+            let group = if bits().any(|bits| bits != Bits::Eight) { together() } else { 1 };
             rounded.iter_mut().zip(xs.chunks_exact(d_in)).for_each(|(rounded, x)| {
                 rounded.set(x);
                 rounded.group(group);

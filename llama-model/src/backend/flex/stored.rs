@@ -64,6 +64,16 @@ impl<'a> Stored<'a> {
         }
     }
 
+    /// Of values in blocks.
+    pub(super) fn bits(self) -> Option<Bits> {
+        match self {
+            Self::F32(_) | Self::Bf16(_) | Self::F16(_) => None,
+            Self::Q8(..) => Some(Bits::Eight),
+            Self::Q4(..) => Some(Bits::Four),
+            Self::Q4Symmetric(..) => Some(Bits::FourSymmetric),
+        }
+    }
+
     /// Weights there are.
     pub(super) fn len(self) -> usize {
         match self {
