@@ -53,9 +53,12 @@ impl Rounded {
         round(x, self);
     }
 
-    /// Fills [`halves`](Self::halves), for groups of so many blocks.
+    /// Fills [`halves`](Self::halves), for groups of so many blocks; of single ones nobody reads them.
     pub fn group(&mut self, blocks: usize) {
         self.halves.clear();
+        if blocks == 1 {
+            return;
+        }
         for group in self.bytes.chunks_exact(blocks) {
             for half in 0..HALVES {
                 self.halves.extend(group.iter().map(|bytes| bytes.as_chunks().0[half]));
