@@ -129,15 +129,22 @@ impl<'a> Stored<'a> {
     }
 }
 
+impl Matrix<Flex> {
+    /// As [`Stored`] reads it.
+    pub(super) fn whole(self) -> Self {
+        match self {
+            Self::Floats(weight) => Self::Floats(whole(weight)),
+            Self::Blocks(weight) => Self::Blocks(whole_blocks(weight)),
+        }
+    }
+}
+
 /// Values that a thread widens at a time.
 const PIECE: usize = 1 << 16;
 
 /// A matrix as floats, by all threads.
 pub(super) fn widened(matrix: Matrix<Flex>) -> FlexTensor {
-    let matrix = match matrix {
-        Matrix::Floats(weight) => Matrix::Floats(whole(weight)),
-        Matrix::Blocks(weight) => Matrix::Blocks(whole_blocks(weight)),
-    };
+    let matrix = matrix.whole();
     let (dims @ [_, width], stored) = (matrix.dims(), Stored::of(&matrix));
     // SAFETY: every row is written.
     let mut out = unsafe { Buffer::unwritten(stored.len()) };

@@ -7,8 +7,8 @@ use burn::backend::Flex;
 use burn::tensor::{DType, Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 
-use super::super::{Buffer, attention, contiguous, rows, values, whole};
-use super::{ROWS, Stored, multiply_into, takes as takes_floats, takes_blocks, whole_blocks};
+use super::super::{Buffer, attention, contiguous, rows, values};
+use super::{ROWS, Stored, multiply_into, takes as takes_floats, takes_blocks};
 use crate::backend::{AttentionSpec, BlockCache, BlockSpec, BlockWeights, LlamaBackend, Matrix};
 
 type Weights = BlockWeights<Matrix<Flex>, FlexTensor>;
@@ -78,16 +78,6 @@ pub(in crate::backend::flex) fn block(
         rows::add(&mut h, back);
         (h.into_tensor(shape), cache)
     })
-}
-
-impl Matrix<Flex> {
-    /// As [`Stored`] reads it.
-    fn whole(self) -> Self {
-        match self {
-            Self::Floats(weight) => Self::Floats(whole(weight)),
-            Self::Blocks(weight) => Self::Blocks(whole_blocks(weight)),
-        }
-    }
 }
 
 /// Lends a thread's memory, in parts of these lengths.
