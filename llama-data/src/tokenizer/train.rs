@@ -6,7 +6,10 @@
 //! The vocabulary is laid out as LLaMA's: `<unk>`, `<s>`, `</s>`, 256 bytes, the merges in their order, the characters.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, HashSet};
+use std::collections::{BTreeMap, BinaryHeap};
+use std::sync::Mutex;
+
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::pretokenize::{is_piece, words};
 use super::{Kind, Piece, Tokenizer, special_pieces};
@@ -33,11 +36,6 @@ impl Default for TrainOptions {
 type Symbol = u32;
 type Pair = (Symbol, Symbol);
 
-struct Word {
-    symbols: Vec<Symbol>,
-    count: i64,
-}
-
 impl Tokenizer {
     /// Trains on texts, each a document. The result depends on the texts and options only.
     ///
@@ -45,7 +43,7 @@ impl Tokenizer {
     /// [`DataError::Tokenizer`] if the text is too small or too uniform for the vocabulary, or the vocabulary too small
     /// for the characters.
     pub fn train<'a>(
-        texts: impl Iterator<Item = &'a str>,
+        texts: impl Iterator<Item = &'a str> + Send,
         options: &TrainOptions,
         progress: &dyn Progress,
     ) -> Result<Self, DataError> {
@@ -75,18 +73,31 @@ impl Tokenizer {
     }
 }
 
-/// All words with their counts, sorted, so that nothing depends on a hash map's order.
-fn count_words<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<(String, i64)> {
-    let mut counts: HashMap<String, i64> = HashMap::new();
-    for line in texts.flat_map(str::lines).filter(|line| !line.is_empty()) {
-        let escaped = format!("{}{}", super::SPACE, line.replace(' ', "\u{2581}"));
-        words(&escaped, |word| match counts.get_mut(word) {
-            Some(count) => *count += 1,
-            None => {
-                counts.insert(word.to_string(), 1);
+/// All words with their counts, sorted, so that nothing depends on a hash map's order or on who counted what.
+fn count_words<'a>(texts: impl Iterator<Item = &'a str> + Send) -> Vec<(String, i64)> {
+    const LINES: usize = 4096;
+    let lines = Mutex::new(texts.flat_map(str::lines).filter(|line| !line.is_empty()));
+    let counted = rayon::broadcast(|_| {
+        let mut counts: FxHashMap<String, i64> = FxHashMap::default();
+        loop {
+            let some: Vec<&str> = lines.lock().expect("no thread panics").by_ref().take(LINES).collect();
+            if some.is_empty() {
+                return counts;
             }
-        });
-    }
+            for line in some {
+                let escaped = format!("{}{}", super::SPACE, line.replace(' ', "\u{2581}"));
+                words(&escaped, |word| match counts.get_mut(word) {
+                    Some(count) => *count += 1,
+                    None => {
+                        counts.insert(word.to_string(), 1);
+                    }
+                });
+            }
+        }
+    });
+    let mut counted = counted.into_iter();
+    let mut counts = counted.next().unwrap_or_default();
+    counted.flatten().for_each(|(word, count)| *counts.entry(word).or_default() += count);
     let mut counts: Vec<_> = counts.into_iter().collect();
     counts.sort_unstable();
     counts
@@ -95,7 +106,7 @@ fn count_words<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<(String, i64)> {
 /// The most frequent characters that together make up `coverage` of the text, most frequent first. A tab is none: SentencePiece keeps it
 /// for itself, so it is a byte.
 fn alphabet(counts: &[(String, i64)], coverage: f64) -> Vec<char> {
-    let mut characters: HashMap<char, i64> = HashMap::new();
+    let mut characters: FxHashMap<char, i64> = FxHashMap::default();
     for (word, count) in counts {
         word.chars().for_each(|c| *characters.entry(c).or_default() += count);
     }
@@ -123,136 +134,196 @@ fn merge(
     max_chars: usize,
     progress: &dyn Progress,
 ) -> Vec<String> {
-    let ids: HashMap<char, Symbol> = alphabet.iter().copied().zip(0..).collect();
-    let mut texts: Vec<String> = alphabet.iter().map(|c| c.to_string()).collect();
-    let mut known: HashMap<String, Symbol> = texts.iter().cloned().zip(0..).collect();
-    // A character outside the alphabet ends a word: no piece contains it.
-    let mut words: Vec<Word> = Vec::new();
-    for (word, count) in counts {
-        let mut symbols = Vec::new();
-        for c in word.chars().map(Some).chain([None]) {
-            match c.and_then(|c| ids.get(&c)) {
-                Some(&symbol) => symbols.push(symbol),
-                None if symbols.len() > 1 => words.push(Word { symbols: std::mem::take(&mut symbols), count: *count }),
-                None => symbols.clear(),
-            }
-        }
+    let mut words = Words::new(counts, alphabet);
+    let mut pairs = Pairs { symbols: Symbols::new(alphabet, max_chars), ..Default::default() };
+    for index in 0..words.ends.len() {
+        let count = words.counts[index];
+        words.symbols(index).windows(2).for_each(|pair| pairs.gain((pair[0], pair[1]), count, index as u32));
     }
-
-    let mut pairs = Pairs { max_chars, ..Default::default() };
-    for (index, word) in words.iter().enumerate() {
-        pairs.add(word, index, &texts);
-    }
-    let mut queue: BinaryHeap<Candidate> = BinaryHeap::new();
-    pairs.queue_changed(&mut queue, &texts);
+    let mut queue = Queue::default();
+    pairs.queue_new(&mut queue);
 
     let mut merged = Vec::new();
     while merged.len() < wanted {
-        let Some((count, Reverse((_, text)), pair)) = queue.pop() else { break };
-        // Counts in the queue may be out of date: the true one was queued when it changed.
-        if pairs.count(pair) != count {
-            continue;
-        }
+        let Some(pair) = queue.next(&pairs) else { break };
+        let places = pairs.places.remove(&pair).unwrap_or_default().words;
         // Two pairs can spell one piece: the second is never merged.
-        if known.contains_key(&text) {
-            pairs.forbid(pair);
-            continue;
-        }
-        let new = texts.len() as Symbol;
-        known.insert(text.clone(), new);
-        merged.push(text.clone());
-        texts.push(text);
+        let Some(new) = pairs.symbols.add(pair) else { continue };
+        merged.push(pairs.symbols.texts[new as usize].clone());
         progress.advance(1);
-        for index in pairs.take_places(pair) {
-            let word = &mut words[index];
-            pairs.remove(word);
-            word.merge(pair, new);
-            pairs.add(word, index, &texts);
-        }
-        pairs.queue_changed(&mut queue, &texts);
+        places.into_iter().for_each(|index| words.merge(index, pair, new, &mut pairs));
+        pairs.queue_new(&mut queue);
     }
     merged
 }
 
-/// A pair to merge: its count; among equals the shorter piece comes first, then the alphabetically first.
-type Candidate = (i64, Reverse<(usize, String)>, Pair);
+/// Characters and pieces.
+#[derive(Default)]
+struct Symbols {
+    texts: Vec<String>,
+    known: FxHashSet<String>,
+    max_chars: usize,
+}
 
-/// Pairs of neighbours with their counts and the words they stand in.
+impl Symbols {
+    fn new(alphabet: &[char], max_chars: usize) -> Self {
+        let texts: Vec<String> = alphabet.iter().map(|c| c.to_string()).collect();
+        Self { known: texts.iter().cloned().collect(), texts, max_chars }
+    }
+
+    fn text(&self, (left, right): Pair) -> String {
+        [self.texts[left as usize].as_str(), &self.texts[right as usize]].concat()
+    }
+
+    /// A new symbol of two, unless there is one with its text.
+    fn add(&mut self, pair: Pair) -> Option<Symbol> {
+        let text = self.text(pair);
+        self.known.insert(text.clone()).then(|| {
+            self.texts.push(text);
+            self.texts.len() as Symbol - 1
+        })
+    }
+
+    fn is_piece(&self, (left, right): Pair) -> bool {
+        let [left, right] = [left, right].map(|symbol| self.texts[symbol as usize].chars());
+        is_piece(left.chain(right), self.max_chars)
+    }
+}
+
+/// The text's different words, side by side.
+#[derive(Default)]
+struct Words {
+    symbols: Vec<Symbol>,
+    starts: Vec<usize>,
+    ends: Vec<usize>,
+    counts: Vec<i64>,
+}
+
+impl Words {
+    /// A character outside the alphabet ends a word: no piece contains it.
+    fn new(counts: &[(String, i64)], alphabet: &[char]) -> Self {
+        let ids: FxHashMap<char, Symbol> = alphabet.iter().copied().zip(0..).collect();
+        let mut words = Self::default();
+        for (word, count) in counts {
+            for part in word.split(|c| !ids.contains_key(&c)).filter(|part| part.chars().nth(1).is_some()) {
+                words.starts.push(words.symbols.len());
+                words.symbols.extend(part.chars().map(|c| ids[&c]));
+                words.ends.push(words.symbols.len());
+                words.counts.push(*count);
+            }
+        }
+        words
+    }
+
+    fn symbols(&mut self, index: usize) -> &mut [Symbol] {
+        &mut self.symbols[self.starts[index]..self.ends[index]]
+    }
+
+    /// Makes `new` of a pair wherever it stands in a word, from the left.
+    fn merge(&mut self, index: u32, pair: Pair, new: Symbol, pairs: &mut Pairs) {
+        let count = self.counts[index as usize];
+        let symbols = self.symbols(index as usize);
+        let (mut kept, mut at) = (0_usize, 0);
+        while at < symbols.len() {
+            let merges = symbols.get(at + 1).is_some_and(|&next| (symbols[at], next) == pair);
+            if merges {
+                if let Some(&before) = kept.checked_sub(1).map(|last| &symbols[last]) {
+                    pairs.lose((before, pair.0), count);
+                    pairs.gain((before, new), count, index);
+                }
+                if let Some(&after) = symbols.get(at + 2) {
+                    pairs.lose((pair.1, after), count);
+                    pairs.gain((new, after), count, index);
+                }
+            }
+            symbols[kept] = if merges { new } else { symbols[at] };
+            kept += 1;
+            at += 1 + merges as usize;
+        }
+        self.ends[index as usize] = self.starts[index as usize] + kept;
+    }
+}
+
+/// Pairs of neighbours with their counts and the words they stand in. As in SentencePiece, three equal symbols are two pairs.
 #[derive(Default)]
 struct Pairs {
-    /// No count for pairs that must not be merged.
-    counts: HashMap<Pair, Option<i64>>,
-    places: HashMap<Pair, Vec<usize>>,
-    changed: HashSet<Pair>,
-    max_chars: usize,
+    symbols: Symbols,
+    places: FxHashMap<Pair, Places>,
+    new: Vec<Pair>,
+}
+
+/// Where a pair stands: how often, and in which words, in order; perhaps in some no longer.
+#[derive(Default)]
+struct Places {
+    count: i64,
+    words: Vec<u32>,
 }
 
 impl Pairs {
     fn count(&self, pair: Pair) -> i64 {
-        self.counts.get(&pair).copied().flatten().unwrap_or(0)
+        self.places.get(&pair).map_or(0, |places| places.count)
     }
 
-    fn forbid(&mut self, pair: Pair) {
-        self.counts.insert(pair, None);
-        self.places.remove(&pair);
+    fn lose(&mut self, pair: Pair, count: i64) {
+        if let Some(places) = self.places.get_mut(&pair) {
+            places.count -= count;
+        }
     }
 
-    fn add(&mut self, word: &Word, index: usize, texts: &[String]) {
-        word.pairs(|pair| {
-            let count = self.counts.entry(pair).or_insert_with(|| {
-                let text = [&texts[pair.0 as usize], &texts[pair.1 as usize]];
-                is_piece(text[0].chars().chain(text[1].chars()), self.max_chars).then_some(0)
-            });
-            if let Some(count) = count {
-                *count += word.count;
-                self.places.entry(pair).or_default().push(index);
-                self.changed.insert(pair);
-            }
+    fn gain(&mut self, pair: Pair, count: i64, word: u32) {
+        let places = self.places.entry(pair).or_insert_with(|| {
+            self.new.push(pair);
+            Places::default()
         });
+        places.count += count;
+        if places.words.last() != Some(&word) {
+            places.words.push(word);
+        }
     }
 
-    fn remove(&mut self, word: &Word) {
-        word.pairs(|pair| {
-            if let Some(Some(count)) = self.counts.get_mut(&pair) {
-                *count -= word.count;
-                self.changed.insert(pair);
-            }
-        });
-    }
-
-    /// The words a pair stands in, in order; perhaps some it has left.
-    fn take_places(&mut self, pair: Pair) -> Vec<usize> {
-        let mut places = self.places.remove(&pair).unwrap_or_default();
-        places.sort_unstable();
-        places.dedup();
-        places
-    }
-
-    fn queue_changed(&mut self, queue: &mut BinaryHeap<Candidate>, texts: &[String]) {
-        for pair in self.changed.drain() {
-            let count = self.counts.get(&pair).copied().flatten().unwrap_or(0);
-            if count > 0 {
-                let text = format!("{}{}", texts[pair.0 as usize], texts[pair.1 as usize]);
-                queue.push((count, Reverse((text.chars().count(), text)), pair));
+    /// Queues the pairs that a merge has made. From then on their counts can only sink, for the next merges make others.
+    fn queue_new(&mut self, queue: &mut Queue) {
+        for pair in self.new.drain(..) {
+            if self.symbols.is_piece(pair) {
+                queue.push(pair, self.places[&pair].count, &self.symbols);
+            } else {
+                self.places.remove(&pair);
             }
         }
     }
 }
 
-impl Word {
-    /// Calls with every pair of neighbours. As in SentencePiece, three equal symbols are two pairs.
-    fn pairs(&self, each: impl FnMut(Pair)) {
-        self.symbols.windows(2).map(|pair| (pair[0], pair[1])).for_each(each);
+/// Pairs to merge by their counts, which may have sunk since.
+#[derive(Default)]
+struct Queue {
+    by_count: BTreeMap<i64, Vec<Pair>>,
+    /// Those of the highest count: the shorter piece comes first, then the alphabetically first.
+    highest: BinaryHeap<(Reverse<(usize, String)>, Pair)>,
+    count: i64,
+}
+
+impl Queue {
+    fn push(&mut self, pair: Pair, count: i64, symbols: &Symbols) {
+        if count == self.count {
+            let text = symbols.text(pair);
+            self.highest.push((Reverse((text.chars().count(), text)), pair));
+        } else if count > 0 {
+            self.by_count.entry(count).or_default().push(pair);
+        }
     }
 
-    fn merge(&mut self, pair: Pair, new: Symbol) {
-        let mut at = 0;
-        while at + 1 < self.symbols.len() {
-            if (self.symbols[at], self.symbols[at + 1]) == pair {
-                self.symbols[at] = new;
-                self.symbols.remove(at + 1);
+    /// The most frequent pair.
+    fn next(&mut self, pairs: &Pairs) -> Option<Pair> {
+        loop {
+            while let Some((_, pair)) = self.highest.pop() {
+                match pairs.count(pair) {
+                    count if count == self.count => return Some(pair),
+                    count => self.push(pair, count, &pairs.symbols),
+                }
             }
-            at += 1;
+            let (count, candidates) = self.by_count.pop_last()?;
+            self.count = count;
+            candidates.into_iter().for_each(|pair| self.push(pair, pairs.count(pair), &pairs.symbols));
         }
     }
 }
