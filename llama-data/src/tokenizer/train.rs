@@ -1,7 +1,8 @@
 //! Training BPE (Sennrich et al. 2016): merge the most frequent pair of neighbours, again and again.
 //!
-//! What is counted and in which order equal counts are merged is SentencePiece's, so that the same text gives the same
-//! vocabulary: lines are sentences, a piece never crosses into the next word, from one script into another or over a digit.
+//! What is counted and in which order equal counts are merged is SentencePiece's (0.2.0), so that the same text gives the same
+//! vocabulary: lines are sentences, a piece never crosses into the next word, from one script into another or over a digit, and
+//! what is written like a special piece is no text.
 //!
 //! The vocabulary is laid out as LLaMA's: `<unk>`, `<s>`, `</s>`, 256 bytes, the merges in their order, the characters.
 
@@ -32,6 +33,9 @@ impl Default for TrainOptions {
         Self { vocab_size: 32_000, character_coverage: 0.9995, max_piece_chars: 16 }
     }
 }
+
+/// SentencePiece passes over lines with this character, which is its own.
+const RESERVED: char = '\u{2585}';
 
 type Symbol = u32;
 type Pair = (Symbol, Symbol);
@@ -76,7 +80,9 @@ impl Tokenizer {
 /// All words with their counts, sorted, so that nothing depends on a hash map's order or on who counted what.
 fn count_words<'a>(texts: impl Iterator<Item = &'a str> + Send) -> Vec<(String, i64)> {
     const LINES: usize = 4096;
-    let lines = Mutex::new(texts.flat_map(str::lines).filter(|line| !line.is_empty()));
+    let lines = texts.flat_map(|text| text.split('\n')).filter(|line| !line.is_empty() && !line.contains(RESERVED));
+    let lines = Mutex::new(lines);
+    let specials: FxHashSet<String> = special_pieces().into_iter().map(|piece| piece.text).collect();
     let counted = rayon::broadcast(|_| {
         let mut counts: FxHashMap<String, i64> = FxHashMap::default();
         loop {
@@ -86,6 +92,7 @@ fn count_words<'a>(texts: impl Iterator<Item = &'a str> + Send) -> Vec<(String, 
             }
             for line in some {
                 let escaped = format!("{}{}", super::SPACE, line.replace(' ', "\u{2581}"));
+                let escaped = without(&specials, escaped);
                 words(&escaped, |word| match counts.get_mut(word) {
                     Some(count) => *count += 1,
                     None => {
@@ -103,12 +110,26 @@ fn count_words<'a>(texts: impl Iterator<Item = &'a str> + Send) -> Vec<(String, 
     counts
 }
 
+/// A text with a tab in place of each special piece.
+fn without(specials: &FxHashSet<String>, mut text: String) -> String {
+    let mut from = 0;
+    while let Some(at) = text[from..].find('<').map(|at| from + at) {
+        // The longest is `<0x00>`.
+        let end = text.as_bytes()[at..].iter().take(6).position(|byte| *byte == b'>').map(|end| at + end + 1);
+        if let Some(end) = end.filter(|end| specials.contains(&text[at..*end])) {
+            text.replace_range(at..end, "\t");
+        }
+        from = at + 1;
+    }
+    text
+}
+
 /// The most frequent characters that together make up `coverage` of the text, most frequent first. A tab is none: SentencePiece keeps it
-/// for itself, so it is a byte.
+/// for itself, so it is a byte; a NUL is no character there.
 fn alphabet(counts: &[(String, i64)], coverage: f64) -> Vec<char> {
     let mut characters: FxHashMap<char, i64> = FxHashMap::default();
     for (word, count) in counts {
-        word.chars().for_each(|c| *characters.entry(c).or_default() += count);
+        word.chars().filter(|&c| c != '\0').for_each(|c| *characters.entry(c).or_default() += count);
     }
     let total: i64 = characters.values().sum();
     let mut characters: Vec<_> = characters.into_iter().map(|(c, count)| (Reverse(count), c)).collect();
@@ -325,5 +346,22 @@ impl Queue {
             self.count = count;
             candidates.into_iter().for_each(|pair| self.push(pair, pairs.count(pair), &pairs.symbols));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_text_is_in_no_piece() {
+        let counts = count_words(["x <s>y\r\n<0x0A>\0<\n\u{2585} x", "x"].into_iter());
+        let expected = [("▁\t\0<", 1), ("▁\ty\r", 1), ("▁x", 2)].map(|(word, count)| (word.to_string(), count));
+        assert_eq!(counts, expected);
+        let mut characters = alphabet(&counts, 1.0);
+        characters.sort_unstable();
+        assert_eq!(characters, ['\r', '<', 'x', 'y', '▁']);
+        let merged = merge(&counts, &characters, usize::MAX, 16, &crate::NoProgress);
+        assert_eq!(merged, ["▁x"]);
     }
 }
