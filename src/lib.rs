@@ -25,16 +25,16 @@
 //! ```
 //! # #[cfg(feature = "flex")] {
 //! use burn::backend::Flex;
-//! use llama::data::tokenizer::Tokenizer;
+//! use llama::data::tokenizer::{Codec, Tokenizer};
 //! use llama::model::LlamaConfig;
 //! use llama::model::generate::{GenerateOptions, Generation, Sampling};
 //!
-//! let tokenizer = Tokenizer::bytes();
+//! let tokenizer = Codec::from(Tokenizer::bytes());
 //! let config = LlamaConfig::tiny(tokenizer.vocab_size());
 //! let device = Default::default();
 //! let model = config.init::<Flex>(0, &device)?;
 //!
-//! let prompt = tokenizer.encode_document("Hello", false, &mut Default::default());
+//! let prompt = tokenizer.encode_prompt("Hello");
 //! let options = GenerateOptions { max_new_tokens: 4, sampling: Sampling::greedy(), ..Default::default() };
 //! let tokens = Generation::new(&model, &[prompt], options)?.finish()?;
 //! println!("{}", tokenizer.decode(&tokens[0]));

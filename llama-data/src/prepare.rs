@@ -159,7 +159,7 @@ fn write_chunk(
             let (kept, held_out) = document.text.split_at(*at);
             let encode = |text: &str| match text {
                 "" => Vec::new(),
-                text => caches.with(|cache| tokenizer.encode_document(text, eos, cache)),
+                text => tokenizer.encode_document(text, eos, caches),
             };
             (encode(kept), encode(held_out), held_out.len() as u64)
         })

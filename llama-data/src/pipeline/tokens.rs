@@ -76,7 +76,7 @@ pub(super) fn tokenize(
         let encoded: Vec<(Vec<u32>, bool)> = std::mem::take(batch)
             .into_par_iter()
             .map(|text| {
-                let tokens = caches.with(|cache| tokenizer.encode_document(&text, config.tokenizer.eos, cache));
+                let tokens = tokenizer.encode_document(&text, config.tokenizer.eos, &caches);
                 (tokens, chance(&text) < config.valid_fraction)
             })
             .collect();

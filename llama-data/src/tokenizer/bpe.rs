@@ -1,225 +1,119 @@
-//! Encoding: merge the neighbouring pair with the best score, the leftmost among equals, until none can be merged.
+//! Byte pair encoding: merge the neighbours with the best rank, the leftmost among equals, until none can be merged.
 
-use std::cmp::Ordering;
-use std::collections::{BinaryHeap, HashMap};
-use std::sync::Mutex;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 
-use super::{Kind, Piece, SPACE, Tokenizer};
+use rustc_hash::FxHashMap;
 
-/// Words longer than this are not cached.
-const MAX_CACHED_WORD: usize = 48;
-/// Words a cache holds before it starts anew.
-const MAX_CACHED_WORDS: usize = 1 << 17;
+/// A part of a text: an id of the vocabulary, or what a vocabulary makes of a character outside it.
+pub(super) type Symbol = u32;
+pub(super) type Pair = (Symbol, Symbol);
 
-/// Words that were encoded before, with their ids.
+/// No symbol, no rank.
+const NONE: u32 = u32::MAX;
+/// Symbols from which a queue pays.
+const LONG: usize = 64;
+
+/// Which pairs of symbols merge.
 #[derive(Clone, Debug, Default)]
-pub struct EncodeCache(HashMap<String, Vec<u32>>);
-
-/// Caches for many threads: each takes one that is free, or begins one.
-#[derive(Debug, Default)]
-pub struct EncodeCaches(Mutex<Vec<EncodeCache>>);
-
-impl EncodeCaches {
-    /// Calls with a cache that nobody else uses meanwhile.
-    pub fn with<T>(&self, work: impl FnOnce(&mut EncodeCache) -> T) -> T {
-        let lock = || self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let mut cache = lock().pop().unwrap_or_default();
-        let result = work(&mut cache);
-        lock().push(cache);
-        result
-    }
-}
-
-/// A part of a text while it is merged: an id of the vocabulary, or of a character outside it.
-type Symbol = u32;
-
-/// Which pairs of symbols make a piece.
-#[derive(Clone, Debug)]
-pub(super) struct Merges {
-    /// Symbol of each character: its piece, or a number past the vocabulary where pieces contain it but it is none.
-    characters: HashMap<char, Symbol>,
-    pairs: HashMap<(Symbol, Symbol), Merge>,
-    words_are_independent: bool,
-}
+pub(super) struct Merges(FxHashMap<Pair, Merge>);
 
 #[derive(Clone, Copy, Debug)]
-struct Merge {
-    score: f32,
-    id: Symbol,
+pub(super) struct Merge {
+    /// The lowest comes first.
+    pub rank: u32,
+    pub symbol: Symbol,
+}
+
+impl FromIterator<(Pair, Merge)> for Merges {
+    fn from_iter<I: IntoIterator<Item = (Pair, Merge)>>(merges: I) -> Self {
+        Self(merges.into_iter().collect())
+    }
 }
 
 impl Merges {
-    pub(super) fn new(pieces: &[Piece], ids: &HashMap<String, u32>) -> Self {
-        let normal = || pieces.iter().enumerate().filter(|(_, piece)| piece.kind == Kind::Normal);
-        let mut characters = HashMap::new();
-        let mut next = pieces.len() as Symbol;
-        for c in normal().flat_map(|(_, piece)| piece.text.chars()) {
-            characters.entry(c).or_insert_with(|| {
-                let mut buffer = [0; 4];
-                ids.get(&*c.encode_utf8(&mut buffer)).copied().unwrap_or_else(|| {
-                    next += 1;
-                    next - 1
-                })
-            });
+    /// All of them, the best first.
+    pub(super) fn ranked(&self) -> Vec<(Pair, Merge)> {
+        let mut merges: Vec<_> = self.0.iter().map(|(pair, merge)| (*pair, *merge)).collect();
+        merges.sort_unstable_by_key(|(pair, merge)| (merge.rank, *pair));
+        merges
+    }
+
+    /// Merges what can be merged.
+    pub(super) fn merge(&self, symbols: &mut Vec<Symbol>) {
+        match symbols.len() {
+            ..LONG => self.merge_short(symbols),
+            _ => self.merge_long(symbols),
         }
-        let symbol = |text: &str| {
-            let mut chars = text.chars();
-            match (chars.next(), chars.next()) {
-                (Some(c), None) => characters.get(&c).copied(),
-                _ => ids.get(text).copied(),
+    }
+
+    fn rank(&self, left: Symbol, right: Symbol) -> u32 {
+        self.0.get(&(left, right)).map_or(NONE, |merge| merge.rank)
+    }
+
+    /// Looks at the ranks of all pairs again and again: words are short.
+    fn merge_short(&self, symbols: &mut Vec<Symbol>) {
+        let mut ranks: Vec<u32> = symbols.windows(2).map(|pair| self.rank(pair[0], pair[1])).collect();
+        while let Some((at, _)) = ranks.iter().enumerate().min_by_key(|(_, rank)| **rank).filter(|best| *best.1 != NONE)
+        {
+            symbols[at] = self.0[&(symbols[at], symbols[at + 1])].symbol;
+            symbols.remove(at + 1);
+            ranks.remove(at);
+            for (left, rank) in ranks.iter_mut().enumerate().skip(at.saturating_sub(1)).take(at.min(1) + 1) {
+                *rank = self.rank(symbols[left], symbols[left + 1]);
             }
+        }
+    }
+
+    /// The same with a queue, so that a line of a million bytes is not quadratic.
+    fn merge_long(&self, symbols: &mut Vec<Symbol>) {
+        // What is merged into its left neighbour becomes none; the others are a list linked both ways.
+        let mut next: Vec<usize> = (1..=symbols.len()).collect();
+        let mut previous: Vec<usize> = (0..=symbols.len()).map(|at| at.saturating_sub(1)).collect();
+        let candidate = |symbols: &[Symbol], left: usize, right: usize| {
+            let pair = (symbols[left], *symbols.get(right)?);
+            self.0.get(&pair).map(|merge| Reverse((merge.rank, left, pair, merge.symbol)))
         };
-        let mut pairs = HashMap::new();
-        for (id, piece) in normal() {
-            for (at, _) in piece.text.char_indices().skip(1) {
-                if let (Some(left), Some(right)) = (symbol(&piece.text[..at]), symbol(&piece.text[at..])) {
-                    pairs.insert((left, right), Merge { score: piece.score, id: id as Symbol });
-                }
-            }
-        }
-        let words_are_independent = normal().all(|(_, piece)| word_ends(&piece.text).next().is_none());
-        Self { characters, pairs, words_are_independent }
-    }
-
-    /// Whether no piece reaches from one word into the next, so that words can be encoded one by one.
-    pub(super) fn words_are_independent(&self) -> bool {
-        self.words_are_independent
-    }
-}
-
-/// Where a space follows something else: the ends of all words but the last.
-fn word_ends(text: &str) -> impl Iterator<Item = usize> {
-    let mut before = SPACE;
-    text.char_indices().filter_map(move |(at, c)| {
-        let end = c == SPACE && before != SPACE;
-        before = c;
-        end.then_some(at)
-    })
-}
-
-/// The words of a text, spaces in front, or the whole text if it must not be split.
-pub(super) fn independent_words(text: &str, split: bool) -> impl Iterator<Item = &str> {
-    let mut start = 0;
-    let ends = word_ends(text).filter(move |_| split).chain([text.len()]);
-    ends.map(move |end| {
-        let word = &text[start..end];
-        start = end;
-        word
-    })
-}
-
-/// A possible merge, ordered by score, then from left to right.
-struct Candidate {
-    score: f32,
-    left: usize,
-    right: usize,
-    symbols: (Symbol, Symbol),
-    id: Symbol,
-}
-
-impl Ord for Candidate {
-    fn cmp(&self, other: &Self) -> Ordering {
-        self.score.total_cmp(&other.score).then(other.left.cmp(&self.left))
-    }
-}
-
-impl PartialOrd for Candidate {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Candidate {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-
-impl Eq for Candidate {}
-
-/// Part of a text while it is merged; merged parts form a doubly linked list by index.
-struct Part<'a> {
-    text: &'a str,
-    symbol: Option<Symbol>,
-    previous: Option<usize>,
-    next: Option<usize>,
-}
-
-impl Tokenizer {
-    pub(super) fn encode_word(&self, word: &str, cache: &mut EncodeCache, ids: &mut Vec<u32>) {
-        if let Some(known) = cache.0.get(word) {
-            ids.extend_from_slice(known);
-            return;
-        }
-        let start = ids.len();
-        self.merge(word, ids);
-        if word.len() <= MAX_CACHED_WORD {
-            if cache.0.len() >= MAX_CACHED_WORDS {
-                cache.0.clear();
-            }
-            cache.0.insert(word.to_string(), ids[start..].to_vec());
-        }
-    }
-
-    /// Encodes escaped text in one go.
-    pub(super) fn merge(&self, text: &str, ids: &mut Vec<u32>) {
-        let mut parts: Vec<Part> = text
-            .char_indices()
-            .map(|(at, c)| Part {
-                text: &text[at..at + c.len_utf8()],
-                symbol: self.merges.characters.get(&c).copied(),
-                previous: None,
-                next: None,
-            })
-            .collect();
-        let last = parts.len().saturating_sub(1);
-        for (index, part) in parts.iter_mut().enumerate() {
-            part.previous = index.checked_sub(1);
-            part.next = (index < last).then_some(index + 1);
-        }
-
-        let mut queue = BinaryHeap::new();
-        for left in 0..last {
-            queue.extend(self.candidate(&parts, left));
-        }
-        while let Some(best) = queue.pop() {
+        let mut queue: BinaryHeap<_> =
+            (1..symbols.len()).filter_map(|right| candidate(symbols, right - 1, right)).collect();
+        while let Some(Reverse((_, left, pair, merged))) = queue.pop() {
             // Either side may have been merged with something else meanwhile.
-            let current = (parts[best.left].symbol, parts[best.right].symbol);
-            if current != (Some(best.symbols.0), Some(best.symbols.1)) || parts[best.left].next != Some(best.right) {
+            let right = next[left];
+            if symbols[left] != pair.0 || symbols.get(right) != Some(&pair.1) {
                 continue;
             }
-            let start = parts[best.left].text.as_ptr() as usize - text.as_ptr() as usize;
-            let len = parts[best.left].text.len() + parts[best.right].text.len();
-            parts[best.left].text = &text[start..start + len];
-            parts[best.left].symbol = Some(best.id);
-            parts[best.right].symbol = None;
-            parts[best.left].next = parts[best.right].next;
-            if let Some(next) = parts[best.left].next {
-                parts[next].previous = Some(best.left);
-                queue.extend(self.candidate(&parts, best.left));
-            }
-            if let Some(previous) = parts[best.left].previous {
-                queue.extend(self.candidate(&parts, previous));
+            symbols[left] = merged;
+            symbols[right] = NONE;
+            next[left] = next[right];
+            previous[next[left]] = left;
+            queue.extend(candidate(symbols, left, next[left]));
+            if left > 0 {
+                queue.extend(candidate(symbols, previous[left], left));
             }
         }
-
-        let mut at = (!parts.is_empty()).then_some(0);
-        while let Some(index) = at {
-            let part = &parts[index];
-            match (part.symbol.filter(|&symbol| (symbol as usize) < self.pieces.len()), &self.bytes) {
-                (Some(id), _) => ids.push(id),
-                (None, Some(bytes)) => ids.extend(part.text.bytes().map(|byte| bytes[byte as usize])),
-                (None, None) => ids.push(self.unk),
-            }
-            at = part.next;
-        }
+        symbols.retain(|symbol| *symbol != NONE);
     }
+}
 
-    /// The merge of a part with the next, if they make a piece.
-    fn candidate(&self, parts: &[Part], left: usize) -> Option<Candidate> {
-        let right = parts[left].next?;
-        let symbols = (parts[left].symbol?, parts[right].symbol?);
-        let merge = self.merges.pairs.get(&symbols)?;
-        Some(Candidate { score: merge.score, left, right, symbols, id: merge.id })
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn both_ways_to_merge_agree(
+            text in proptest::collection::vec(0u32..4, 0..200),
+            merges in proptest::collection::hash_map((0u32..12, 0u32..12), 0u32..20, 0..40),
+        ) {
+            // Merges may have equal ranks, as pieces may have equal scores.
+            let merges: Merges =
+                merges.into_iter().map(|(pair, rank)| (pair, Merge { rank, symbol: 4 + rank % 8 })).collect();
+            let (mut short, mut long) = (text.clone(), text);
+            merges.merge_short(&mut short);
+            merges.merge_long(&mut long);
+            prop_assert_eq!(short, long);
+        }
     }
 }

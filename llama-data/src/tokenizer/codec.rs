@@ -3,9 +3,10 @@
 
 use xxhash_rust::xxh3::Xxh3;
 
-use super::byte_level::{ByteLevel, Words};
+use super::byte_level::ByteLevel;
 use super::stream::{DecodeStream, Utf8Stream};
-use super::{EncodeCache, Kind, Piece, SPACE, Tokenizer};
+use super::words::Words;
+use super::{Kind, Piece, SPACE, Tokenizer};
 use crate::DataError;
 
 /// A vocabulary with its special tokens.
@@ -238,22 +239,6 @@ impl Codec {
         self.special.iter().find(|(_, special)| *special == id).map(|(text, _)| text.as_str())
     }
 
-    /// Tokens of `text` as it is: what looks like a special token is text.
-    pub fn encode(&self, text: &str) -> Vec<u32> {
-        let mut ids = Vec::new();
-        self.append(text, &mut ids, &mut EncodeCache::default());
-        ids
-    }
-
-    /// Tokens of a document as it stands in a shard: BOS, if that is how the vocabulary's texts begin, the text, and EOS if `eos`. The
-    /// cache makes the encoding of much text by SentencePiece several times faster.
-    pub fn encode_document(&self, text: &str, eos: bool, cache: &mut EncodeCache) -> Vec<u32> {
-        let mut ids: Vec<u32> = self.bos.filter(|_| self.add_bos).into_iter().collect();
-        self.append(text, &mut ids, cache);
-        ids.extend(self.eos.filter(|_| eos));
-        ids
-    }
-
     /// Whether documents of shards are told apart: by BOS, or by EOS if they end with it.
     ///
     /// # Errors
@@ -266,42 +251,6 @@ impl Codec {
                     .into(),
             )),
             _ => Ok(()),
-        }
-    }
-
-    /// Tokens of a text with BOS before it, if that is how the vocabulary's texts begin.
-    pub fn encode_prompt(&self, text: &str) -> Vec<u32> {
-        let mut ids: Vec<u32> = self.bos.filter(|_| self.add_bos).into_iter().collect();
-        self.append(text, &mut ids, &mut EncodeCache::default());
-        ids
-    }
-
-    /// Tokens of a text in which special tokens are written out, such as a conversation after its template. Never for
-    /// text of somebody else's alone: whoever writes it could end the turn.
-    pub fn encode_with_special(&self, text: &str) -> Vec<u32> {
-        let (mut ids, mut cache) = (Vec::new(), EncodeCache::default());
-        let mut rest = text;
-        'text: while !rest.is_empty() {
-            for at in rest.char_indices().map(|(at, _)| at) {
-                if let Some((special, id)) =
-                    self.special.iter().find(|(special, _)| rest[at..].starts_with(special.as_str()))
-                {
-                    self.append(&rest[..at], &mut ids, &mut cache);
-                    ids.push(*id);
-                    rest = &rest[at + special.len()..];
-                    continue 'text;
-                }
-            }
-            self.append(rest, &mut ids, &mut cache);
-            break;
-        }
-        ids
-    }
-
-    fn append(&self, text: &str, ids: &mut Vec<u32>, cache: &mut EncodeCache) {
-        match &self.vocabulary {
-            Vocabulary::SentencePiece(tokenizer) => ids.extend(tokenizer.encode_with(text, cache)),
-            Vocabulary::ByteLevel(vocabulary) => vocabulary.encode(text, ids),
         }
     }
 

@@ -7,7 +7,8 @@ use std::path::Path;
 use base64::Engine;
 use serde_json::{Value, json};
 
-use super::byte_level::{ByteLevel, Words};
+use super::byte_level::ByteLevel;
+use super::words::Words;
 use super::{Codec, Tokenizer, hf_json};
 use crate::{DataError, write_atomically};
 

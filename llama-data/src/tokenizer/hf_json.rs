@@ -4,8 +4,9 @@ use std::collections::HashMap;
 
 use serde_json::{Value, json};
 
-use super::byte_level::{ByteLevel, Words};
+use super::byte_level::ByteLevel;
 use super::codec::Vocabulary;
+use super::words::Words;
 use super::{Codec, Kind, Piece, SPACE, Tokenizer};
 
 /// The tokenizer in a file's JSON.

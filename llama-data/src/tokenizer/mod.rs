@@ -6,20 +6,25 @@
 
 mod bpe;
 mod byte_level;
+mod cache;
 mod codec;
 mod codec_files;
+mod encode;
 mod hf_json;
 mod pretokenize;
 mod proto;
+mod sentencepiece;
 mod stream;
 mod train;
+mod words;
 
-pub use bpe::{EncodeCache, EncodeCaches};
-pub use byte_level::{ByteLevel, Words};
+pub use byte_level::ByteLevel;
+pub use cache::{EncodeCache, EncodeCaches};
 pub use codec::{Codec, CodecStream, RawVocabulary};
 pub use codec_files::{JSON_FILE, PIECES_FILE};
 pub use stream::DecodeStream;
 pub use train::TrainOptions;
+pub use words::Words;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -27,7 +32,7 @@ use std::path::Path;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::DataError;
-use bpe::Merges;
+use sentencepiece::Pieces;
 
 /// What SentencePiece writes for a space inside a piece.
 pub(crate) const SPACE: char = '\u{2581}';
@@ -55,7 +60,7 @@ pub(crate) struct Piece {
 pub struct Tokenizer {
     pieces: Vec<Piece>,
     bytes: Option<[u32; 256]>,
-    merges: Merges,
+    encoding: Pieces,
     unk: u32,
     bos: Option<u32>,
     eos: Option<u32>,
@@ -113,7 +118,7 @@ impl Tokenizer {
             }
         }
         Ok(Self {
-            merges: Merges::new(&pieces, &ids),
+            encoding: Pieces::new(&pieces, &ids),
             bytes: (found == 256).then_some(bytes),
             bos: control("<s>"),
             eos: control("</s>"),
@@ -160,18 +165,7 @@ impl Tokenizer {
         if text.is_empty() {
             return ids;
         }
-        let text = self.escape(text);
-        for word in bpe::independent_words(&text, self.merges.words_are_independent()) {
-            self.encode_word(word, cache, &mut ids);
-        }
-        ids
-    }
-
-    /// Token ids of a document as it stands in a shard: BOS, text, and EOS if `eos`.
-    pub fn encode_document(&self, text: &str, eos: bool, cache: &mut EncodeCache) -> Vec<u32> {
-        let mut ids: Vec<u32> = self.bos.into_iter().collect();
-        ids.extend(self.encode_with(text, cache));
-        ids.extend(self.eos.filter(|_| eos));
+        self.encode_escaped(&self.escape(text), cache, &mut ids);
         ids
     }
 
@@ -220,7 +214,7 @@ fn parse_byte(text: &str) -> Option<usize> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
@@ -229,7 +223,7 @@ mod tests {
     const TEXT: &str = "the cat sat on the mat, the cat ate 1234 rats.\n    let x = 42;\n    let y = x + 17;\n\tthe end\n\
         a shard holds tokens of many documents; every batch reads windows in an order that depends on seed and step.\n";
 
-    fn trained(vocab_size: usize) -> Tokenizer {
+    pub(crate) fn trained(vocab_size: usize) -> Tokenizer {
         let options = TrainOptions { vocab_size, ..TrainOptions::default() };
         Tokenizer::train([TEXT.repeat(20)].iter().map(String::as_str), &options, &NoProgress).unwrap()
     }
@@ -251,7 +245,7 @@ mod tests {
             let tokenizer = trained(320);
             let mut whole = Vec::new();
             if !text.is_empty() {
-                tokenizer.merge(&tokenizer.escape(&text), &mut whole);
+                tokenizer.encode_whole(&tokenizer.escape(&text), &mut whole);
             }
             prop_assert_eq!(tokenizer.encode(&text), whole);
         }
