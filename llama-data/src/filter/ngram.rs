@@ -9,9 +9,11 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::io::Write;
 use std::path::Path;
 
+use rustc_hash::FxHashMap;
+
 use crate::DataError;
 use crate::input::{self, Limits, Line, Lines};
-use crate::tokenizer::{EncodeCache, Tokenizer};
+use crate::tokenizer::{EncodeCaches, Tokenizer};
 
 /// Longest n-gram that is read.
 pub const MAX_ORDER: usize = 5;
@@ -62,13 +64,13 @@ pub enum Units {
     #[default]
     Words,
     /// The pieces of a tokenizer, as CCNet has it. In an ARPA file a piece is its text.
-    Pieces(Box<Tokenizer>),
+    Pieces(Box<Tokenizer>, EncodeCaches),
 }
 
 /// A model.
 #[derive(Clone, Debug)]
 pub struct NgramModel {
-    pub(super) words: HashMap<String, u32>,
+    pub(super) words: FxHashMap<String, u32>,
     pub(super) tables: Vec<Table>,
     pub(super) units: Units,
 }
@@ -80,7 +82,8 @@ impl NgramModel {
     /// [`DataError::Io`], or [`DataError::Format`] with the line.
     pub fn load_arpa(path: &Path, units: Units) -> Result<Self, DataError> {
         let mut lines = Lines::new(input::open(path, Limits::default())?, 1 << 16);
-        let mut words = HashMap::from([("<unk>".to_string(), UNKNOWN), ("<s>".into(), BEGIN), ("</s>".into(), END)]);
+        let mut words =
+            FxHashMap::from_iter([("<unk>".to_string(), UNKNOWN), ("<s>".into(), BEGIN), ("</s>".into(), END)]);
         let mut tables: Vec<Table> = Vec::new();
         let mut announced: Vec<usize> = Vec::new();
         let mut order = 0;
@@ -207,12 +210,17 @@ impl NgramModel {
 }
 
 impl Units {
+    /// The pieces of a tokenizer.
+    pub fn pieces(tokenizer: Tokenizer) -> Self {
+        Self::Pieces(Box::new(tokenizer), EncodeCaches::default())
+    }
+
     /// Calls with each unit of a line.
     pub(super) fn split(&self, line: &str, each: impl FnMut(&str)) {
         match self {
             Self::Words => line.split_whitespace().for_each(each),
-            Self::Pieces(tokenizer) => {
-                let ids = tokenizer.encode_with(line, &mut EncodeCache::default());
+            Self::Pieces(tokenizer, caches) => {
+                let ids = caches.with(|cache| tokenizer.encode_with(line, cache));
                 ids.into_iter().filter_map(|id| tokenizer.piece(id)).for_each(each);
             }
         }
@@ -220,7 +228,7 @@ impl Units {
 }
 
 /// `log10p<tab>w1 w2 ..[<tab>backoff]`.
-fn parse_entry(line: &str, order: usize, words: &mut HashMap<String, u32>) -> Result<(u128, Entry), String> {
+fn parse_entry(line: &str, order: usize, words: &mut FxHashMap<String, u32>) -> Result<(u128, Entry), String> {
     let number = |text: &str| text.parse::<f32>().map_err(|_| format!("`{text}` is not a number"));
     let mut fields = line.split(['\t', ' ']).filter(|field| !field.is_empty());
     let probability = number(fields.next().unwrap_or(""))?;

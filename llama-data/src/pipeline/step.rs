@@ -237,7 +237,7 @@ impl Step {
             }
             Self::Perplexity { model, tokenizer, max } => {
                 let units = match tokenizer {
-                    Some(file) => Units::Pieces(Box::new(Tokenizer::load(&file)?)),
+                    Some(file) => Units::pieces(Tokenizer::load(&file)?),
                     None => Units::Words,
                 };
                 Box::new(Perplexity { model: Arc::new(NgramModel::load_arpa(&model, units)?), max })

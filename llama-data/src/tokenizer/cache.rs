@@ -41,6 +41,13 @@ impl EncodeCache {
 #[derive(Debug, Default)]
 pub struct EncodeCaches(Mutex<Vec<EncodeCache>>);
 
+impl Clone for EncodeCaches {
+    /// Empty ones.
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
 impl EncodeCaches {
     /// Calls with a cache that nobody else uses meanwhile.
     pub fn with<T>(&self, work: impl FnOnce(&mut EncodeCache) -> T) -> T {
