@@ -98,7 +98,7 @@ fn main() -> Result<()> {
                 bail!("--order {order}: 1 to 5 are supported");
             }
             let units = match tokenizer {
-                Some(file) => Units::Pieces(Box::new(Tokenizer::load(&file)?)),
+                Some(file) => Units::pieces(Tokenizer::load(&file)?),
                 None => Units::Words,
             };
             let texts = texts(&text)?;
