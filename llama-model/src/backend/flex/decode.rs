@@ -34,6 +34,8 @@ pub(super) use self::block::{block, takes as takes_block};
 #[cfg(target_arch = "x86_64")]
 use self::many::WordRows;
 use self::rounded::Rounded;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use super::product::TurnedRows;
 use super::product::{self, Matrix, Output, PRODUCT, Product};
 #[cfg(target_arch = "x86_64")]
 use super::product::{Bf16Unit, PackedRows};
@@ -182,6 +184,8 @@ impl<'a> Input<'a> {
 /// Many rows in another form than floats.
 #[cfg(target_arch = "x86_64")]
 enum Many {
+    #[cfg(target_os = "linux")]
+    Turned(TurnedRows),
     Bf16(PackedRows),
     Words(WordRows),
 }
@@ -192,6 +196,10 @@ impl Many {
         let bf16 = || {
             let unit =
                 Bf16Unit::fastest().filter(|_| precision == Precision::Bf16 && d_in.is_multiple_of(QUANT_BLOCK))?;
+            #[cfg(target_os = "linux")]
+            if matches!(unit, Bf16Unit::Matrix) && xs.len() <= TurnedRows::MAX * d_in {
+                return Some(Self::Turned(TurnedRows::new(xs, d_in)));
+            }
             Some(Self::Bf16(PackedRows::new(xs, d_in, unit)))
         };
         let words = || {
@@ -210,6 +218,8 @@ impl Many {
         // SAFETY: the caller's promise, and the CPU was asked.
         unsafe {
             match self {
+                #[cfg(target_os = "linux")]
+                Self::Turned(rows) => rows.multiply(columns.out.0.add(columns.start), columns.stride, weight),
                 Self::Bf16(rows) => rows.multiply(columns.out.0.add(columns.start), columns.stride, weight),
                 Self::Words(words) => return words.multiply(columns, weight),
             }

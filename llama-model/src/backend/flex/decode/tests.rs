@@ -70,7 +70,9 @@ fn products_are_right_in_every_form() {
 #[test]
 fn products_of_many_rows_are_right() {
     let noise = |i: usize| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0;
-    for (rows, width, d_out) in [(9, 32, 1), (11, 1120, 21), (245, 96, 37), (13, 2080, 16), (33, 64, 290)] {
+    for (rows, width, d_out) in
+        [(9, 32, 1), (11, 1120, 21), (29, 608, 77), (245, 96, 37), (13, 2080, 16), (33, 64, 290)]
+    {
         let x: Vec<f32> = (0..width * rows).map(noise).collect();
         let w: Vec<f32> = (0..width * d_out).map(|i| noise(i + 17)).collect();
         let short: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();

@@ -226,7 +226,7 @@ fn tiles(out: *mut f32, row_stride: isize) -> [*mut f32; 4] {
 /// # Safety
 /// `out` must be readable for `add`; the tile registers must be configured.
 #[inline(always)]
-unsafe fn load_sums(out: *mut f32, row_stride: isize, add: bool) {
+pub(super) unsafe fn load_sums(out: *mut f32, row_stride: isize, add: bool) {
     let [left, right, below, below_right] = tiles(out, row_stride);
     // SAFETY: the caller's promise.
     unsafe {
@@ -250,7 +250,7 @@ unsafe fn load_sums(out: *mut f32, row_stride: isize, add: bool) {
 /// # Safety
 /// `out` must be writable; the tile registers must be configured.
 #[inline(always)]
-unsafe fn store_sums(out: *mut f32, row_stride: isize) {
+pub(super) unsafe fn store_sums(out: *mut f32, row_stride: isize) {
     let [left, right, below, below_right] = tiles(out, row_stride);
     // SAFETY: the caller's promise.
     unsafe {
@@ -270,7 +270,7 @@ unsafe fn store_sums(out: *mut f32, row_stride: isize) {
 /// # Safety
 /// The panels must hold the steps; the tile registers must be configured.
 #[inline(always)]
-unsafe fn kernel(steps: usize, upper: *const f32, lower: *const f32, b: *const f32) {
+pub(super) unsafe fn kernel(steps: usize, upper: *const f32, lower: *const f32, b: *const f32) {
     // Tiles of `a` are in tmm4 and tmm5, of `b` in tmm6 and tmm7.
     // SAFETY: the caller's promise.
     unsafe {
@@ -284,6 +284,36 @@ unsafe fn kernel(steps: usize, upper: *const f32, lower: *const f32, b: *const f
             "tileloadd tmm5, [{lower} + {row}]",
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {upper}, 1024",
+            "add {lower}, 1024",
+            "add {b}, 2048",
+            "dec {steps}",
+            "jnz 2b",
+            upper = inout(reg) upper => _,
+            lower = inout(reg) lower => _,
+            b = inout(reg) b => _,
+            steps = inout(reg) steps => _,
+            row = in(reg) 64usize,
+            options(nostack, readonly),
+        );
+    }
+}
+
+/// The same for the first 16 columns alone: adds to `tmm0` and `tmm2`.
+///
+/// # Safety
+/// As of [`kernel`].
+#[inline(always)]
+pub(super) unsafe fn left_kernel(steps: usize, upper: *const f32, lower: *const f32, b: *const f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "2:",
+            "tileloadd tmm4, [{upper} + {row}]",
+            "tileloadd tmm6, [{b} + 2*{row}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{lower} + {row}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
             "add {upper}, 1024",
             "add {lower}, 1024",
             "add {b}, 2048",

@@ -13,6 +13,8 @@ mod split;
 #[cfg(target_arch = "x86_64")]
 mod stored;
 mod tile;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod turned;
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::__m512;
@@ -24,6 +26,8 @@ use self::blocks::multiply as by;
 #[cfg(target_arch = "x86_64")]
 pub(super) use self::stored::{Bf16Unit, PackedRows};
 use self::tile::{RoundedBf16, RoundedF16, Single, Tiles};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(super) use self::turned::TurnedRows;
 #[cfg(target_arch = "x86_64")]
 use super::simd;
 use super::vector::{Vector, by_vectors};

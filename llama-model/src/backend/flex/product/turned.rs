@@ -1,0 +1,198 @@
+//! Products of few rows with weights as inference stores them, on Intel's matrix unit. It wants rows of its left operand as they lie in
+//! memory, and pairs of terms of its right one, so the weight is the left one here: what comes out is `weight · xᵀ`, and turned round.
+//! Packing a weight as the right operand takes several times as long as multiplying it with few rows.
+
+use std::arch::x86_64::*;
+
+use half::f16;
+
+use super::super::Buffer;
+use super::super::stored::Stored;
+use super::super::vector::{Vector, mask};
+use super::amx::{self, MatrixUnit, TILE, TILE_LANES, UNIT};
+use super::blocks::{Kernel, OWN, with_buffer};
+use super::stored::Short;
+use super::{Matrix, Output};
+use crate::backend::QUANT_BLOCK;
+
+/// Steps of 32 terms that are widened at a time, for the first-level cache: 16 KB, and as much of the rows.
+const STEPS: usize = 8;
+
+/// Few rows of the input, packed.
+pub(in crate::backend::flex) struct TurnedRows {
+    rows: usize,
+    terms: usize,
+    /// Of each pair of terms that of 32 rows, or of as many as there are.
+    strip: Buffer,
+}
+
+impl TurnedRows {
+    /// Rows that are few.
+    pub const MAX: usize = UNIT;
+
+    /// Packs rows of `terms` numbers, whole blocks. The CPU must have the unit.
+    pub fn new(xs: &[f32], terms: usize) -> Self {
+        let rows = xs.len() / terms;
+        assert!(rows <= Self::MAX && terms.is_multiple_of(QUANT_BLOCK), "{rows} rows of {terms} numbers");
+        // SAFETY: all of it is written: a strip of whole steps.
+        let mut strip = unsafe { Buffer::unwritten(UNIT * terms / 2) };
+        with_buffer(&OWN, UNIT * terms, |parts| {
+            // SAFETY: the buffer has room for them.
+            let parts = unsafe { std::slice::from_raw_parts_mut(parts, UNIT * terms) };
+            for (to, x) in parts.chunks_exact_mut(terms).zip(xs.chunks_exact(terms)) {
+                in_order(to, x);
+            }
+            parts[xs.len()..].fill(0.0);
+            // SAFETY: the strip has room, and the CPU was asked.
+            unsafe {
+                MatrixUnit::pack_b(strip.as_mut_ptr(), Matrix::rows(parts, UNIT, terms), (0, UNIT), (0, terms));
+            }
+        });
+        Self { rows, terms, strip }
+    }
+
+    /// Writes `x · weightᵀ` to rows of `stride` from `out` on.
+    ///
+    /// # Safety
+    /// There must be room, which nobody else uses meanwhile.
+    pub unsafe fn multiply(&self, out: *mut f32, stride: usize, weight: Stored) {
+        // SAFETY: the caller's promise, and the CPU was asked.
+        unsafe {
+            match weight {
+                Stored::Bf16(w) => self.by(out, stride, w, &[]),
+                Stored::F16(w) => self.by(out, stride, w, &[]),
+                Stored::Q8(w, scales) => self.by(out, stride, w, scales),
+                Stored::Q4(w, scales) => self.by(out, stride, w, scales),
+                Stored::Q4Symmetric(w, scales) => self.by(out, stride, w, scales),
+                Stored::F32(_) => unreachable!("weights in f32 are multiplied where they are"),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As of [`multiply`](Self::multiply); `scales` must have the floats of `w`; the CPU must have the unit.
+    unsafe fn by<T: Short>(&self, out: *mut f32, stride: usize, w: &[T], scales: &[f16]) {
+        let blocks = self.terms / QUANT_BLOCK;
+        let (width, per_row) = (blocks * T::LEN, blocks * T::SCALES);
+        let cols = w.len() / width;
+        #[repr(align(64))]
+        struct Sums([f32; UNIT * UNIT]);
+        let mut sums = Sums([0.0; UNIT * UNIT]);
+        let stretches = || (0..blocks).step_by(STEPS);
+        with_buffer(&OWN, 4 * STEPS * TILE_LANES, |panels| unsafe {
+            // SAFETY: the caller's promise; panels and strip are of as many terms.
+            MatrixUnit::begin();
+            // What is multiplied was written a while ago: the unit waits for what is on its way to the cache.
+            let widen = |panels: *mut f32, first: usize, start: usize| {
+                let steps = STEPS.min(blocks - start);
+                for row in 0..UNIT.min(cols - first) {
+                    let w = &w[(first + row) * width + start * T::LEN..][..steps * T::LEN];
+                    let scales = &scales[(first + row) * per_row + start * T::SCALES..][..steps * T::SCALES];
+                    let tile = panels.add(row / TILE * STEPS * TILE_LANES + row % TILE * TILE);
+                    widen_row(tile, w, scales, UNIT * width);
+                }
+            };
+            let mut places = (0..cols).step_by(UNIT).flat_map(|first| stretches().map(move |start| (first, start)));
+            let (mut now, mut then) = (panels, panels.add(2 * STEPS * TILE_LANES));
+            let mut next = places.next();
+            if let Some((first, start)) = next {
+                widen(now, first, start);
+            }
+            while let Some((first, start)) = next {
+                next = places.next();
+                if let Some((first, start)) = next {
+                    widen(then, first, start);
+                }
+                if start == 0 {
+                    amx::load_sums(sums.0.as_mut_ptr(), UNIT as isize, false);
+                }
+                let steps = STEPS.min(blocks - start);
+                let strip = self.strip.as_ptr().add(start * TILE * UNIT);
+                let lower = now.add(STEPS * TILE_LANES);
+                if self.rows > TILE {
+                    amx::kernel(steps, now, lower, strip);
+                } else {
+                    amx::left_kernel(steps, now, lower, strip);
+                }
+                if start + steps == blocks {
+                    amx::store_sums(sums.0.as_mut_ptr(), UNIT as isize);
+                    self.turn(Output(out.add(first)), stride, &sums.0, UNIT.min(cols - first));
+                }
+                std::mem::swap(&mut now, &mut then);
+            }
+            MatrixUnit::end();
+        });
+    }
+
+    /// Writes the sums of `cols` rows of a weight to columns of the result.
+    ///
+    /// # Safety
+    /// There must be room; the CPU must have AVX-512.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn turn(&self, out: Output, stride: usize, sums: &[f32], cols: usize) {
+        for first in (0..cols).step_by(TILE) {
+            let mask = mask(cols - first);
+            let load = |part: usize| -> [__m512; TILE] {
+                // SAFETY: there are two parts of 16 columns for each row.
+                std::array::from_fn(|i| unsafe { _mm512_loadu_ps(sums.as_ptr().add((first + i) * UNIT + part * TILE)) })
+            };
+            let store = |square: [__m512; TILE], from: usize| {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let rows = __m512::transpose(square).into_iter().enumerate();
+                    for (row, lanes) in rows.take(self.rows.saturating_sub(from)) {
+                        _mm512_mask_storeu_ps(out.at(0, 0, (from + row) * stride + first), mask, lanes);
+                    }
+                }
+            };
+            store(load(0), 0);
+            if self.rows > TILE {
+                store(load(1), TILE);
+            }
+        }
+    }
+}
+
+/// Terms as a weight's are widened: the first halves of two blocks, then their second; a last one by itself.
+fn in_order(to: &mut [f32], x: &[f32]) {
+    const HALF: usize = QUANT_BLOCK / 2;
+    let (whole, rest) = x.as_chunks::<{ 2 * QUANT_BLOCK }>();
+    let (to, to_rest) = to.as_chunks_mut::<{ 2 * QUANT_BLOCK }>();
+    for (to, x) in to.iter_mut().zip(whole) {
+        for (to, from) in to.chunks_exact_mut(HALF).zip([0, 2, 1, 3]) {
+            to.copy_from_slice(&x[from * HALF..][..HALF]);
+        }
+    }
+    to_rest.copy_from_slice(rest);
+}
+
+/// Writes up to [`STEPS`] steps of a row in bf16, each to a tile of its own, and asks for what lies so many elements further on.
+///
+/// # Safety
+/// There must be tiles; the CPU must have the instructions.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn widen_row<T: Short>(tiles: *mut f32, w: &[T], scales: &[f16], ahead: usize) {
+    let bytes = T::LEN * size_of::<T>();
+    let mut floats = std::mem::MaybeUninit::<[f32; 2 * STEPS]>::uninit();
+    let floats = floats.as_mut_ptr().cast::<f32>();
+    // SAFETY: the caller's promise; fetching reads nothing.
+    unsafe {
+        let scales = _mm256_maskz_loadu_epi16(mask(scales.len()), scales.as_ptr().cast());
+        _mm512_storeu_ps(floats, _mm512_cvtph_ps(scales));
+        let steps = w.len() / T::LEN;
+        let at = |step: usize| (w.as_ptr().add(step * T::LEN), floats.add(step * T::SCALES));
+        for line in (0..steps * bytes).step_by(64) {
+            __m512::prefetch_far(w.as_ptr().wrapping_add(ahead).cast::<u8>().wrapping_add(line).cast());
+        }
+        for step in (0..steps / 2 * 2).step_by(2) {
+            let (w, floats) = at(step);
+            let [first, second] = T::pairs_of_two(w, floats);
+            _mm512_store_ps(tiles.add(step * TILE_LANES), first);
+            _mm512_store_ps(tiles.add((step + 1) * TILE_LANES), second);
+        }
+        if steps % 2 == 1 {
+            let (w, floats) = at(steps - 1);
+            _mm512_store_ps(tiles.add((steps - 1) * TILE_LANES), T::pairs(w, floats));
+        }
+    }
+}
