@@ -41,7 +41,7 @@ use super::product::{self, Matrix, Output, PRODUCT, Product};
 use super::product::{Bf16Unit, PackedRows};
 use super::simd::{self, tree_sum, vectorized};
 use super::stored::{Stored, Symmetric, whole_blocks};
-use super::vector::by_vectors;
+use super::vector::{Vector, by_vectors};
 use super::{Buffer, contiguous, stored, team, values, whole};
 use crate::Precision;
 use crate::backend::{Bits, QUANT_BLOCK, QuantizedWeight};
@@ -236,6 +236,18 @@ struct Columns {
     start: usize,
 }
 
+impl Columns {
+    /// The place of one of them in a row.
+    fn at(self, row: usize, col: usize) -> *mut f32 {
+        self.out.0.wrapping_add(row * self.stride + self.start + col)
+    }
+
+    /// The same columns without the first rows.
+    fn below(self, rows: usize) -> Self {
+        Self { start: self.start + rows * self.stride, ..self }
+    }
+}
+
 /// Fills the columns by the product with widened rows.
 ///
 /// # Safety
@@ -271,32 +283,45 @@ unsafe fn products(columns: Columns, input: &Input, weight: Stored) {
     unsafe { product(columns, input.xs, input.d_in, weight, input.precision) };
 }
 
-/// Fills the columns, row by row of the input.
+/// Fills the columns, for few rows.
 ///
 /// # Safety
 /// As [`product`].
 unsafe fn dots(columns: Columns, input: &Input, weight: Stored) {
-    for (row, x) in input.xs.chunks_exact(input.d_in).enumerate() {
-        let len = weight.len() / input.d_in;
-        let start = row * columns.stride + columns.start;
-        // SAFETY: the caller's promise.
-        let out = unsafe { std::slice::from_raw_parts_mut(columns.out.0.add(start), len) };
-        // SAFETY: every slice has `len` rows.
-        if input.rounded.get(row).is_some_and(|x| unsafe { in_whole_numbers(out, x, weight) }) {
-            continue;
-        }
-        // SAFETY: the CPU was asked, and every slice has `len` rows.
-        unsafe {
-            match weight {
-                Stored::F32(w) => by_vectors!(floats::dots(out, x, w)),
-                Stored::Bf16(w) => by_vectors!(floats::dots(out, x, w)),
-                Stored::F16(w) => by_vectors!(floats::dots(out, x, w)),
-                Stored::Q8(w, scales) => q8_dots(out, x, w, scales),
-                Stored::Q4(w, scales) => q4_dots(out, x, w, scales),
-                Stored::Q4Symmetric(w, scales) => q4_symmetric_dots(out, x, w, scales),
+    let Input { xs, d_in, ref rounded, .. } = *input;
+    // SAFETY: the caller's promise.
+    if !rounded.is_empty() && unsafe { in_whole_numbers(columns, rounded, weight) } {
+        return;
+    }
+    // SAFETY: the CPU was asked, and the caller's promise.
+    unsafe {
+        match weight {
+            Stored::F32(w) => by_vectors!(floats::dots(columns, xs, d_in, w)),
+            Stored::Bf16(w) => by_vectors!(floats::dots(columns, xs, d_in, w)),
+            Stored::F16(w) => by_vectors!(floats::dots(columns, xs, d_in, w)),
+            Stored::Q8(w, scales) => by_row(columns, xs, d_in, weight, |out, x| q8_dots(out, x, w, scales)),
+            Stored::Q4(w, scales) => by_row(columns, xs, d_in, weight, |out, x| q4_dots(out, x, w, scales)),
+            Stored::Q4Symmetric(w, scales) => {
+                by_row(columns, xs, d_in, weight, |out, x| q4_symmetric_dots(out, x, w, scales));
             }
         }
     }
+}
+
+/// Fills the columns row by row of the input.
+///
+/// # Safety
+/// As [`product`].
+unsafe fn by_row(columns: Columns, xs: &[f32], d_in: usize, weight: Stored, dots: impl Fn(&mut [f32], &[f32])) {
+    for (row, x) in xs.chunks_exact(d_in).enumerate() {
+        // SAFETY: the caller's promise.
+        dots(unsafe { std::slice::from_raw_parts_mut(columns.at(row, 0), weight.len() / d_in) }, x);
+    }
+}
+
+/// Rows of the input that are multiplied together: as many as there are registers for their sums.
+const fn rows_together<V: Vector>() -> usize {
+    if V::LANES == 8 { 2 } else { 4 }
 }
 
 /// Blocks of 4 bits that [`in_whole_numbers`] multiplies at a time.
@@ -311,24 +336,24 @@ fn together() -> usize {
     1
 }
 
-/// The dots of a row with weights in blocks, if this CPU multiplies them in whole numbers.
+/// Fills the columns with weights in blocks, if this CPU multiplies them in whole numbers.
 ///
 /// # Safety
-/// The weight must have a row as long as `x` for each result.
+/// As [`product`].
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-unsafe fn in_whole_numbers(out: &mut [f32], x: &Rounded, weight: Stored) -> bool {
+unsafe fn in_whole_numbers(out: Columns, xs: &[Rounded], weight: Stored) -> bool {
     // SAFETY: the CPU was asked, and the caller's promise.
     unsafe {
         match weight {
             #[cfg(target_arch = "x86_64")]
-            Stored::Q8(w, scales) if simd::has_vnni() => whole::dots::<Wide, _>(out, x, w, scales),
+            Stored::Q8(w, scales) if simd::has_vnni() => whole::dots::<Wide, _>(out, xs, w, scales),
             #[cfg(target_arch = "x86_64")]
-            Stored::Q4(w, scales) if simd::has_vnni() => whole::dots::<Wide, _>(out, x, w, scales),
+            Stored::Q4(w, scales) if simd::has_vnni() => whole::dots::<Wide, _>(out, xs, w, scales),
             #[cfg(target_arch = "x86_64")]
-            Stored::Q4Symmetric(w, scales) if simd::has_vnni() => whole::dots::<Wide, _>(out, x, w, scales),
-            Stored::Q8(w, scales) => whole::dots::<Own, _>(out, x, w, scales),
-            Stored::Q4(w, scales) => whole::dots::<Own, _>(out, x, w, scales),
-            Stored::Q4Symmetric(w, scales) => whole::dots::<Own, _>(out, x, w, scales),
+            Stored::Q4Symmetric(w, scales) if simd::has_vnni() => whole::dots::<Wide, _>(out, xs, w, scales),
+            Stored::Q8(w, scales) => whole::dots::<Own, _>(out, xs, w, scales),
+            Stored::Q4(w, scales) => whole::dots::<Own, _>(out, xs, w, scales),
+            Stored::Q4Symmetric(w, scales) => whole::dots::<Own, _>(out, xs, w, scales),
             _ => return false,
         }
     }
@@ -336,7 +361,7 @@ unsafe fn in_whole_numbers(out: &mut [f32], x: &Rounded, weight: Stored) -> bool
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-unsafe fn in_whole_numbers(_: &mut [f32], _: &Rounded, _: Stored) -> bool {
+unsafe fn in_whole_numbers(_: Columns, _: &[Rounded], _: Stored) -> bool {
     false
 }
 

@@ -1,6 +1,6 @@
 use half::bf16;
 
-use super::super::vector::Plain;
+use super::super::vector::{Float, Plain};
 use super::*;
 use crate::backend::Bits;
 use crate::backend::rounding::round;
@@ -14,6 +14,11 @@ fn rounded(bits: Bits, weights: &[f32]) -> (Vec<i32>, Vec<f16>) {
 }
 
 /// Every form against sums in f64, for rows that do not divide evenly, with SIMD and without, few rows and many.
+fn plain(out: &mut [f32], x: &[f32], w: &[impl Float]) {
+    let columns = Columns { out: Output(out.as_mut_ptr()), stride: out.len(), start: 0 };
+    unsafe { floats::dots::<Plain>(columns, x, x.len(), w) }
+}
+
 #[test]
 fn products_are_right_in_every_form() {
     let noise = |i: usize| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0;
@@ -37,16 +42,23 @@ fn products_are_right_in_every_form() {
             let input = Input::new(&x, width, &[weight], Precision::F32);
             unsafe { dots(columns(&mut found), &input, weight) };
             compare(name, &found);
+            // However many they are together, rows have the bits they have alone.
+            for rows in [1, 2, 3, 6] {
+                let (x, mut some) = (&x[..rows * width], vec![0.0; rows * d_out]);
+                let input = Input::new(x, width, &[weight], Precision::F32);
+                unsafe { dots(columns(&mut some), &input, weight) };
+                assert!(some == found[..rows * d_out], "{name} {width}x{d_out}, {rows} rows");
+            }
             unsafe { product(columns(&mut found), &x, width, weight, Precision::F32) };
             compare(name, &found);
             portable(&mut found[..d_out], &x[..width]);
             compare(name, &found[..d_out]);
             wide
         };
-        assert_eq!(check("f32", Stored::F32(&w), &|out, x| unsafe { floats::dots::<Plain>(out, x, &w) }), w);
-        let wide = check("bf16", Stored::Bf16(&short), &|out, x| unsafe { floats::dots::<Plain>(out, x, &short) });
+        assert_eq!(check("f32", Stored::F32(&w), &|out, x| plain(out, x, &w)), w);
+        let wide = check("bf16", Stored::Bf16(&short), &|out, x| plain(out, x, &short));
         assert!(wide.iter().zip(&short).all(|(wide, w)| *wide == w.to_f32()));
-        let wide = check("f16", Stored::F16(&half), &|out, x| unsafe { floats::dots::<Plain>(out, x, &half) });
+        let wide = check("f16", Stored::F16(&half), &|out, x| plain(out, x, &half));
         assert!(wide.iter().zip(&half).all(|(wide, w)| *wide == w.to_f32()));
         if width % QUANT_BLOCK == 0 {
             let (words, scales) = rounded(Bits::Eight, &w);

@@ -6,8 +6,8 @@ use half::f16;
 
 use super::super::stored::Symmetric;
 use super::super::vector::{MAX_LANES, Task, Vector};
-use super::AHEAD;
 use super::rounded::{Block, Bytes, HALVES, Half, Rounded};
+use super::{AHEAD, Columns, rows_together};
 use crate::backend::QUANT_BLOCK;
 
 /// Scales in a cache line.
@@ -75,17 +75,18 @@ impl Multiplied for Symmetric {
     }
 }
 
-/// `out[i] = Σ x · w[i]` of weights in blocks.
+/// Fills the columns with `x · wᵀ` of weights in blocks. A row's sums do not depend on the others.
 ///
 /// # Safety
-/// `w` must have a row of as many blocks as `x` for each result, and `scales` their floats; the CPU must have the vectors.
-pub(super) unsafe fn dots<V: Whole, T: Multiplied>(out: &mut [f32], x: &Rounded, w: &[T], scales: &[f16]) {
-    unsafe { V::run_whole(Blocks::<V, T> { out, x, w, scales, kind: PhantomData }) }
+/// The columns must be nobody else's; `w` must have a row of as many blocks as each `x` for each of them, and `scales` their floats; the CPU must
+/// have the vectors.
+pub(super) unsafe fn dots<V: Whole, T: Multiplied>(out: Columns, xs: &[Rounded], w: &[T], scales: &[f16]) {
+    unsafe { V::run_whole(Blocks::<V, T> { out, xs, w, scales, kind: PhantomData }) }
 }
 
 struct Blocks<'a, V, T> {
-    out: &'a mut [f32],
-    x: &'a Rounded,
+    out: Columns,
+    xs: &'a [Rounded],
     w: &'a [T],
     scales: &'a [f16],
     kind: PhantomData<V>,
@@ -94,63 +95,101 @@ struct Blocks<'a, V, T> {
 impl<V: Whole, T: Multiplied> Task for Blocks<'_, V, T> {
     #[inline(always)]
     unsafe fn run(self) {
-        let Self { out, x, w, scales, .. } = self;
-        let (width, per_row) = (x.blocks() * T::BYTES, x.blocks() * T::SCALES);
-        let mut floats = vec![0.0f32; ROWS * T::factors(x).len()];
-        for (group, out) in out.chunks_mut(ROWS).enumerate() {
-            let first = group * ROWS;
-            let (w, scales) = (&w[first * width..], &scales[first * per_row..]);
-            // SAFETY: there are so many rows, and scales of their blocks.
+        let Self { mut out, xs, w, scales, .. } = self;
+        for xs in xs.chunks(rows_together::<V>()) {
+            // SAFETY: the caller's promise.
             unsafe {
-                if out.len() == ROWS {
-                    let sums: [V; ROWS] = sums(x, w, scales, &mut floats);
-                    out.copy_from_slice(&V::four_totals(sums));
-                    continue;
+                match *xs {
+                    [ref a] => products::<V, T, 1>(out, [a], w, scales),
+                    [ref a, ref b] => products::<V, T, 2>(out, [a, b], w, scales),
+                    [ref a, ref b, ref c] => products::<V, T, 3>(out, [a, b, c], w, scales),
+                    [ref a, ref b, ref c, ref d, ..] => products::<V, T, 4>(out, [a, b, c, d], w, scales),
+                    [] => {}
                 }
-                for (row, out) in out.iter_mut().enumerate() {
-                    let [sum]: [V; 1] = sums(x, &w[row * width..], &scales[row * per_row..], &mut floats);
-                    *out = sum.total();
+            }
+            out = out.below(xs.len());
+        }
+    }
+}
+
+/// The products of some rows, for which a weight is read once.
+#[inline(always)]
+unsafe fn products<V: Whole, T: Multiplied, const M: usize>(out: Columns, xs: [&Rounded; M], w: &[T], scales: &[f16]) {
+    let blocks = xs[0].blocks();
+    let (width, per_row) = (blocks * T::BYTES, blocks * T::SCALES);
+    let cols = w.len() / width;
+    let mut floats = vec![0.0f32; M * ROWS * T::factors(xs[0]).len()];
+    for first in (0..cols).step_by(ROWS) {
+        let (w, scales) = (&w[first * width..], &scales[first * per_row..]);
+        // SAFETY: there are so many rows, and scales of their blocks.
+        unsafe {
+            if cols - first >= ROWS {
+                let sums: [[V; ROWS]; M] = sums(xs, w, scales, &mut floats);
+                for (row, sums) in sums.into_iter().enumerate() {
+                    out.at(row, first).cast::<[f32; ROWS]>().write_unaligned(V::four_totals(sums));
+                }
+                continue;
+            }
+            for col in 0..cols - first {
+                let sums: [[V; 1]; M] = sums(xs, &w[col * width..], &scales[col * per_row..], &mut floats);
+                for (row, [sum]) in sums.into_iter().enumerate() {
+                    *out.at(row, first + col) = sum.total();
                 }
             }
         }
     }
 }
 
-/// The products with the first `N` rows, whose elements are still to be summed. `floats` has room for a row's factors, `N` times.
+/// The products of `M` rows with the first `N` of a weight, whose elements are still to be summed. `floats` has room for the factors of as many
+/// pairs.
 #[inline(always)]
-unsafe fn sums<V: Whole, T: Multiplied, const N: usize>(
-    x: &Rounded,
+unsafe fn sums<V: Whole, T: Multiplied, const N: usize, const M: usize>(
+    xs: [&Rounded; M],
     w: &[T],
     scales: &[f16],
     floats: &mut [f32],
-) -> [V; N] {
-    let (width, per_row) = (x.blocks() * T::BYTES, x.blocks() * T::SCALES);
-    let stride = T::factors(x).len();
+) -> [[V; N]; M] {
+    let blocks = xs[0].blocks();
+    let (width, per_row) = (blocks * T::BYTES, blocks * T::SCALES);
+    let stride = T::factors(xs[0]).len();
     // SAFETY: the caller's promise; factors and floats are whole registers, and fetching reads nothing.
     unsafe {
-        let minima: [V; N] = multiply_scales::<V, T, N>(floats, x, scales, per_row);
+        let mut minima = [[V::splat(0.0); N]; M];
+        for ((minima, x), floats) in minima.iter_mut().zip(xs).zip(floats.chunks_exact_mut(N * stride)) {
+            *minima = multiply_scales::<V, T, N>(floats, x, scales, per_row);
+        }
+        let factor =
+            |row: usize, col: usize, block: usize| floats.as_ptr().add((row * N + col) * stride + block * T::SCALES);
         let together = if T::BYTES == QUANT_BLOCK / 2 { V::TOGETHER } else { 1 };
-        let groups = if together > 1 { x.blocks() / together } else { 0 };
-        assert!(groups == 0 || x.halves.len() == groups * together * HALVES, "the input is in other groups");
-        let mut sums = [V::splat(0.0); N];
-        for (block, (bytes, of_bytes)) in x.bytes.iter().zip(&x.sums).enumerate().skip(groups * together) {
+        let groups = if together > 1 { blocks / together } else { 0 };
+        let grouped = groups * together * HALVES;
+        assert!(groups == 0 || xs.iter().all(|x| x.halves.len() == grouped), "the input is in other groups");
+        let mut sums = [[V::splat(0.0); N]; M];
+        for block in groups * together..blocks {
             fetch::<V, T, N>(w, block, 1);
-            for (row, sum) in sums.iter_mut().enumerate() {
-                let products: V = T::products(w.as_ptr().add(row * width + block * T::BYTES), bytes, of_bytes);
-                let scale = V::splat(*floats.get_unchecked(row * stride + block * T::SCALES));
-                *sum = products.multiply_add(scale, *sum);
+            for col in 0..N {
+                let w = w.as_ptr().add(col * width + block * T::BYTES);
+                for row in 0..M {
+                    let x = xs[row];
+                    let products: V = T::products(w, x.bytes.get_unchecked(block), x.sums.get_unchecked(block));
+                    sums[row][col] = products.multiply_add(V::splat(*factor(row, col, block)), sums[row][col]);
+                }
             }
         }
-        for (sum, minima) in sums.iter_mut().zip(minima) {
-            *sum = sum.weigh().add(minima);
+        for (sums, minima) in sums.iter_mut().zip(minima) {
+            for (sum, minima) in sums.iter_mut().zip(minima) {
+                *sum = sum.weigh().add(minima);
+            }
         }
         for block in (0..groups).map(|group| group * together) {
             fetch::<V, T, N>(w, block, together);
-            let halves = x.halves.as_ptr().add(block * HALVES);
-            for (row, sum) in sums.iter_mut().enumerate() {
-                let products = V::products_of_4s(w.as_ptr().add(row * width + block * T::BYTES).cast(), halves);
-                let scales = V::scales_of_4s(floats.as_ptr().add(row * stride + block * T::SCALES), T::SCALES);
-                *sum = products.multiply_add(scales, *sum);
+            for col in 0..N {
+                let w = w.as_ptr().add(col * width + block * T::BYTES);
+                for row in 0..M {
+                    let products = V::products_of_4s(w.cast(), xs[row].halves.as_ptr().add(block * HALVES));
+                    let scales = V::scales_of_4s(factor(row, col, block), T::SCALES);
+                    sums[row][col] = products.multiply_add(scales, sums[row][col]);
+                }
             }
         }
         sums
