@@ -96,7 +96,9 @@ impl<V: Whole, T: Multiplied> Task for Blocks<'_, V, T> {
     #[inline(always)]
     unsafe fn run(self) {
         let Self { mut out, xs, w, scales, .. } = self;
-        for xs in xs.chunks(rows_together::<V>()) {
+        // What blocks in groups are multiplied with takes more registers.
+        let grouped = V::TOGETHER > 1 && T::BYTES == QUANT_BLOCK / 2;
+        for xs in xs.chunks(if grouped { 2 } else { rows_together::<V>() }) {
             // SAFETY: the caller's promise.
             unsafe {
                 match *xs {
@@ -143,6 +145,7 @@ unsafe fn products<V: Whole, T: Multiplied, const M: usize>(out: Columns, xs: [&
 /// The products of `M` rows with the first `N` of a weight, whose elements are still to be summed. `floats` has room for the factors of as many
 /// pairs.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "with iterators the sums do not stay in registers: half as fast")]
 unsafe fn sums<V: Whole, T: Multiplied, const N: usize, const M: usize>(
     xs: [&Rounded; M],
     w: &[T],
@@ -170,8 +173,8 @@ unsafe fn sums<V: Whole, T: Multiplied, const N: usize, const M: usize>(
             for col in 0..N {
                 let w = w.as_ptr().add(col * width + block * T::BYTES);
                 for row in 0..M {
-                    let x = xs[row];
-                    let products: V = T::products(w, x.bytes.get_unchecked(block), x.sums.get_unchecked(block));
+                    let (bytes, of_bytes) = (xs[row].bytes.get_unchecked(block), xs[row].sums.get_unchecked(block));
+                    let products: V = T::products(w, bytes, of_bytes);
                     sums[row][col] = products.multiply_add(V::splat(*factor(row, col, block)), sums[row][col]);
                 }
             }

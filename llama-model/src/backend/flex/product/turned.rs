@@ -132,22 +132,18 @@ impl TurnedRows {
     unsafe fn turn(&self, out: Output, stride: usize, sums: &[f32], cols: usize) {
         for first in (0..cols).step_by(TILE) {
             let mask = mask(cols - first);
-            let load = |part: usize| -> [__m512; TILE] {
-                // SAFETY: there are two parts of 16 columns for each row.
-                std::array::from_fn(|i| unsafe { _mm512_loadu_ps(sums.as_ptr().add((first + i) * UNIT + part * TILE)) })
-            };
-            let store = |square: [__m512; TILE], from: usize| {
-                // SAFETY: the caller's promise.
+            for from in (0..self.rows).step_by(TILE) {
+                // SAFETY: the caller's promise; there are as many columns of sums for each of a tile's rows.
                 unsafe {
+                    let mut square = [_mm512_setzero_ps(); TILE];
+                    for (col, lanes) in square.iter_mut().enumerate() {
+                        *lanes = _mm512_loadu_ps(sums.as_ptr().add((first + col) * UNIT + from));
+                    }
                     let rows = __m512::transpose(square).into_iter().enumerate();
-                    for (row, lanes) in rows.take(self.rows.saturating_sub(from)) {
+                    for (row, lanes) in rows.take(self.rows - from) {
                         _mm512_mask_storeu_ps(out.at(0, 0, (from + row) * stride + first), mask, lanes);
                     }
                 }
-            };
-            store(load(0), 0);
-            if self.rows > TILE {
-                store(load(1), TILE);
             }
         }
     }
