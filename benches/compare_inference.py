@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Reading a prompt (of 128 tokens unless told) and decoding of this library against llama.cpp and PyTorch, with weights of one width, on the
-same machine in one run, alternating.
+"""Reading a prompt (of 128 tokens unless told) and decoding, of one sequence or several at once, of this library against llama.cpp
+and PyTorch, with weights of one width, on the same machine in one run, alternating.
 
     pip install torch transformers llama-cpp-python
     python3 benches/compare_inference.py model.gguf --rounds 3
     python3 benches/compare_inference.py model.gguf --weights q4 --prompt 4000
+    python3 benches/compare_inference.py model.gguf --batch 8
 
 The model is any checkpoint that `convert` reads. llama.cpp gets files that this library writes (4 bits: the model itself if it is
 a `Q4_1` file, else `Q4_0`, which is a tenth smaller than our 4 bits), PyTorch an exported folder through transformers. Tokens per
@@ -23,44 +24,56 @@ def run(command):
     return subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
 
 
-def ours(model, weights, prompt):
+def ours(model, weights, prompt, batch):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "results.jsonl")
-        run(["cargo", "bench", "--bench", "decoding", "--", "--model", model, "--weights", weights, "--prompt", str(prompt), "--json", path])
+        run(["cargo", "bench", "--bench", "decoding", "--", "--model", model, "--weights", weights, "--prompt", str(prompt),
+             "--batch", str(batch), "--json", path])
         with open(path) as results:
             result = json.loads(results.readline())
         return result["prefill_tokens_per_second"], result["tokens_per_second"]
 
 
-def llama_cpp(count, file):
-    from llama_cpp import Llama
+def llama_cpp(count, sequences, file):
+    import llama_cpp as lib
 
-    threads = os.cpu_count()
-    model = Llama(file, n_ctx=count + STEPS, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False)
-    vocab = model.n_vocab()
-    prompt = [i * 37 % vocab for i in range(count)]
+    lib.llama_backend_init()
+    model = lib.llama_model_load_from_file(file.encode(), lib.llama_model_default_params())
+    vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    params = lib.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = sequences * (count + STEPS), sequences * count, 512, sequences
+    params.n_threads = params.n_threads_batch = os.cpu_count()
+    context = lib.llama_init_from_model(model, params)
+    batch = lib.llama_batch_init(sequences * count, 0, sequences)
 
     def read(tokens):
+        """Of each token its number, position and sequence, and whether its logits are wanted."""
+        batch.n_tokens = len(tokens)
+        for i, (token, position, sequence, wanted) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token % vocab, position, 1, wanted
+            batch.seq_id[i][0] = sequence
         start = time.perf_counter()
-        model.eval(tokens)
+        if lib.llama_decode(context, batch):
+            raise RuntimeError("llama_decode failed")
+        lib.llama_get_logits_ith(context, len(tokens) - 1)
         return time.perf_counter() - start
 
     def prefill():
-        model.reset()
-        return read(prompt)
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        return read([(37 * i + s, i, s, i == count - 1) for s in range(sequences) for i in range(count)])
 
     prefills = [prefill() for _ in range(1 + PREFILLS)][1:]
-    steps = [read([100 + i]) for i in range(STEPS)]
-    return count / statistics.median(prefills), 1 / statistics.median(steps)
+    steps = [read([(100 + i + s, count + i, s, True) for s in range(sequences)]) for i in range(STEPS)]
+    return sequences * count / statistics.median(prefills), sequences / statistics.median(steps)
 
 
-def torch(count, folder, dtype):
+def torch(count, sequences, folder, dtype):
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(os.cpu_count())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    prompt = torch.tensor([[i * 37 % model.config.vocab_size for i in range(count)]])
+    prompt = torch.tensor([[(37 * i + s) % model.config.vocab_size for i in range(count)] for s in range(sequences)])
 
     def read(tokens, past):
         start = time.perf_counter()
@@ -72,14 +85,15 @@ def torch(count, folder, dtype):
         _, past = read(prompt, None)
         steps = []
         for i in range(STEPS):
-            seconds, past = read(torch.tensor([[100 + i]]), past)
+            seconds, past = read(torch.tensor([[100 + i + s] for s in range(sequences)]), past)
             steps.append(seconds)
-    return count / statistics.median(prefills), 1 / statistics.median(steps)
+    return sequences * count / statistics.median(prefills), sequences / statistics.median(steps)
 
 
-def other(prompt, what, *args):
+def other(prompt, batch, what, *args):
     """A process of another program: its two rates, or None if it is not installed."""
-    command = [sys.executable, os.path.abspath(__file__), "-", "--prompt", str(prompt), "--one", what, *args]
+    command = [sys.executable, os.path.abspath(__file__), "-", "--prompt", str(prompt), "--batch", str(batch),
+               "--one", what, *args]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
@@ -94,12 +108,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--weights", choices=[width[0] for width in WIDTHS], help="only this width")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
+    parser.add_argument("--batch", type=int, default=1, help="sequences at once")
     parser.add_argument("--json", help="append the best of each side to this file, for table.py")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         what, *rest = args.one
-        print(json.dumps((llama_cpp if what == "llama.cpp" else torch)(args.prompt, *rest)))
+        print(json.dumps((llama_cpp if what == "llama.cpp" else torch)(args.prompt, args.batch, *rest)))
         return
     args.model = os.path.abspath(args.model)
     run(["cargo", "build", "--release", "--examples"])
@@ -120,9 +135,9 @@ def main():
                 run([convert, args.model, gguf, "--type", gguf_type])
             found = {"ours": [], "llama.cpp": [], "torch": []}
             for _ in range(args.rounds):
-                found["ours"].append(ours(args.model, weights, args.prompt))
-                found["llama.cpp"].append(other(args.prompt, "llama.cpp", gguf))
-                found["torch"].append(other(args.prompt, "torch", hf, dtype) if dtype else None)
+                found["ours"].append(ours(args.model, weights, args.prompt, args.batch))
+                found["llama.cpp"].append(other(args.prompt, args.batch, "llama.cpp", gguf))
+                found["torch"].append(other(args.prompt, args.batch, "torch", hf, dtype) if dtype else None)
             most = {side: [max(rates) for rates in zip(*filter(None, results))] for side, results in found.items()}
             if args.json:
                 with open(args.json, "a") as results:

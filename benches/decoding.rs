@@ -6,6 +6,7 @@
 //! cargo bench --bench decoding -- --size 110m --weights q8
 //! cargo bench --bench decoding -- --model smollm2.gguf          # a checkpoint of any format instead of the sizes
 //! cargo bench --bench decoding -- --model smollm2.gguf --prompt 4000 --cache f32
+//! cargo bench --bench decoding -- --model smollm2.gguf --batch 16       # so many prompts at once
 //! cargo bench --bench decoding -- --json results.jsonl          # also as JSON lines
 //! ```
 //!
@@ -70,7 +71,7 @@ impl BackendTask for Decoding {
 
     fn run<B: TrainBackend>(self, device: B::Device) {
         println!(
-            "| model | weights | device | prefill tokens/s | ms a token | tokens/s | GB/s | memory GB/s | share | resident MB |"
+            "| model | weights | device | prefill tokens/s | ms a step | tokens/s | GB/s | memory GB/s | share | resident MB |"
         );
         println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |");
         for &format in WeightFormat::ALL {
@@ -106,11 +107,12 @@ impl Decoding {
         let model = model.with_compute(compute).with_cache(cache(&self.args, format.cache::<B>(device)));
         let (prefills, steps) = if self.args.smoke { (1, 2) } else { (5, self.args.number("--steps").unwrap_or(48)) };
         let tokens = self.args.number("--prompt").unwrap_or(128);
-        let prompt: Vec<u32> = (0..tokens as u32).map(|i| i * 37 % config.vocab_size as u32).collect();
+        let batch = self.args.number("--batch").unwrap_or(1);
+        let token = |sequence: usize, i: usize| ((37 * i + sequence) % config.vocab_size) as u32;
+        let prompts: Vec<Vec<u32>> = (0..batch).map(|s| (0..tokens).map(|i| token(s, i)).collect()).collect();
         let begin = || {
             let options = GenerateOptions { max_new_tokens: steps, sampling: Sampling::greedy(), ..Default::default() };
-            let prompt = std::slice::from_ref(&prompt);
-            let mut generation = Generation::new(&model, prompt, options).expect("it fits");
+            let mut generation = Generation::new(&model, &prompts, options).expect("it fits");
             let start = Instant::now();
             generation.next();
             (generation, start.elapsed())
@@ -129,11 +131,11 @@ impl Decoding {
         let memory = bandwidths.iter().sum::<f64>() / bandwidths.len() as f64;
         let ms = median(times);
         let read = bytes_per_token(config, format) / ms * 1e3;
-        let prefill = tokens as f64 / prefill * 1e3;
+        let prefill = (batch * tokens) as f64 / prefill * 1e3;
+        let decoding = batch as f64 / ms * 1e3;
         println!(
-            "| {name} | {format} | {} | {prefill:.0} | {ms:.2} | {:.1} | {:.1} | {:.1} | {:.0}% | {:.0} |",
+            "| {name} | {format} | {} | {prefill:.0} | {ms:.2} | {decoding:.1} | {:.1} | {:.1} | {:.0}% | {:.0} |",
             self.args.device,
-            1e3 / ms,
             read / 1e9,
             memory / 1e9,
             100.0 * read / memory,
@@ -143,7 +145,7 @@ impl Decoding {
             &self.args,
             &serde_json::json!({
                 "bench": "decoding", "model": name, "weights": format.to_string(), "device": self.args.device.to_string(),
-                "prefill_tokens_per_second": prefill, "tokens_per_second": 1e3 / ms, "bytes_per_second": read,
+                "prefill_tokens_per_second": prefill, "tokens_per_second": decoding, "batch": batch, "bytes_per_second": read,
                 "memory_bytes_per_second": memory,
             }),
         );

@@ -11,6 +11,7 @@ mod floats;
 mod many;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod portable;
 pub(super) mod rounded;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
@@ -28,19 +29,19 @@ use std::cell::RefCell;
 use burn::backend::Flex;
 use burn::tensor::{DType, Shape, TensorMetadata};
 use burn_flex::FlexTensor;
-use half::f16;
 
 pub(super) use self::block::{block, takes as takes_block};
 #[cfg(target_arch = "x86_64")]
 use self::many::WordRows;
+use self::portable::{q4_dots, q4_symmetric_dots, q8_dots};
 use self::rounded::Rounded;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use super::product::TurnedRows;
 use super::product::{self, Matrix, Output, PRODUCT, Product};
 #[cfg(target_arch = "x86_64")]
 use super::product::{Bf16Unit, PackedRows};
-use super::simd::{self, tree_sum, vectorized};
-use super::stored::{Stored, Symmetric, whole_blocks};
+use super::simd;
+use super::stored::{Stored, whole_blocks};
 use super::vector::{Vector, by_vectors};
 use super::{Buffer, contiguous, stored, team, values, whole};
 use crate::Precision;
@@ -48,6 +49,10 @@ use crate::backend::{Bits, QUANT_BLOCK, QuantizedWeight};
 
 /// Rows of the input up to which the product is one of dots.
 const ROWS: usize = 8;
+/// Rows from which the matrix unit is faster, if it takes the product. Below them a row has the same bits in any company, as speculation, which
+/// reads a few guesses at a time, expects of a model.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+const ROWS_OF_UNIT: usize = 8;
 /// Weights a task has, at least: below it the hand-over costs more than it saves.
 const TASK: usize = 1 << 14;
 /// Weights that are widened at a time: a megabyte of floats.
@@ -105,8 +110,8 @@ fn multiply_into(outs: &mut [&mut [f32]], xs: &[f32], d_in: usize, weights: &[St
         assert_eq!(out.len(), rows * d_out, "a product has another size than its result");
     }
     let targets: Vec<Output> = outs.iter_mut().map(|out| Output(out.as_mut_ptr())).collect();
-    let few = rows <= ROWS;
     let input = Input::new(xs, d_in, weights, precision);
+    let few = input.few;
     let panel = if few { 1 } else { PANEL };
     let total: usize = widths.iter().map(|d_out| d_out.div_ceil(panel)).sum();
     let tasks = if few {
@@ -148,6 +153,8 @@ struct Input<'a> {
     xs: &'a [f32],
     d_in: usize,
     precision: Precision,
+    /// Whether the product is one of dots.
+    few: bool,
     /// Few rows in whole numbers, if weights are and the CPU multiplies them.
     rounded: Vec<Rounded>,
     /// Many rows as the CPU multiplies them faster than floats, if it does.
@@ -157,13 +164,22 @@ struct Input<'a> {
 
 impl<'a> Input<'a> {
     fn new(xs: &'a [f32], d_in: usize, weights: &[Stored], precision: Precision) -> Self {
-        let few = xs.len() <= ROWS * d_in;
+        let rows = xs.len() / d_in;
+        #[cfg(target_arch = "x86_64")]
+        let unit = Bf16Unit::fastest().filter(|_| {
+            let short = weights.iter().all(|weight| !matches!(weight, Stored::F32(_)));
+            short && precision == Precision::Bf16 && d_in.is_multiple_of(QUANT_BLOCK)
+        });
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        let few = rows < if matches!(unit, Some(Bf16Unit::Matrix)) { ROWS_OF_UNIT } else { ROWS + 1 };
+        #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+        let few = rows <= ROWS;
         let bits = || weights.iter().filter_map(|weight| weight.bits());
         let blocks = bits().next().is_some();
         let mut rounded = Vec::new();
         if blocks && few && simd::has_vectors() {
             rounded = SPARE.take();
-            rounded.resize_with(xs.len() / d_in, Rounded::default);
+            rounded.resize_with(rows, Rounded::default);
             let group = if bits().any(|bits| bits != Bits::Eight) { together() } else { 1 };
             rounded.iter_mut().zip(xs.chunks_exact(d_in)).for_each(|(rounded, x)| {
                 rounded.set(x);
@@ -174,9 +190,10 @@ impl<'a> Input<'a> {
             xs,
             d_in,
             precision,
+            few,
             rounded,
             #[cfg(target_arch = "x86_64")]
-            many: if few { None } else { Many::new(xs, d_in, blocks, precision) },
+            many: if few { None } else { Many::new(xs, d_in, blocks, unit) },
         }
     }
 }
@@ -192,22 +209,20 @@ enum Many {
 
 #[cfg(target_arch = "x86_64")]
 impl Many {
-    fn new(xs: &[f32], d_in: usize, blocks: bool, precision: Precision) -> Option<Self> {
-        let bf16 = || {
-            let unit =
-                Bf16Unit::fastest().filter(|_| precision == Precision::Bf16 && d_in.is_multiple_of(QUANT_BLOCK))?;
+    /// As `unit` multiplies rows in bf16, if that may be, or else in whole numbers with weights in blocks.
+    fn new(xs: &[f32], d_in: usize, blocks: bool, unit: Option<Bf16Unit>) -> Option<Self> {
+        match unit {
             #[cfg(target_os = "linux")]
-            if matches!(unit, Bf16Unit::Matrix) && xs.len() <= TurnedRows::MAX * d_in {
-                return Some(Self::Turned(TurnedRows::new(xs, d_in)));
+            Some(Bf16Unit::Matrix) if xs.len() <= TurnedRows::MAX * d_in => {
+                Some(Self::Turned(TurnedRows::new(xs, d_in)))
             }
-            Some(Self::Bf16(PackedRows::new(xs, d_in, unit)))
-        };
-        let words = || {
-            // A matrix unit is faster in f32, too.
-            let unit = simd::WordUnit::fastest().filter(|_| blocks && !product::has_matrix_unit())?;
-            Some(Self::Words(WordRows::new(xs, d_in, unit)))
-        };
-        bf16().or_else(words)
+            Some(unit) => Some(Self::Bf16(PackedRows::new(xs, d_in, unit))),
+            None => {
+                // A matrix unit is faster in f32, too.
+                let unit = simd::WordUnit::fastest().filter(|_| blocks && !product::has_matrix_unit())?;
+                Some(Self::Words(WordRows::new(xs, d_in, unit)))
+            }
+        }
     }
 
     /// Fills the columns, if it can with this weight.
@@ -363,61 +378,6 @@ unsafe fn in_whole_numbers(out: Columns, xs: &[Rounded], weight: Stored) -> bool
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 unsafe fn in_whole_numbers(_: Columns, _: &[Rounded], _: Stored) -> bool {
     false
-}
-
-vectorized! {
-    fn q8_dots<'a>(out: &'a mut [f32], x: &'a [f32], w: &'a [i8], scales: &'a [f16]) -> () {
-        let rows = w.chunks_exact(x.len()).zip(scales.chunks_exact(x.len() / QUANT_BLOCK));
-        for (out, (w, scales)) in out.iter_mut().zip(rows) {
-            let mut lanes = [0.0f32; QUANT_BLOCK];
-            let blocks = x.as_chunks::<QUANT_BLOCK>().0.iter().zip(w.as_chunks::<QUANT_BLOCK>().0).zip(scales);
-            for ((x, w), scale) in blocks {
-                let scale = scale.to_f32();
-                for lane in 0..QUANT_BLOCK {
-                    lanes[lane] = (x[lane] * scale).mul_add(f32::from(w[lane]), lanes[lane]);
-                }
-            }
-            *out = tree_sum(lanes);
-        }
-    }
-}
-
-vectorized! {
-    fn q4_dots<'a>(out: &'a mut [f32], x: &'a [f32], w: &'a [u8], scales: &'a [f16]) -> () {
-        dots_of_4::<2>(out, x, w, scales, |[scale, min]| [scale.to_f32(), min.to_f32()]);
-    }
-}
-
-vectorized! {
-    fn q4_symmetric_dots<'a>(out: &'a mut [f32], x: &'a [f32], w: &'a [Symmetric], scales: &'a [f16]) -> () {
-        dots_of_4::<1>(out, x, bytemuck::cast_slice(w), scales, |[scale]| [scale.to_f32(), -8.0 * scale.to_f32()]);
-    }
-}
-
-/// `scales` are of a block's floats its scale and minimum.
-#[inline(always)]
-fn dots_of_4<const N: usize>(
-    out: &mut [f32],
-    x: &[f32],
-    w: &[u8],
-    floats: &[f16],
-    scales: impl Fn(&[f16; N]) -> [f32; 2],
-) {
-    const HALF: usize = QUANT_BLOCK / 2;
-    let rows = w.chunks_exact(x.len() / 2).zip(floats.chunks_exact(N * x.len() / QUANT_BLOCK));
-    for (out, (w, floats)) in out.iter_mut().zip(rows) {
-        let mut lanes = [0.0f32; QUANT_BLOCK];
-        let blocks = x.as_chunks::<QUANT_BLOCK>().0.iter().zip(w.as_chunks::<HALF>().0);
-        for ((x, w), floats) in blocks.zip(floats.as_chunks::<N>().0) {
-            let [scale, min] = scales(floats);
-            for lane in 0..HALF {
-                let (low, high) = (f32::from(w[lane] & 15), f32::from(w[lane] >> 4));
-                lanes[lane] = x[lane].mul_add(scale.mul_add(low, min), lanes[lane]);
-                lanes[HALF + lane] = x[HALF + lane].mul_add(scale.mul_add(high, min), lanes[HALF + lane]);
-            }
-        }
-        *out = tree_sum(lanes);
-    }
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-use half::bf16;
+use half::{bf16, f16};
 
 use super::super::vector::{Float, Plain};
 use super::*;
