@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::super::stored::avx512::{Widened, symmetric_table, table, two_of_four_bits};
+use super::super::stored::avx512::Widened;
 use super::super::stored::{Stored, Symmetric};
 use super::super::vector::{Vector, widen};
 use super::super::{Buffer, team};
@@ -179,11 +179,6 @@ pub(super) trait Short: Copy {
     /// # Safety
     /// 32 weights must follow, and their floats; the CPU must have AVX-512 with bf16.
     unsafe fn pairs(w: *const Self, scales: *const f32) -> __m512;
-    /// Pairs of two blocks: of their first halves, and of their second.
-    ///
-    /// # Safety
-    /// As of [`pairs`](Self::pairs), with 64 weights.
-    unsafe fn pairs_of_two(w: *const Self, scales: *const f32) -> [__m512; 2];
 }
 
 impl Short for bf16 {
@@ -192,10 +187,6 @@ impl Short for bf16 {
     #[inline(always)]
     unsafe fn pairs(w: *const bf16, _: *const f32) -> __m512 {
         unsafe { _mm512_loadu_ps(w.cast()) }
-    }
-    #[inline(always)]
-    unsafe fn pairs_of_two(w: *const bf16, _: *const f32) -> [__m512; 2] {
-        unsafe { [halves(w, w.add(STEP)), halves(w.add(STEP / 2), w.add(STEP + STEP / 2))] }
     }
 }
 
@@ -206,19 +197,11 @@ impl Short for f16 {
     unsafe fn pairs(w: *const f16, _: *const f32) -> __m512 {
         unsafe { rounded([__m512::load_f16(w), __m512::load_f16(w.add(STEP / 2))]) }
     }
-    #[inline(always)]
-    unsafe fn pairs_of_two(w: *const f16, _: *const f32) -> [__m512; 2] {
-        unsafe {
-            let first = [__m512::load_f16(w), __m512::load_f16(w.add(STEP))];
-            let second = [__m512::load_f16(w.add(STEP / 2)), __m512::load_f16(w.add(STEP + STEP / 2))];
-            [rounded(first), rounded(second)]
-        }
-    }
 }
 
-/// Integers in blocks: their elements, their floats, and how two blocks are read.
+/// Integers in blocks.
 macro_rules! short_blocks {
-    ($($integer:ty, $len:expr, $scales:expr, $two:expr);*) => {
+    ($($integer:ty, $len:expr, $scales:expr);*) => {
         $(impl Short for $integer {
             const LEN: usize = $len;
             const SCALES: usize = $scales;
@@ -226,47 +209,14 @@ macro_rules! short_blocks {
             unsafe fn pairs(w: *const Self, scales: *const f32) -> __m512 {
                 unsafe { rounded(Widened::load(w, scales)) }
             }
-            #[inline(always)]
-            unsafe fn pairs_of_two(w: *const Self, scales: *const f32) -> [__m512; 2] {
-                unsafe { $two(w, scales) }
-            }
         })*
     };
 }
-short_blocks!(i8, STEP, 1, two_of_8; u8, STEP / 2, 2, two_of_4; Symmetric, STEP / 2, 1, two_of_4_symmetric);
+short_blocks!(i8, STEP, 1; u8, STEP / 2, 2; Symmetric, STEP / 2, 1);
 
+/// 32 numbers in bf16.
 #[inline(always)]
-unsafe fn two_of_8(w: *const i8, scales: *const f32) -> [__m512; 2] {
-    unsafe {
-        let (first, second) = (Widened::load(w, scales), Widened::load(w.add(STEP), scales.add(1)));
-        [rounded([first[0], second[0]]), rounded([first[1], second[1]])]
-    }
-}
-
-#[inline(always)]
-unsafe fn two_of_4(w: *const u8, scales: *const f32) -> [__m512; 2] {
-    unsafe {
-        let first = table(*scales, *scales.add(1));
-        two_of_four_bits(w, [first, table(*scales.add(2), *scales.add(3))])
-    }
-}
-
-#[inline(always)]
-unsafe fn two_of_4_symmetric(w: *const Symmetric, scales: *const f32) -> [__m512; 2] {
-    unsafe { two_of_four_bits(w.cast(), [symmetric_table(*scales), symmetric_table(*scales.add(1))]) }
-}
-
-/// 16 numbers and 16 others.
-#[inline(always)]
-unsafe fn halves(low: *const bf16, high: *const bf16) -> __m512 {
-    unsafe {
-        let low = _mm512_castsi256_si512(_mm256_loadu_si256(low.cast()));
-        _mm512_castsi512_ps(_mm512_inserti64x4::<1>(low, _mm256_loadu_si256(high.cast())))
-    }
-}
-
-#[inline(always)]
-unsafe fn rounded([low, high]: [__m512; 2]) -> __m512 {
+pub(super) unsafe fn rounded([low, high]: [__m512; 2]) -> __m512 {
     unsafe { std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(high, low)) }
 }
 

@@ -4,14 +4,15 @@
 
 use std::arch::x86_64::*;
 
-use half::f16;
+use half::{bf16, f16};
 
 use super::super::Buffer;
-use super::super::stored::Stored;
+use super::super::stored::avx512::Widened;
+use super::super::stored::{Stored, Symmetric};
 use super::super::vector::{Vector, mask};
 use super::amx::{self, MatrixUnit, TILE, TILE_LANES, UNIT};
 use super::blocks::{Kernel, OWN, with_buffer};
-use super::stored::Short;
+use super::stored::{Short, rounded};
 use super::{Matrix, Output};
 use crate::backend::QUANT_BLOCK;
 
@@ -71,7 +72,7 @@ impl TurnedRows {
 
     /// # Safety
     /// As of [`multiply`](Self::multiply); `scales` must have the floats of `w`; the CPU must have the unit.
-    unsafe fn by<T: Short>(&self, out: *mut f32, stride: usize, w: &[T], scales: &[f16]) {
+    unsafe fn by<T: Turned>(&self, out: *mut f32, stride: usize, w: &[T], scales: &[f16]) {
         let blocks = self.terms / QUANT_BLOCK;
         let (width, per_row) = (blocks * T::LEN, blocks * T::SCALES);
         let cols = w.len() / width;
@@ -151,7 +152,6 @@ impl TurnedRows {
 
 /// Terms as a weight's are widened: the first halves of two blocks, then their second; a last one by itself.
 fn in_order(to: &mut [f32], x: &[f32]) {
-    const HALF: usize = QUANT_BLOCK / 2;
     let (whole, rest) = x.as_chunks::<{ 2 * QUANT_BLOCK }>();
     let (to, to_rest) = to.as_chunks_mut::<{ 2 * QUANT_BLOCK }>();
     for (to, x) in to.iter_mut().zip(whole) {
@@ -167,7 +167,7 @@ fn in_order(to: &mut [f32], x: &[f32]) {
 /// # Safety
 /// There must be tiles; the CPU must have the instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn widen_row<T: Short>(tiles: *mut f32, w: &[T], scales: &[f16], ahead: usize) {
+unsafe fn widen_row<T: Turned>(tiles: *mut f32, w: &[T], scales: &[f16], ahead: usize) {
     let bytes = T::LEN * size_of::<T>();
     let mut floats = std::mem::MaybeUninit::<[f32; 2 * STEPS]>::uninit();
     let floats = floats.as_mut_ptr().cast::<f32>();
@@ -190,5 +190,91 @@ unsafe fn widen_row<T: Short>(tiles: *mut f32, w: &[T], scales: &[f16], ahead: u
             let (w, floats) = at(steps - 1);
             _mm512_store_ps(tiles.add((steps - 1) * TILE_LANES), T::pairs(w, floats));
         }
+    }
+}
+
+/// A form of weights that is widened two blocks at a time.
+trait Turned: Short {
+    /// Pairs of bf16 of two blocks: of their first halves, and of their second.
+    ///
+    /// # Safety
+    /// As of [`Short::pairs`], with 64 weights.
+    unsafe fn pairs_of_two(w: *const Self, scales: *const f32) -> [__m512; 2];
+}
+
+const HALF: usize = QUANT_BLOCK / 2;
+
+impl Turned for bf16 {
+    #[inline(always)]
+    unsafe fn pairs_of_two(w: *const bf16, _: *const f32) -> [__m512; 2] {
+        unsafe { [halves(w, w.add(2 * HALF)), halves(w.add(HALF), w.add(3 * HALF))] }
+    }
+}
+
+impl Turned for f16 {
+    #[inline(always)]
+    unsafe fn pairs_of_two(w: *const f16, _: *const f32) -> [__m512; 2] {
+        unsafe {
+            let first = [__m512::load_f16(w), __m512::load_f16(w.add(2 * HALF))];
+            let second = [__m512::load_f16(w.add(HALF)), __m512::load_f16(w.add(3 * HALF))];
+            [rounded(first), rounded(second)]
+        }
+    }
+}
+
+impl Turned for i8 {
+    #[inline(always)]
+    unsafe fn pairs_of_two(w: *const i8, scales: *const f32) -> [__m512; 2] {
+        unsafe {
+            let (first, second) = (Widened::load(w, scales), Widened::load(w.add(QUANT_BLOCK), scales.add(1)));
+            [rounded([first[0], second[0]]), rounded([first[1], second[1]])]
+        }
+    }
+}
+
+impl Turned for u8 {
+    #[inline(always)]
+    unsafe fn pairs_of_two(w: *const u8, scales: *const f32) -> [__m512; 2] {
+        unsafe {
+            let counts = _mm512_set_ps(15., 14., 13., 12., 11., 10., 9., 8., 7., 6., 5., 4., 3., 2., 1., 0.);
+            let first = _mm512_fmadd_ps(counts, _mm512_set1_ps(*scales), _mm512_set1_ps(*scales.add(1)));
+            let second = _mm512_fmadd_ps(counts, _mm512_set1_ps(*scales.add(2)), _mm512_set1_ps(*scales.add(3)));
+            of_four_bits(w, first, second)
+        }
+    }
+}
+
+impl Turned for Symmetric {
+    #[inline(always)]
+    unsafe fn pairs_of_two(w: *const Symmetric, scales: *const f32) -> [__m512; 2] {
+        unsafe {
+            let counts = _mm512_set_ps(7., 6., 5., 4., 3., 2., 1., 0., -1., -2., -3., -4., -5., -6., -7., -8.);
+            let first = _mm512_mul_ps(counts, _mm512_set1_ps(*scales));
+            of_four_bits(w.cast(), first, _mm512_mul_ps(counts, _mm512_set1_ps(*scales.add(1))))
+        }
+    }
+}
+
+/// Two blocks of 4 bits, of the 16 values that each may have.
+#[inline(always)]
+unsafe fn of_four_bits(bytes: *const u8, first: __m512, second: __m512) -> [__m512; 2] {
+    unsafe {
+        let table = _mm512_castps_si512(rounded([first, second]));
+        // The second block's indices are of the upper half of the table.
+        let upper = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi16(16));
+        let bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(bytes.cast()));
+        let low = _mm512_ternarylogic_epi32::<0xea>(bytes, _mm512_set1_epi16(15), upper);
+        let high = _mm512_or_si512(_mm512_srli_epi16::<4>(bytes), upper);
+        let (low, high) = (_mm512_permutexvar_epi16(low, table), _mm512_permutexvar_epi16(high, table));
+        [_mm512_castsi512_ps(low), _mm512_castsi512_ps(high)]
+    }
+}
+
+/// 16 numbers and 16 others.
+#[inline(always)]
+unsafe fn halves(low: *const bf16, high: *const bf16) -> __m512 {
+    unsafe {
+        let low = _mm512_castsi256_si512(_mm256_loadu_si256(low.cast()));
+        _mm512_castsi512_ps(_mm512_inserti64x4::<1>(low, _mm256_loadu_si256(high.cast())))
     }
 }

@@ -48,47 +48,11 @@ impl Widened for Symmetric {
 unsafe fn of_four_bits(bytes: *const u8, scale: f32, min: f32) -> [__m512; 2] {
     unsafe {
         // A block has 16 different values: they are looked up.
-        let table = table(scale, min);
+        let counts = _mm512_set_ps(15., 14., 13., 12., 11., 10., 9., 8., 7., 6., 5., 4., 3., 2., 1., 0.);
+        let table = _mm512_fmadd_ps(counts, _mm512_set1_ps(scale), _mm512_set1_ps(min));
         let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.cast()));
         // Only the last four bits of an index count.
         [_mm512_permutexvar_ps(bytes, table), _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), table)]
-    }
-}
-
-/// The values of two blocks in bf16: of their first halves, and of their second.
-///
-/// # Safety
-/// Two blocks must follow `bytes`; the CPU must have AVX-512 with bf16.
-#[inline(always)]
-pub(in crate::backend::flex) unsafe fn two_of_four_bits(bytes: *const u8, tables: [__m512; 2]) -> [__m512; 2] {
-    unsafe {
-        let [first, second] = tables;
-        let table = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first));
-        // The second block's indices are of the upper half of the table.
-        let upper = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi16(16));
-        let bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(bytes.cast()));
-        let low = _mm512_ternarylogic_epi32::<0xea>(bytes, _mm512_set1_epi16(15), upper);
-        let high = _mm512_or_si512(_mm512_srli_epi16::<4>(bytes), upper);
-        let (low, high) = (_mm512_permutexvar_epi16(low, table), _mm512_permutexvar_epi16(high, table));
-        [_mm512_castsi512_ps(low), _mm512_castsi512_ps(high)]
-    }
-}
-
-/// The 16 values of a block of 4 bits that count from -8.
-#[inline(always)]
-pub(in crate::backend::flex) unsafe fn symmetric_table(scale: f32) -> __m512 {
-    unsafe {
-        let counts = _mm512_set_ps(7., 6., 5., 4., 3., 2., 1., 0., -1., -2., -3., -4., -5., -6., -7., -8.);
-        _mm512_mul_ps(counts, _mm512_set1_ps(scale))
-    }
-}
-
-/// The 16 values of a block of 4 bits.
-#[inline(always)]
-pub(in crate::backend::flex) unsafe fn table(scale: f32, min: f32) -> __m512 {
-    unsafe {
-        let counts = _mm512_set_ps(15., 14., 13., 12., 11., 10., 9., 8., 7., 6., 5., 4., 3., 2., 1., 0.);
-        _mm512_fmadd_ps(counts, _mm512_set1_ps(scale), _mm512_set1_ps(min))
     }
 }
 
