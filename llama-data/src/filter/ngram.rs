@@ -82,8 +82,7 @@ impl NgramModel {
     /// [`DataError::Io`], or [`DataError::Format`] with the line.
     pub fn load_arpa(path: &Path, units: Units) -> Result<Self, DataError> {
         let mut lines = Lines::new(input::open(path, Limits::default())?, 1 << 16);
-        let mut words =
-            FxHashMap::from_iter([("<unk>".to_string(), UNKNOWN), ("<s>".into(), BEGIN), ("</s>".into(), END)]);
+        let mut words = no_words();
         let mut tables: Vec<Table> = Vec::new();
         let mut announced: Vec<usize> = Vec::new();
         let mut order = 0;
@@ -225,6 +224,11 @@ impl Units {
             }
         }
     }
+}
+
+/// The numbers of what is no word.
+pub(super) fn no_words() -> FxHashMap<String, u32> {
+    [("<unk>".into(), UNKNOWN), ("<s>".into(), BEGIN), ("</s>".into(), END)].into_iter().collect()
 }
 
 /// `log10p<tab>w1 w2 ..[<tab>backoff]`.

@@ -8,9 +8,7 @@
 //!
 //! down to the uniform distribution over the vocabulary.
 
-use rustc_hash::FxHashMap;
-
-use super::ngram::{BEGIN, END, Entry, MAX_ORDER, NgramModel, Table, UNKNOWN, Units, key};
+use super::ngram::{BEGIN, END, Entry, MAX_ORDER, NgramModel, Table, UNKNOWN, Units, key, no_words};
 use crate::DataError;
 
 /// An n-gram, zeros behind it.
@@ -26,8 +24,7 @@ impl NgramModel {
     /// If the order is not 1 to [`MAX_ORDER`].
     pub fn train(lines: impl Iterator<Item = impl AsRef<str>>, order: usize, units: Units) -> Result<Self, DataError> {
         assert!((1..=MAX_ORDER).contains(&order), "an order of {order}; 1 to {MAX_ORDER} are supported");
-        let mut words =
-            FxHashMap::from_iter([("<unk>".to_string(), UNKNOWN), ("<s>".into(), BEGIN), ("</s>".into(), END)]);
+        let mut words = no_words();
         // By length: whole n-grams of the text, and the shorter ones that begin a line.
         let mut raw: Vec<Vec<Ngram>> = vec![Vec::new(); order];
         let mut ids = Vec::new();

@@ -116,6 +116,11 @@ impl ByteLevel {
         &self.words
     }
 
+    /// Whether words are cut by one of the known patterns.
+    pub(super) fn cuts_known_words(&self) -> bool {
+        matches!(self.cutter, Cutter::Known(_))
+    }
+
     /// Whether a word that is a token is not merged.
     pub fn whole_words(&self) -> bool {
         self.whole_words
@@ -164,7 +169,8 @@ impl ByteLevel {
     }
 
     fn encode_words(&self, text: &str, cache: &mut EncodeCache, ids: &mut Vec<u32>) {
-        self.cutter.words(text, |word| match self.ids.get(word.as_bytes()).filter(|_| self.whole_words) {
+        let whole = |word: &str| if self.whole_words { self.ids.get(word.as_bytes()) } else { None };
+        self.cutter.words(text, |word| match whole(word) {
             Some(id) => ids.push(*id),
             None => cache.append(word, ids, |ids| {
                 let mut tokens = word.bytes().filter_map(|byte| self.bytes[usize::from(byte)]).collect();

@@ -43,7 +43,7 @@ impl Codec {
                 usize::from(tokenizer.dummy_prefix)
             }
             // Other patterns may match anything.
-            Vocabulary::ByteLevel(vocabulary) if vocabulary.words().name().is_some() => 0,
+            Vocabulary::ByteLevel(vocabulary) if vocabulary.cuts_known_words() => 0,
             _ => return vec![text],
         };
         // A word begins, whatever the vocabulary, with a single space before a letter.

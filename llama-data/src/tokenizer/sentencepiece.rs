@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use rustc_hash::FxHashMap;
 
 use super::bpe::{Merge, Merges, Pair, Symbol};
-use super::{EncodeCache, Kind, Piece, SPACE, Tokenizer};
+use super::pretokenize::words;
+use super::{EncodeCache, Kind, Piece, Tokenizer};
 
 /// The symbol of a character that is no piece is the character and this.
 const OUTSIDE: Symbol = 1 << 31;
@@ -40,7 +41,7 @@ impl Pieces {
         Self {
             characters: normal().filter_map(|(piece, id)| Some((only(&piece.text)?, id))).collect(),
             merges: normal().flat_map(splits).collect(),
-            words_are_independent: normal().all(|(piece, _)| word_ends(&piece.text).next().is_none()),
+            words_are_independent: normal().all(|(piece, _)| in_a_word(&piece.text)),
         }
     }
 
@@ -49,14 +50,11 @@ impl Pieces {
     }
 }
 
-/// Where a space follows something else: the ends of all words but the last.
-fn word_ends(text: &str) -> impl Iterator<Item = usize> {
-    let mut before = SPACE;
-    text.char_indices().filter_map(move |(at, c)| {
-        let end = c == SPACE && before != SPACE;
-        before = c;
-        end.then_some(at)
-    })
+/// Whether a piece is not longer than a word.
+fn in_a_word(piece: &str) -> bool {
+    let mut count = 0;
+    words(piece, |_| count += 1);
+    count <= 1
 }
 
 impl Tokenizer {
@@ -70,12 +68,7 @@ impl Tokenizer {
         if !self.encoding.words_are_independent {
             return self.encode_whole(text, ids);
         }
-        let mut start = 0;
-        for end in word_ends(text).chain([text.len()]) {
-            let word = &text[start..end];
-            cache.append(word, ids, |ids| self.encode_whole(word, ids));
-            start = end;
-        }
+        words(text, |word| cache.append(word, ids, |ids| self.encode_whole(word, ids)));
     }
 
     /// Appends the ids of escaped text, encoded in one go.

@@ -92,7 +92,7 @@ fn count_words<'a>(texts: impl Iterator<Item = &'a str> + Send) -> Vec<(String, 
             }
             for line in some {
                 let escaped = format!("{}{}", super::SPACE, line.replace(' ', "\u{2581}"));
-                let escaped = without(&specials, escaped);
+                let escaped = without(&specials, &escaped);
                 words(&escaped, |word| match counts.get_mut(word) {
                     Some(count) => *count += 1,
                     None => {
@@ -111,17 +111,18 @@ fn count_words<'a>(texts: impl Iterator<Item = &'a str> + Send) -> Vec<(String, 
 }
 
 /// A text with a tab in place of each special piece.
-fn without(specials: &FxHashSet<String>, mut text: String) -> String {
-    let mut from = 0;
-    while let Some(at) = text[from..].find('<').map(|at| from + at) {
+fn without(specials: &FxHashSet<String>, text: &str) -> String {
+    let (mut kept, mut rest) = (String::with_capacity(text.len()), text);
+    while let Some(at) = rest.find('<') {
+        kept.push_str(&rest[..at]);
+        rest = &rest[at..];
         // The longest is `<0x00>`.
-        let end = text.as_bytes()[at..].iter().take(6).position(|byte| *byte == b'>').map(|end| at + end + 1);
-        if let Some(end) = end.filter(|end| specials.contains(&text[at..*end])) {
-            text.replace_range(at..end, "\t");
-        }
-        from = at + 1;
+        let end = rest.bytes().take(6).position(|byte| byte == b'>').map(|at| at + 1);
+        let special = end.filter(|end| specials.contains(&rest[..*end]));
+        kept.push(if special.is_some() { '\t' } else { '<' });
+        rest = &rest[special.unwrap_or(1)..];
     }
-    text
+    kept + rest
 }
 
 /// The most frequent characters that together make up `coverage` of the text, most frequent first. A tab is none: SentencePiece keeps it
@@ -164,18 +165,16 @@ fn merge(
     let mut queue = Queue::default();
     pairs.queue_new(&mut queue);
 
-    let mut merged = Vec::new();
-    while merged.len() < wanted {
+    while pairs.symbols.texts.len() - alphabet.len() < wanted {
         let Some(pair) = queue.next(&pairs) else { break };
         let places = pairs.places.remove(&pair).unwrap_or_default().words;
         // Two pairs can spell one piece: the second is never merged.
         let Some(new) = pairs.symbols.add(pair) else { continue };
-        merged.push(pairs.symbols.texts[new as usize].clone());
         progress.advance(1);
         places.into_iter().for_each(|index| words.merge(index, pair, new, &mut pairs));
         pairs.queue_new(&mut queue);
     }
-    merged
+    pairs.symbols.texts.split_off(alphabet.len())
 }
 
 /// Characters and pieces.

@@ -265,17 +265,37 @@ pub(super) unsafe fn store_sums(out: *mut f32, row_stride: isize) {
     }
 }
 
+/// Runs instructions for each step of two panels and a strip. Tiles of `a` are in tmm4 and tmm5, of `b` in tmm6 and tmm7.
+macro_rules! each_step {
+    ($steps:ident, $upper:ident, $lower:ident, $b:ident: $($instruction:literal,)*) => {
+        asm!(
+            "2:",
+            $($instruction,)*
+            "add {upper}, 1024",
+            "add {lower}, 1024",
+            "add {b}, 2048",
+            "dec {steps}",
+            "jnz 2b",
+            upper = inout(reg) $upper => _,
+            lower = inout(reg) $lower => _,
+            b = inout(reg) $b => _,
+            steps = inout(reg) $steps => _,
+            row = in(reg) 64usize,
+            options(nostack, readonly),
+        )
+    };
+}
+
 /// Adds the products over `steps` of 32 terms to the tiles of sums.
 ///
 /// # Safety
 /// The panels must hold the steps; the tile registers must be configured.
 #[inline(always)]
 pub(super) unsafe fn kernel(steps: usize, upper: *const f32, lower: *const f32, b: *const f32) {
-    // Tiles of `a` are in tmm4 and tmm5, of `b` in tmm6 and tmm7.
     // SAFETY: the caller's promise.
     unsafe {
-        asm!(
-            "2:",
+        each_step!(
+            steps, upper, lower, b:
             "tileloadd tmm4, [{upper} + {row}]",
             "tileloadd tmm6, [{b} + 2*{row}]",
             "tdpbf16ps tmm0, tmm4, tmm6",
@@ -284,17 +304,6 @@ pub(super) unsafe fn kernel(steps: usize, upper: *const f32, lower: *const f32, 
             "tileloadd tmm5, [{lower} + {row}]",
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {upper}, 1024",
-            "add {lower}, 1024",
-            "add {b}, 2048",
-            "dec {steps}",
-            "jnz 2b",
-            upper = inout(reg) upper => _,
-            lower = inout(reg) lower => _,
-            b = inout(reg) b => _,
-            steps = inout(reg) steps => _,
-            row = in(reg) 64usize,
-            options(nostack, readonly),
         );
     }
 }
@@ -307,24 +316,13 @@ pub(super) unsafe fn kernel(steps: usize, upper: *const f32, lower: *const f32, 
 pub(super) unsafe fn left_kernel(steps: usize, upper: *const f32, lower: *const f32, b: *const f32) {
     // SAFETY: the caller's promise.
     unsafe {
-        asm!(
-            "2:",
+        each_step!(
+            steps, upper, lower, b:
             "tileloadd tmm4, [{upper} + {row}]",
             "tileloadd tmm6, [{b} + 2*{row}]",
             "tdpbf16ps tmm0, tmm4, tmm6",
             "tileloadd tmm5, [{lower} + {row}]",
             "tdpbf16ps tmm2, tmm5, tmm6",
-            "add {upper}, 1024",
-            "add {lower}, 1024",
-            "add {b}, 2048",
-            "dec {steps}",
-            "jnz 2b",
-            upper = inout(reg) upper => _,
-            lower = inout(reg) lower => _,
-            b = inout(reg) b => _,
-            steps = inout(reg) steps => _,
-            row = in(reg) 64usize,
-            options(nostack, readonly),
         );
     }
 }
