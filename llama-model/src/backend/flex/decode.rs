@@ -166,10 +166,13 @@ impl<'a> Input<'a> {
     fn new(xs: &'a [f32], d_in: usize, weights: &[Stored], precision: Precision) -> Self {
         let rows = xs.len() / d_in;
         #[cfg(target_arch = "x86_64")]
-        let unit = Bf16Unit::fastest().filter(|_| {
-            let short = weights.iter().all(|weight| !matches!(weight, Stored::F32(_)));
-            short && precision == Precision::Bf16 && d_in.is_multiple_of(QUANT_BLOCK)
-        });
+        let unit = match precision {
+            Precision::Bf16 if !weights.iter().any(|weight| matches!(weight, Stored::F32(_))) => Bf16Unit::fastest(),
+            Precision::F32 if weights.iter().all(|weight| matches!(weight, Stored::Bf16(_))) => Bf16Unit::unrounded(),
+            _ => None,
+        };
+        #[cfg(target_arch = "x86_64")]
+        let unit = unit.filter(|_| d_in.is_multiple_of(QUANT_BLOCK));
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         let few = rows < if matches!(unit, Some(Bf16Unit::Matrix)) { ROWS_OF_UNIT } else { ROWS + 1 };
         #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]

@@ -130,6 +130,9 @@ fn inputs<'a>(xs: &'a [f32], d_in: usize, weight: Stored) -> Vec<(String, Input<
         for unit in Bf16Unit::all() {
             add(format!("bf16 {unit:?}"), Many::Bf16(PackedRows::new(xs, d_in, unit)));
         }
+        if let (Some(unit), Stored::Bf16(_)) = (Bf16Unit::unrounded(), weight) {
+            add(format!("f32 {unit:?}"), Many::Bf16(PackedRows::new(xs, d_in, unit)));
+        }
         for unit in simd::WordUnit::all() {
             add(format!("words {unit:?}"), Many::Words(WordRows::new(xs, d_in, unit)));
         }

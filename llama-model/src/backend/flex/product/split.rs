@@ -63,6 +63,41 @@ impl Kernel for ThreeParts {
     }
 }
 
+/// The kernel for a right operand in bf16, which has no lower parts.
+pub(super) struct ByBf16;
+
+impl Kernel for ByBf16 {
+    const ROWS: usize = ThreeParts::ROWS;
+    const COLS: usize = ThreeParts::COLS;
+    const TERMS: usize = ThreeParts::TERMS;
+    const BLOCK: usize = ThreeParts::BLOCK;
+
+    /// Of a row; a column has a third.
+    fn lanes(terms: usize) -> usize {
+        ThreeParts::lanes(terms)
+    }
+
+    unsafe fn pack_a(panels: *mut f32, a: Matrix, rows: Span, terms: Span) {
+        unsafe { pack_rows(panels, a, rows, terms) }
+    }
+
+    unsafe fn pack_b(strips: *mut f32, b: Matrix, cols: Span, terms: Span) {
+        unsafe { MatrixUnit::pack_b(strips, b, cols, terms) }
+    }
+
+    unsafe fn strip(panels: *const f32, strip: *const f32, terms: usize, target: Target) {
+        unsafe { multiply_strip(kernel_by_bf16, panels, strip, terms.div_ceil(UNIT), PARTS * TILE_LANES, target) }
+    }
+
+    unsafe fn begin() {
+        unsafe { MatrixUnit::begin() }
+    }
+
+    unsafe fn end() {
+        unsafe { MatrixUnit::end() }
+    }
+}
+
 /// 32 terms of 16 rows.
 type Block = [[__m512; TILE]; 2];
 
@@ -177,64 +212,94 @@ unsafe fn pack_columns(strips: *mut f32, x: Matrix, cols: Span, terms: Span) {
     each_tile(x, cols.1, steps, pack_tile);
 }
 
+/// The four products of a part of `a`, in tmm4 and tmm5, and a part of `b`, in tmm6 and tmm7.
+macro_rules! products {
+    () => {
+        "tdpbf16ps tmm0, tmm4, tmm6
+         tdpbf16ps tmm1, tmm4, tmm7
+         tdpbf16ps tmm2, tmm5, tmm6
+         tdpbf16ps tmm3, tmm5, tmm7"
+    };
+}
+/// Loads a part of `a`.
+macro_rules! a {
+    ($part:literal) => {
+        concat!(
+            "tileloadd tmm4, [{upper} + {row} + ",
+            $part,
+            "*1024]\ntileloadd tmm5, [{lower} + {row} + ",
+            $part,
+            "*1024]"
+        )
+    };
+}
+/// Loads a part of `b`.
+macro_rules! b {
+    ($part:literal) => {
+        concat!(
+            "tileloadd tmm6, [{b} + 2*{row} + ",
+            $part,
+            "*2048]\ntileloadd tmm7, [{b} + 2*{row} + 64 + ",
+            $part,
+            "*2048]"
+        )
+    };
+}
+/// Runs instructions for each step of two panels and a strip of `b_bytes`.
+macro_rules! each_step {
+    ($steps:ident, $upper:ident, $lower:ident, $b:ident, $b_bytes:literal: $($instruction:expr,)*) => {
+        asm!(
+            "2:",
+            $($instruction,)*
+            "add {upper}, 3072",
+            "add {lower}, 3072",
+            concat!("add {b}, ", $b_bytes),
+            "dec {steps}",
+            "jnz 2b",
+            upper = inout(reg) $upper => _,
+            lower = inout(reg) $lower => _,
+            b = inout(reg) $b => _,
+            steps = inout(reg) $steps => _,
+            row = in(reg) 64usize,
+            options(nostack, readonly),
+        )
+    };
+}
+
 /// Adds the products over `steps` of 32 terms to the tiles of sums, `tmm0` to `tmm3`.
 ///
 /// # Safety
 /// The panels must hold the steps; the tile registers must be configured.
 #[inline(always)]
 unsafe fn kernel(steps: usize, upper: *const f32, lower: *const f32, b: *const f32) {
-    // `a` is in tmm4 and tmm5, `b` in tmm6 and tmm7, one part of each at a time, in an order that changes one of them.
-    macro_rules! products {
-        () => {
-            "tdpbf16ps tmm0, tmm4, tmm6
-             tdpbf16ps tmm1, tmm4, tmm7
-             tdpbf16ps tmm2, tmm5, tmm6
-             tdpbf16ps tmm3, tmm5, tmm7"
-        };
-    }
-    macro_rules! a {
-        ($part:literal) => {
-            concat!(
-                "tileloadd tmm4, [{upper} + {row} + ",
-                $part,
-                "*1024]\ntileloadd tmm5, [{lower} + {row} + ",
-                $part,
-                "*1024]"
-            )
-        };
-    }
-    macro_rules! b {
-        ($part:literal) => {
-            concat!(
-                "tileloadd tmm6, [{b} + 2*{row} + ",
-                $part,
-                "*2048]\ntileloadd tmm7, [{b} + 2*{row} + 64 + ",
-                $part,
-                "*2048]"
-            )
-        };
-    }
+    // Of `a` and `b` one part each at a time, in an order that changes one of them.
     // SAFETY: the caller's promise.
     unsafe {
-        asm!(
-            "2:",
+        each_step!(
+            steps, upper, lower, b, 6144:
             a!(0), b!(2), products!(),
             b!(1), products!(),
             a!(1), products!(),
             b!(0), products!(),
             a!(0), products!(),
             a!(2), products!(),
-            "add {upper}, 3072",
-            "add {lower}, 3072",
-            "add {b}, 6144",
-            "dec {steps}",
-            "jnz 2b",
-            upper = inout(reg) upper => _,
-            lower = inout(reg) lower => _,
-            b = inout(reg) b => _,
-            steps = inout(reg) steps => _,
-            row = in(reg) 64usize,
-            options(nostack, readonly),
+        );
+    }
+}
+
+/// The same for a `b` of one part.
+///
+/// # Safety
+/// As of [`kernel`].
+#[inline(always)]
+unsafe fn kernel_by_bf16(steps: usize, upper: *const f32, lower: *const f32, b: *const f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        each_step!(
+            steps, upper, lower, b, 2048:
+            a!(2), b!(0), products!(),
+            a!(1), products!(),
+            a!(0), products!(),
         );
     }
 }

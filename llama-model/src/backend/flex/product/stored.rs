@@ -1,5 +1,6 @@
 //! Products of many rows with weights as inference stores them, in bf16, where the CPU multiplies that faster than floats. The rows are packed
-//! once for all weights, and a weight from the form that it has in memory.
+//! once for all weights, and a weight from the form that it has in memory. Rows are rounded to bf16, or are sums of three such numbers that have
+//! all of their bits: with a weight that is bf16 the matrix unit then gives the products of floats, for half of what two floats cost it.
 
 use std::arch::x86_64::*;
 
@@ -29,6 +30,9 @@ const ROWS: usize = 64;
 pub(in crate::backend::flex) enum Bf16Unit {
     #[cfg(target_os = "linux")]
     Matrix,
+    /// The matrix unit with rows that are not rounded.
+    #[cfg(target_os = "linux")]
+    MatrixUnrounded,
     Vectors,
 }
 
@@ -42,7 +46,16 @@ impl Bf16Unit {
         (super::simd::has_avx512() && super::avx512::fast_dot()).then_some(Self::Vectors)
     }
 
-    /// All that this CPU has.
+    /// What multiplies floats with weights in bf16 faster than with floats.
+    pub fn unrounded() -> Option<Self> {
+        #[cfg(target_os = "linux")]
+        if super::amx::available() {
+            return Some(Self::MatrixUnrounded);
+        }
+        None
+    }
+
+    /// All that this CPU has and that round.
     #[cfg(test)]
     pub fn all() -> Vec<Self> {
         let mut units = Vec::new();
@@ -73,6 +86,8 @@ impl PackedRows {
         match unit {
             #[cfg(target_os = "linux")]
             Bf16Unit::Matrix => Self::pack::<super::amx::MatrixUnit>(unit, x),
+            #[cfg(target_os = "linux")]
+            Bf16Unit::MatrixUnrounded => Self::pack::<super::split::ByBf16>(unit, x),
             Bf16Unit::Vectors => Self::pack::<Tiles<__m512, Pairs>>(unit, x),
         }
     }
@@ -80,19 +95,19 @@ impl PackedRows {
     fn pack<K: Kernel>(unit: Bf16Unit, x: Matrix) -> Self {
         let (rows, terms, padded) = (x.rows, x.cols, x.rows.next_multiple_of(K::ROWS));
         // SAFETY: whole panels are written below.
-        let mut panels = unsafe { Buffer::unwritten(padded * terms / 2) };
+        let mut panels = unsafe { Buffer::unwritten(padded * K::lanes(terms)) };
         let out = Output(panels.as_mut_ptr());
         let group = ROWS.next_multiple_of(K::ROWS);
         let places = stretches(terms).flat_map(|stretch| (0..rows).step_by(group).map(move |first| (first, stretch)));
         team::each(places, |(first, (start, len))| {
-            let panels = out.at(0, 0, padded * start / 2 + first * len / 2);
+            let panels = out.at(0, 0, padded * K::lanes(start) + first * K::lanes(len));
             // SAFETY: the rows exist, and every place of the panels is of one task; the CPU was asked.
             unsafe { K::pack_a(panels, x, (first, group.min(rows - first)), (start, len)) };
         });
         Self { unit, rows, terms, panels }
     }
 
-    /// Writes `x · weightᵀ` to rows of `stride` from `out` on.
+    /// Writes `x · weightᵀ` to rows of `stride` from `out` on. Rows that are not rounded take weights in bf16 alone.
     ///
     /// # Safety
     /// There must be room, which nobody else uses meanwhile.
@@ -100,6 +115,10 @@ impl PackedRows {
         // SAFETY: the caller's promise.
         unsafe {
             match weight {
+                #[cfg(target_os = "linux")]
+                Stored::Bf16(w) if matches!(self.unit, Bf16Unit::MatrixUnrounded) => {
+                    self.by::<super::split::ByBf16, _>(out, stride, w, &[]);
+                }
                 Stored::Bf16(w) => self.by_unit(out, stride, w, &[]),
                 Stored::F16(w) => self.by_unit(out, stride, w, &[]),
                 Stored::Q8(w, scales) => self.by_unit(out, stride, w, scales),
@@ -118,6 +137,8 @@ impl PackedRows {
             match self.unit {
                 #[cfg(target_os = "linux")]
                 Bf16Unit::Matrix => self.by::<super::amx::MatrixUnit, T>(out, stride, w, scales),
+                #[cfg(target_os = "linux")]
+                Bf16Unit::MatrixUnrounded => unreachable!("weights of other types are rounded to bf16"),
                 Bf16Unit::Vectors => self.by::<Tiles<__m512, Pairs>, T>(out, stride, w, scales),
             }
         }
@@ -133,7 +154,7 @@ impl PackedRows {
             // SAFETY: the caller's promise; strips and panels are of as many terms.
             K::begin();
             for (start, len) in stretches(self.terms) {
-                let panels = self.panels.as_ptr().add(padded * start / 2);
+                let panels = self.panels.as_ptr().add(padded * K::lanes(start));
                 let (w, scales) =
                     (w.as_ptr().add(start / STEP * T::LEN), scales.as_ptr().add(start / STEP * T::SCALES));
                 for first in (0..cols).step_by(PACKED) {
@@ -153,7 +174,7 @@ impl PackedRows {
                                 cols: STRIP.min(here - col),
                                 add: start > 0,
                             };
-                            K::strip(panels.add(row * len / 2), strips.add(col * len / 2), len, target);
+                            K::strip(panels.add(row * K::lanes(len)), strips.add(col * len / 2), len, target);
                         }
                     }
                 }
