@@ -4,6 +4,7 @@
     pip install torch
     python3 benches/compare_torch.py                      # every size
     python3 benches/compare_torch.py --size 15m --rounds 3
+    python3 benches/compare_torch.py --size 60m --seq-len 4096    # one sequence of so many tokens
     python3 benches/compare_torch.py --device cuda --precision bf16 --size 350m
 
 Both sides train the same LLaMA (f32 weights, AdamW on all parameters, one global clip at 1.0) on the same shapes. PyTorch is
@@ -101,11 +102,16 @@ def torch_model(shape, device):
     return model
 
 
-def torch_step(size, compiled, steps, precision, device):
+def shape_of(size, args):
+    """A size's numbers, as in SIZES, with one sequence of `--seq-len` if that is asked for."""
+    shape = (SIZES if args.device == "cpu" else GPU_SIZES)[size]
+    return shape[:6] + (args.seq_len, 1) + shape[8:] if args.seq_len else shape
+
+
+def torch_step(shape, compiled, steps, precision, device):
     import torch
     import torch.nn.functional as F
 
-    shape = (SIZES if device == "cpu" else GPU_SIZES)[size]
     vocab, seq_len, batch = shape[5:8]
     torch.set_num_threads(os.cpu_count())
     model = torch_model(shape, device)
@@ -175,7 +181,7 @@ class GpuMemory(threading.Thread):
             time.sleep(0.05)
 
 
-def ours(size, precision, device, binaries):
+def ours(size, precision, device, binaries, seq_len):
     """A run of the bench `training`: its line of JSON."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "results.jsonl")
@@ -184,6 +190,7 @@ def ours(size, precision, device, binaries):
             command += ["--features", device.split(":")[0]] if device != "cpu" else []
             command += ["--"]
         command += ["--size", size, "--precision", precision, "--json", path, "--device", "flex" if device == "cpu" else device]
+        command += ["--seq-len", str(seq_len)] if seq_len else []
         memory = GpuMemory() if device != "cpu" else None
         if memory:
             memory.start()
@@ -206,13 +213,14 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--binaries", help="folder with a `training` that was built elsewhere")
     parser.add_argument("--precision", choices=["f32", "bf16"], default="f32", help="bf16: PyTorch's autocast")
+    parser.add_argument("--seq-len", type=int, help="one sequence of so many tokens")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a PyTorch process")
     parser.add_argument("--json", help="append the best of each side to this file, for table.py")
     parser.add_argument("--one", nargs=2, metavar=("SIZE", "MODE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        return torch_step(args.one[0], args.one[1] == "compile", args.steps, args.precision, args.device)
+        return torch_step(shape_of(args.one[0], args), args.one[1] == "compile", args.steps, args.precision, args.device)
 
     args.json = args.json and os.path.abspath(args.json)
     os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
@@ -226,10 +234,11 @@ def main():
     for size in args.size or sizes:
         found = {"ours": [], "eager": [], "compile": []}
         for _ in range(args.rounds):
-            found["ours"].append(ours(size, args.precision, args.device, args.binaries))
+            found["ours"].append(ours(size, args.precision, args.device, args.binaries, args.seq_len))
             for mode in ("eager", "compile"):
                 command = [sys.executable, os.path.join("benches", os.path.basename(__file__)), "--steps", str(args.steps)]
                 command += ["--precision", args.precision, "--device", args.device]
+                command += ["--seq-len", str(args.seq_len)] if args.seq_len else []
                 found[mode].append(json.loads(run(command + ["--one", size, mode], KEEP_MEMORY)))
         def most(key):
             return {side: max(r[key] for r in results) for side, results in found.items()}
@@ -237,7 +246,7 @@ def main():
         rate, forward = most("tokens_per_second"), most("forward_tokens_per_second")
         memory = {side: min(r["memory_bytes"] for r in results) / 1e6 for side, results in found.items()}
         if args.json:
-            _, _, _, _, _, _, seq_len, batch, _ = sizes[size]
+            _, _, _, _, _, _, seq_len, batch, _ = shape_of(size, args)
             with open(args.json, "a") as results:
                 for side, name in (("ours", "ours"), ("eager", "PyTorch eager"), ("compile", "PyTorch compiled")):
                     name += "" if args.device == "cpu" else f" on {args.device}"

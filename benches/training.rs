@@ -5,7 +5,8 @@
 //! cargo bench --bench training                                   # every size, on the CPU
 //! cargo bench --bench training -- --size 15m --device flex
 //! cargo bench --bench training -- --precision bf16 --recompute full
-//! cargo bench --bench training -- --size 60m --lengths           # speed and memory by sequence length, one sequence
+//! cargo bench --bench training -- --size 60m --seq-len 4096      # one sequence of so many tokens
+//! cargo bench --bench training -- --size 60m --lengths           # the same for several lengths
 //! cargo bench --bench training -- --json results.jsonl           # also as JSON lines
 //! ```
 #![recursion_limit = "256"]
@@ -56,7 +57,11 @@ impl BackendTask for Training {
             }
             // Memory is the most so far, so lengths grow.
             let lengths = [512, 1024, 2048, 4096, 8192].map(|len| (len, 1));
-            let shapes = if self.args.flag("--lengths") { lengths.to_vec() } else { vec![(seq_len, batch)] };
+            let shapes = match self.args.number("--seq-len") {
+                Some(len) => vec![(len, 1)],
+                None if self.args.flag("--lengths") => lengths.to_vec(),
+                None => vec![(seq_len, batch)],
+            };
             for shape in shapes {
                 let config = LlamaConfig { max_seq_len: config.max_seq_len.max(shape.0), ..config.clone() };
                 self.measure::<B>(name, &config, shape, compute, peak, &device);
