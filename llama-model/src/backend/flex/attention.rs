@@ -1,14 +1,16 @@
 //! Causal attention in tiles (paper, section 2.4; Dao, FlashAttention-2): scores exist for one tile at a time, tiles
 //! above the diagonal are never touched, the backward recomputes the probabilities from the log-sum-exp.
 //!
-//! Threads take heads, forward tiles of their queries. Tensors are read with their strides, so neither projections nor
-//! caches are copied, but for caches in fewer bits that many queries read.
+//! Keys and values are packed once for all queries and heads that read them (`packed`). Then threads take heads, forward tiles of
+//! their queries. Tensors are read with their strides, so neither projections nor caches are copied otherwise, but for caches in
+//! fewer bits that many queries read.
 
 mod backward;
 mod few;
+mod packed;
 mod vectors;
 
-use std::cell::RefCell;
+use std::f32::consts::{LN_2, LOG2_E};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -17,16 +19,16 @@ use burn_flex::FlexTensor;
 use bytemuck::Pod;
 
 pub(super) use self::backward::backward;
-use super::product::{Matrix, PRODUCT, Product, multiply};
-use super::simd::{exp, max, replace, vectorized};
+use self::packed::{Scratch, Tiles};
+use super::product::{Matrix, Packing};
+use super::simd::{exp2, max, replace, vectorized};
 use super::stored::Stored;
 use super::{Buffer, Strided, contiguous, team, whole};
-use crate::Precision;
 use crate::backend::AttentionSpec;
 use burn::backend::Flex;
 
-/// Queries of a tile, at most.
-const Q_TILE: usize = 128;
+/// Queries of a tile.
+const Q_TILE: usize = 64;
 /// Keys of a tile.
 const K_TILE: usize = 256;
 
@@ -42,17 +44,13 @@ struct Sizes {
     n_heads: usize,
     n_kv_heads: usize,
     head_dim: usize,
-    q_tile: usize,
 }
 
 impl Sizes {
-    fn new(q: &FlexTensor, k: &FlexTensor, precision: Precision) -> Self {
-        // A small tile wastes little on the diagonal. In bf16 products are so fast that the time is in packing keys and
-        // values for each.
-        let q_tile = if precision == Precision::F32 { 56 } else { Q_TILE };
+    fn new(q: &FlexTensor, k: &FlexTensor) -> Self {
         let [batch, q_len, n_heads, head_dim] = q.shape().dims();
         let [_, kv_len, n_kv_heads, _] = k.shape().dims();
-        Self { batch, q_len, kv_len, n_heads, n_kv_heads, head_dim, q_tile }
+        Self { batch, q_len, kv_len, n_heads, n_kv_heads, head_dim }
     }
 
     /// Query heads that share a key head.
@@ -62,13 +60,13 @@ impl Sizes {
 
     /// How many tiles of queries there are.
     fn q_tiles(&self) -> usize {
-        self.q_len.div_ceil(self.q_tile)
+        self.q_len.div_ceil(Q_TILE)
     }
 
     /// A tile of queries: first query and number.
     fn q_tile(&self, tile: usize) -> (usize, usize) {
-        let start = tile * self.q_tile;
-        (start, self.q_tile.min(self.q_len - start))
+        let start = tile * Q_TILE;
+        (start, Q_TILE.min(self.q_len - start))
     }
 
     /// Keys that query `i` sees: bottom-right aligned.
@@ -197,20 +195,6 @@ impl Output {
     }
 }
 
-/// Lends a thread two buffers of so many elements.
-fn with_two(len: usize, each: impl FnOnce([&mut [f32]; 2])) {
-    thread_local! {
-        static BUFFERS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    }
-    let mut buffers = BUFFERS.take();
-    if buffers.len() < 2 * len {
-        buffers.resize(2 * len, 0.0);
-    }
-    let (first, second) = buffers[..2 * len].split_at_mut(len);
-    each([first, second]);
-    BUFFERS.set(buffers);
-}
-
 /// Whether [`cached`] reads a cache of this type.
 pub(super) fn reads(cache: &FlexTensor) -> bool {
     matches!(cache.dtype(), DType::F32 | DType::BF16 | DType::F16)
@@ -256,7 +240,7 @@ pub(super) fn forward(
 ) -> (FlexTensor, FlexTensor) {
     let (scale, precision) = (spec.scale as f32, spec.precision);
     let [q, k, v] = [q, k, v].map(readable);
-    let sizes = Sizes::new(&q, &k, precision);
+    let sizes = Sizes::new(&q, &k);
     let Sizes { batch, q_len, n_heads, head_dim, .. } = sizes;
     let starts = Starts::new(starts, q_len);
     let mut out = Buffer::zeros(batch * q_len * n_heads * head_dim);
@@ -265,47 +249,59 @@ pub(super) fn forward(
         few::forward(&sizes, &Heads::new(&q), [&k, &v], &starts, scale, [&mut out, &mut lse]);
         return (out.into_tensor(q.shape()), lse.into_tensor(Shape::new([batch, n_heads, q_len])));
     }
-    let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
-    let plain = Product { precision, ..PRODUCT };
+    let packing = Packing::fastest(precision);
+    let (keys, values) =
+        (Tiles::columns(packing, &sizes, &Heads::new(&k)), Tiles::terms(packing, &sizes, &Heads::new(&v)));
+    let qs = Heads::new(&q);
     let (out_ptr, lse_ptr) = (Output(out.as_mut_ptr()), Output(lse.as_mut_ptr()));
     let tiles = sizes.q_tiles();
+    // Sums are made where they lie together: rows of a head lie so far apart that they push each other out of the cache.
+    let lens =
+        [packing.left_lanes(Q_TILE, head_dim), packing.left_lanes(Q_TILE, K_TILE), Q_TILE * K_TILE, Q_TILE * head_dim];
     team::for_each(batch * n_heads * tiles, |index| {
-        with_two(Q_TILE * K_TILE, |[scores, _]| {
+        packed::with_scratch(lens, |Scratch([q_panels, panels, scores, outs])| {
             // The last tiles see the most keys: what is left to share at the end is little.
             let (index, tile) = (index / tiles, tiles - 1 - index % tiles);
             let (b, head) = (index / n_heads, index % n_heads);
             let kv_head = head / sizes.group();
             let (start, rows) = sizes.q_tile(tile);
-            let q = qs.tile(b, head, start, rows);
-            let out_at = |row: usize| ((b * q_len + start + row) * n_heads + head) * head_dim;
+            // SAFETY: there is room for a tile.
+            let q = unsafe { packing.left(q_panels, qs.tile(b, head, start, rows)) };
             // SAFETY: these rows of this head are this task's own.
             let lse = unsafe { lse_ptr.slice(index * q_len + start, rows) };
             let mut maxima = [f32::NEG_INFINITY; Q_TILE];
             let mut sums = [0.0f32; Q_TILE];
             for (index, (k_start, cols)) in sizes.k_tiles((start, rows), starts.of(b)).enumerate() {
-                let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
+                let (k, v) = (keys.tile(b, kv_head, k_start), values.tile(b, kv_head, k_start));
                 // SAFETY: `scores` holds a tile.
-                unsafe { multiply(scores.as_mut_ptr(), cols as isize, q, k.transposed(), plain) };
-                for (row, scores) in scores.chunks_exact_mut(cols).take(rows).enumerate() {
+                let scores = unsafe {
+                    packing.multiply(scores, cols, q, k.first_columns(cols), false);
+                    std::slice::from_raw_parts_mut(scores, rows * cols)
+                };
+                for (row, scores) in scores.chunks_exact_mut(cols).enumerate() {
                     let seen = sizes.range(start + row, starts.of(b), k_start, cols);
-                    let keep = online_softmax(scores, seen, scale, &mut maxima[row], &mut sums[row]);
-                    if index > 0 {
-                        // SAFETY: this row of this head is this task's own.
-                        let out = unsafe { out_ptr.slice(out_at(row), head_dim) };
+                    let keep = online_softmax(scores, seen, scale * LOG2_E, &mut maxima[row], &mut sums[row]);
+                    if index > 0 && keep != 1.0 {
+                        // SAFETY: they are written.
+                        let out = unsafe { std::slice::from_raw_parts_mut(outs.add(row * head_dim), head_dim) };
                         out.iter_mut().for_each(|x| *x *= keep);
                     }
                 }
-                let weights = Matrix::rows(scores, rows, cols);
-                let stride = (n_heads * head_dim) as isize;
-                // SAFETY: these rows of this head are this task's own.
-                unsafe { multiply(out_ptr.at(out_at(0)), stride, weights, v, Product { add: index > 0, ..plain }) };
+                // SAFETY: there is room.
+                unsafe {
+                    let weights = packing.left(panels, Matrix::rows(scores, rows, cols));
+                    packing.multiply(outs, head_dim, weights, v.first_terms(cols), index > 0);
+                }
             }
             for row in 0..rows {
-                lse[row] = maxima[row] + sums[row].ln();
+                lse[row] = maxima[row] * LN_2 + sums[row].ln();
                 let inverse = 1.0 / sums[row];
-                // SAFETY: this row of this head is this task's own.
-                let out = unsafe { out_ptr.slice(out_at(row), head_dim) };
-                out.iter_mut().for_each(|x| *x *= inverse);
+                let at = ((b * q_len + start + row) * n_heads + head) * head_dim;
+                // SAFETY: this row of this head is this task's own; all sums are written.
+                let (out, sums) = unsafe {
+                    (out_ptr.slice(at, head_dim), std::slice::from_raw_parts(outs.add(row * head_dim), head_dim))
+                };
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum * inverse);
             }
         });
     });
@@ -314,7 +310,7 @@ pub(super) fn forward(
 
 vectorized! {
     /// One row of one tile of the online softmax: scores, still to be scaled, become weights relative to the largest so far,
-    /// those outside `seen` zero. Returns the factor for what was summed before.
+    /// those outside `seen` zero. Returns the factor for what was summed before. `scale` and `largest` are in powers of two.
     fn online_softmax<'a>(
         scores: &'a mut [f32],
         seen: Range<usize>,
@@ -328,9 +324,9 @@ vectorized! {
         if seen.is_empty() {
             return 1.0;
         }
-        let new_largest = max(seen, |score| score * scale).max(*largest);
-        let keep = exp(*largest - new_largest);
-        *sum = *sum * keep + replace(seen, |score| exp(score * scale - new_largest));
+        let new_largest = (scale * max(seen, |score| score)).max(*largest);
+        let keep = exp2(*largest - new_largest);
+        *sum = *sum * keep + replace(seen, |score| exp2(score.mul_add(scale, -new_largest)));
         *largest = new_largest;
         keep
     }

@@ -1,15 +1,17 @@
 //! The backward: probabilities are made again from the log-sum-exp.
 
+use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 use burn::backend::Flex;
 use burn::tensor::TensorMetadata;
 use burn_flex::FlexTensor;
 
-use super::super::product::{Matrix, PRODUCT, Product, multiply};
-use super::super::simd::{exp, sum2, vectorized};
+use super::super::product::{Matrix, Packing};
+use super::super::simd::{exp2, sum2, vectorized};
 use super::super::{Buffer, contiguous, rows, team, values};
-use super::{Heads, K_TILE, Output, Q_TILE, Sizes, Starts, readable, with_two};
+use super::packed::{Scratch, Tiles, with_scratch};
+use super::{Heads, K_TILE, Output, Q_TILE, Sizes, Starts, readable};
 use crate::backend::{AttentionSaved, AttentionSpec};
 
 /// Tasks below which threads cannot share them evenly. Fixed, so that results do not depend on the number of threads.
@@ -20,10 +22,13 @@ pub(in crate::backend::flex) fn backward(saved: AttentionSaved<Flex>, grad: Flex
     let scale = scale as f32;
     let [q, k, v, out, grad] = [q, k, v, out, grad].map(readable);
     let lse = contiguous(lse);
-    let sizes = Sizes::new(&q, &k, precision);
+    let sizes = Sizes::new(&q, &k);
     let Sizes { batch, q_len, kv_len, n_heads, n_kv_heads, head_dim, .. } = sizes;
     let starts = Starts::new(starts, q_len);
-    let (qs, ks, vs) = (Heads::new(&q), Heads::new(&k), Heads::new(&v));
+    let (qs, ks) = (Heads::new(&q), Heads::new(&k));
+    let packing = Packing::fastest(precision);
+    let (keys, values_) = (Tiles::columns(packing, &sizes, &ks), Tiles::columns(packing, &sizes, &Heads::new(&v)));
+    let key_terms = Tiles::terms(packing, &sizes, &ks);
     let (outs, grads, lse) = (Heads::new(&out), Heads::new(&grad), values(&lse));
     let mut d_q = Buffer::zeros(batch * q_len * n_heads * head_dim);
     // A task has a key head and all query heads of its group, so it alone writes the key head's gradient. Of few key heads each query head is
@@ -32,17 +37,24 @@ pub(in crate::backend::flex) fn backward(saved: AttentionSaved<Flex>, grad: Flex
     let (together, d_heads) = if apart { (1, n_heads) } else { (sizes.group(), n_kv_heads) };
     let mut d_k = Buffer::zeros(batch * kv_len * d_heads * head_dim);
     let mut d_v = Buffer::zeros(batch * kv_len * d_heads * head_dim);
-    let plain = Product { precision, ..PRODUCT };
-    let sum = Product { add: true, ..plain };
     let [d_q_ptr, d_k_ptr, d_v_ptr] = [&mut d_q, &mut d_k, &mut d_v].map(|x| Output(x.as_mut_ptr()));
+    let (rows_lanes, terms_lanes) = (packing.left_lanes(Q_TILE, head_dim), packing.right_lanes(head_dim, Q_TILE));
+    let tile_lanes = packing.left_lanes(Q_TILE, K_TILE).max(packing.left_lanes(K_TILE, Q_TILE));
+    let tile_len = Q_TILE * K_TILE;
+    let lens = [rows_lanes, rows_lanes, terms_lanes, terms_lanes, tile_lanes, tile_len, tile_len];
     team::for_each(batch * d_heads, |index| {
-        with_two(Q_TILE * K_TILE, |[weights, d_weights]| {
+        with_scratch(lens, |Scratch([q_rows, d_out_rows, q_terms, d_out_terms, panels, weights, d_scores])| {
             let (b, d_head) = (index / d_heads, index % d_heads);
             for head in d_head * together..(d_head + 1) * together {
                 let kv_head = head / sizes.group();
                 for tile in (0..sizes.q_tiles()).map(|tile| sizes.q_tile(tile)) {
                     let (start, rows) = tile;
                     let (q, d_out) = (qs.tile(b, head, start, rows), grads.tile(b, head, start, rows));
+                    // SAFETY: there is room for tiles.
+                    let (q_rows, d_out_rows, q_terms, d_out_terms) = unsafe {
+                        let rows = (packing.left(q_rows, q), packing.left(d_out_rows, d_out));
+                        (rows.0, rows.1, packing.right(q_terms, q), packing.right(d_out_terms, d_out))
+                    };
                     let (out_rows, grad_rows) =
                         (outs.rows(b, head, start..start + rows), grads.rows(b, head, start..start + rows));
                     let lse = &lse[(b * n_heads + head) * q_len + start..][..rows];
@@ -52,26 +64,33 @@ pub(in crate::backend::flex) fn backward(saved: AttentionSaved<Flex>, grad: Flex
                     }
                     let d_q = d_q_ptr.at(((b * q_len + start) * n_heads + head) * head_dim);
                     for (k_start, cols) in sizes.k_tiles(tile, starts.of(b)) {
-                        let (k, v) = (ks.tile(b, kv_head, k_start, cols), vs.tile(b, kv_head, k_start, cols));
+                        let k = keys.tile(b, kv_head, k_start).first_columns(cols);
+                        let v = values_.tile(b, kv_head, k_start).first_columns(cols);
                         // SAFETY: both buffers hold a tile.
-                        unsafe {
-                            multiply(weights.as_mut_ptr(), cols as isize, q, k.transposed(), plain);
-                            multiply(d_weights.as_mut_ptr(), cols as isize, d_out, v.transposed(), plain);
-                        }
-                        let tiles = weights.chunks_exact_mut(cols).zip(d_weights.chunks_exact_mut(cols));
-                        for (row, (weights, d_scores)) in tiles.take(rows).enumerate() {
+                        let (weights, d_scores) = unsafe {
+                            packing.multiply(weights, cols, q_rows, k, false);
+                            packing.multiply(d_scores, cols, d_out_rows, v, false);
+                            let tile = |scores| std::slice::from_raw_parts_mut(scores, rows * cols);
+                            (tile(weights), tile(d_scores))
+                        };
+                        let tiles = weights.chunks_exact_mut(cols).zip(d_scores.chunks_exact_mut(cols));
+                        for (row, (weights, d_scores)) in tiles.enumerate() {
                             let seen = sizes.range(start + row, starts.of(b), k_start, cols);
                             softmax_backward(weights, d_scores, seen, lse[row], delta[row], scale);
                         }
                         let weights = Matrix::rows(weights, rows, cols);
-                        let d_scores = Matrix::rows(d_weights, rows, cols);
+                        let d_scores = Matrix::rows(d_scores, rows, cols);
                         let at_key = ((b * kv_len + k_start) * d_heads + d_head) * head_dim;
-                        let (q_stride, k_stride) = ((n_heads * head_dim) as isize, (d_heads * head_dim) as isize);
-                        // SAFETY: these rows of these heads are this task's own; the outputs begin as zeros.
+                        let (q_stride, k_stride) = (n_heads * head_dim, d_heads * head_dim);
+                        let k = key_terms.tile(b, kv_head, k_start).first_terms(cols);
+                        // SAFETY: there is room; these rows of these heads are this task's own; the outputs begin as zeros.
                         unsafe {
-                            multiply(d_v_ptr.at(at_key), k_stride, weights.transposed(), d_out, sum);
-                            multiply(d_k_ptr.at(at_key), k_stride, d_scores.transposed(), q, sum);
-                            multiply(d_q, q_stride, d_scores, k, sum);
+                            let by_key = packing.left(panels, weights.transposed());
+                            packing.multiply(d_v_ptr.at(at_key), k_stride, by_key, d_out_terms, true);
+                            let by_key = packing.left(panels, d_scores.transposed());
+                            packing.multiply(d_k_ptr.at(at_key), k_stride, by_key, q_terms, true);
+                            let by_query = packing.left(panels, d_scores);
+                            packing.multiply(d_q, q_stride, by_query, k, true);
                         }
                     }
                 }
@@ -112,7 +131,7 @@ vectorized! {
             d_scores[hidden].fill(0.0);
         }
         for (weight, d_score) in weights[seen.clone()].iter_mut().zip(&mut d_scores[seen]) {
-            *weight = exp(*weight * scale - lse);
+            *weight = exp2(weight.mul_add(scale * LOG2_E, -lse * LOG2_E));
             *d_score = *weight * (*d_score - delta) * scale;
         }
     }

@@ -114,23 +114,25 @@ unsafe fn pack_rows(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
         let (row, term, tile) = (rows.0 + first, terms.0 + step * UNIT, tile(first, step));
         // SAFETY: the caller's promise; only what is inside the matrix is read.
         unsafe {
-            let mut lanes = [_mm512_setzero_ps(); TILE];
             if x.col_stride == 1 {
-                for (r, lanes) in lanes.iter_mut().enumerate().take(count) {
+                for r in 0..TILE {
                     let src = x.at(row + r, term);
-                    *lanes = Pairs::along(src, left);
+                    let lanes = if r < count { Pairs::along(src, left) } else { _mm512_setzero_ps() };
                     _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(2 * UNIT).cast());
                     _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(2 * UNIT + 16).cast());
+                    _mm512_store_ps(tile.add(r * TILE), lanes);
                 }
-            } else if count > 0 {
+                return;
+            }
+            let mut lanes = [_mm512_setzero_ps(); TILE];
+            if count > 0 {
                 // Pairs of terms of neighbouring rows, then turned round.
                 pack::<__m512, Pairs>(tile, x, (row, count), (term, left.min(UNIT)), TILE);
                 for (pair, lanes) in lanes.iter_mut().enumerate().take(left.min(UNIT).div_ceil(2)) {
                     *lanes = _mm512_load_ps(tile.add(pair * TILE));
                 }
-                lanes = __m512::transpose(lanes);
             }
-            for (r, lanes) in lanes.into_iter().enumerate() {
+            for (r, lanes) in __m512::transpose(lanes).into_iter().enumerate() {
                 _mm512_store_ps(tile.add(r * TILE), lanes);
             }
         }

@@ -179,7 +179,11 @@ thread_local! {
 }
 
 /// Lends one of the thread's buffers, of at least `len` lanes and aligned to 64 bytes.
-pub(super) fn with_buffer(buffer: &'static LocalKey<Buffer>, len: usize, each: impl FnOnce(*mut f32)) {
+pub(in crate::backend::flex) fn with_buffer(
+    buffer: &'static LocalKey<Buffer>,
+    len: usize,
+    each: impl FnOnce(*mut f32),
+) {
     // Taken out: a thread that waits for tasks may take up another product's.
     let mut lanes = buffer.take();
     if lanes.len() < len + 16 {

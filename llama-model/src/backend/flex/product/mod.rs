@@ -8,6 +8,7 @@ mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod blocks;
+mod packed;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod split;
 #[cfg(target_arch = "x86_64")]
@@ -23,6 +24,8 @@ use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 
 use self::blocks::multiply as by;
+pub(super) use self::blocks::with_buffer;
+pub(super) use self::packed::{Packing, Right};
 #[cfg(target_arch = "x86_64")]
 pub(super) use self::stored::{Bf16Unit, PackedRows};
 use self::tile::{RoundedBf16, RoundedF16, Single, Tiles};

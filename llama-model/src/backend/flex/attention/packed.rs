@@ -1,0 +1,80 @@
+//! Keys and values as right operands, packed once for all queries and heads that read them.
+
+use super::super::product::{Packing, Right, with_buffer};
+use super::super::{Buffer, team};
+use super::{Heads, K_TILE, Output, Sizes};
+
+/// Tiles of all heads, each an operand of its own.
+pub(super) struct Tiles {
+    packing: Packing,
+    tiles: Buffer,
+    /// Lanes of a tile.
+    lanes: usize,
+    sizes: Sizes,
+    /// Whether rows are columns of the operand, or terms.
+    columns: bool,
+}
+
+// SAFETY: what is packed is only read.
+unsafe impl Sync for Tiles {}
+
+impl Tiles {
+    /// Rows of heads as columns, for scores.
+    pub fn columns(packing: Packing, sizes: &Sizes, heads: &Heads) -> Self {
+        Self::new(packing, sizes, heads, true)
+    }
+
+    /// Rows of heads as terms, for sums of them.
+    pub fn terms(packing: Packing, sizes: &Sizes, heads: &Heads) -> Self {
+        Self::new(packing, sizes, heads, false)
+    }
+
+    fn new(packing: Packing, sizes: &Sizes, heads: &Heads, columns: bool) -> Self {
+        let &Sizes { batch, kv_len, n_kv_heads, head_dim, .. } = sizes;
+        let lanes = match columns {
+            true => packing.right_lanes(K_TILE, head_dim),
+            false => packing.right_lanes(head_dim, K_TILE),
+        };
+        let per_head = kv_len.div_ceil(K_TILE);
+        // SAFETY: what is read of a tile is written below.
+        let mut tiles = unsafe { Buffer::unwritten(batch * n_kv_heads * per_head * lanes) };
+        let out = Output(tiles.as_mut_ptr());
+        team::for_each(batch * n_kv_heads * per_head, |index| {
+            let (head, start) = (index / per_head, index % per_head * K_TILE);
+            let rows = heads.tile(head / n_kv_heads, head % n_kv_heads, start, K_TILE.min(kv_len - start));
+            // SAFETY: there is room for a tile, which is this task's own.
+            unsafe { packing.right(out.at(index * lanes), if columns { rows.transposed() } else { rows }) };
+        });
+        Self { packing, tiles, lanes, sizes: *sizes, columns }
+    }
+
+    /// The tile of a head from this key on.
+    pub fn tile(&self, batch: usize, head: usize, start: usize) -> Right {
+        let Sizes { kv_len, n_kv_heads, head_dim, .. } = self.sizes;
+        let index = (batch * n_kv_heads + head) * kv_len.div_ceil(K_TILE) + start / K_TILE;
+        let rows = K_TILE.min(kv_len - start);
+        let tile = self.tiles[index * self.lanes..].as_ptr();
+        self.packing.packed_right(tile, if self.columns { [head_dim, rows] } else { [rows, head_dim] })
+    }
+}
+
+/// A thread's room for operands and results, each on the boundary of a cache line.
+pub(super) struct Scratch<const N: usize>(pub [*mut f32; N]);
+
+/// Lends room for so many lanes each.
+pub(super) fn with_scratch<const N: usize>(lens: [usize; N], each: impl FnOnce(Scratch<N>)) {
+    use std::cell::RefCell;
+    thread_local! {
+        static ROOM: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    }
+    /// Lanes of a cache line.
+    const LINE: usize = 16;
+    let lens = lens.map(|len| len.next_multiple_of(LINE));
+    with_buffer(&ROOM, lens.iter().sum(), |mut room| {
+        each(Scratch(lens.map(|len| {
+            let part = room;
+            room = room.wrapping_add(len);
+            part
+        })));
+    });
+}
