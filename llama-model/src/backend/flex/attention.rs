@@ -35,6 +35,9 @@ const K_TILE: usize = 256;
 /// Queries below which tiles, which pack all keys and values, are no use.
 const FEW: usize = 8;
 
+/// Numbers of a query that a matrix unit takes at a time.
+const TERMS: usize = 32;
+
 /// Sizes of a call.
 #[derive(Clone, Copy)]
 struct Sizes {
@@ -249,7 +252,7 @@ pub(super) fn forward(
         few::forward(&sizes, &Heads::new(&q), [&k, &v], &starts, scale, [&mut out, &mut lse]);
         return (out.into_tensor(q.shape()), lse.into_tensor(Shape::new([batch, n_heads, q_len])));
     }
-    let packing = Packing::fastest(precision);
+    let packing = Packing::fastest(precision, q_len >= Q_TILE && head_dim.is_multiple_of(TERMS));
     let (keys, values) =
         (Tiles::columns(packing, &sizes, &Heads::new(&k)), Tiles::terms(packing, &sizes, &Heads::new(&v)));
     let qs = Heads::new(&q);

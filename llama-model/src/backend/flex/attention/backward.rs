@@ -26,7 +26,7 @@ pub(in crate::backend::flex) fn backward(saved: AttentionSaved<Flex>, grad: Flex
     let Sizes { batch, q_len, kv_len, n_heads, n_kv_heads, head_dim, .. } = sizes;
     let starts = Starts::new(starts, q_len);
     let (qs, ks) = (Heads::new(&q), Heads::new(&k));
-    let packing = Packing::fastest(precision);
+    let packing = Packing::fastest(precision, false);
     let (keys, values_) = (Tiles::columns(packing, &sizes, &ks), Tiles::columns(packing, &sizes, &Heads::new(&v)));
     let key_terms = Tiles::terms(packing, &sizes, &ks);
     let (outs, grads, lse) = (Heads::new(&out), Heads::new(&grad), values(&lse));

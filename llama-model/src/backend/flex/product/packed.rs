@@ -58,16 +58,17 @@ impl Right {
 }
 
 impl Packing {
-    /// Of the fastest kernel.
-    pub fn fastest(precision: Precision) -> Self {
+    /// Of the fastest kernel. In f32 a matrix unit is that if operands may be packed `in_parts`: of left ones that are few rows, or that lie in
+    /// memory by columns, packing takes longer than it saves.
+    pub fn fastest(precision: Precision, in_parts: bool) -> Self {
         #[cfg(target_arch = "x86_64")]
-        if precision == Precision::Bf16 {
-            match Bf16Unit::fastest() {
-                #[cfg(target_os = "linux")]
-                Some(Bf16Unit::Matrix) => return Self::of::<super::amx::MatrixUnit>(),
-                Some(Bf16Unit::Vectors) => return Self::of::<Tiles<__m512, super::avx512::Pairs>>(),
-                _ => {}
-            }
+        match (precision, Bf16Unit::fastest()) {
+            #[cfg(target_os = "linux")]
+            (Precision::F32, Some(Bf16Unit::Matrix)) if in_parts => return Self::of::<super::split::ThreeParts>(),
+            #[cfg(target_os = "linux")]
+            (Precision::Bf16, Some(Bf16Unit::Matrix)) => return Self::of::<super::amx::MatrixUnit>(),
+            (Precision::Bf16, Some(Bf16Unit::Vectors)) => return Self::of::<Tiles<__m512, super::avx512::Pairs>>(),
+            _ => {}
         }
         // SAFETY: only functions of the CPU's vectors are named, none is called.
         unsafe { by_vectors!(of_vectors(precision)) }

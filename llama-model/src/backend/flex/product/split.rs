@@ -101,18 +101,28 @@ impl Kernel for ByBf16 {
 /// 32 terms of 16 rows.
 type Block = [[__m512; TILE]; 2];
 
-/// Of neighbouring terms: the terms 0 to 15 of each row, then the terms 16 to 31. What does not exist is zero.
+/// 32 neighbouring terms of a row, in two halves. What does not exist is zero.
 #[inline(always)]
-unsafe fn load_rows(x: Matrix, (row, rows): Span, (term, terms): Span) -> Block {
+unsafe fn load_row(x: Matrix, row: usize, exists: bool, (term, terms): Span) -> [__m512; 2] {
+    let src = x.at(row, term);
+    let terms = if exists { terms } else { 0 };
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(2 * UNIT).cast());
+        _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(2 * UNIT + TILE).cast());
+        let low = _mm512_maskz_loadu_ps(mask(terms), src);
+        [low, _mm512_maskz_loadu_ps(mask(terms.saturating_sub(TILE)), src.wrapping_add(TILE))]
+    }
+}
+
+/// The same of 16 rows: first the first halves.
+#[inline(always)]
+unsafe fn load_rows(x: Matrix, (row, rows): Span, terms: Span) -> Block {
     unsafe {
         let mut halves = [[_mm512_setzero_ps(); TILE]; 2];
         for r in 0..rows {
-            let src = x.at(row + r, term);
-            for (half, values) in halves.iter_mut().enumerate() {
-                let src = src.wrapping_add(TILE * half);
-                values[r] = _mm512_maskz_loadu_ps(mask(terms.saturating_sub(TILE * half)), src);
-                _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(2 * UNIT).cast());
-            }
+            let [low, high] = load_row(x, row + r, true, terms);
+            halves[0][r] = low;
+            halves[1][r] = high;
         }
         halves
     }
@@ -145,17 +155,18 @@ unsafe fn transposed([low, high]: Block) -> Block {
     unsafe { [__m512::transpose(low), __m512::transpose(high)] }
 }
 
-/// The bf16 nearest to each number in the low half of its lane, and what it leaves: nothing of what is not finite.
+/// Which numbers leave something when they are rounded: nothing is left of what is not finite.
 #[inline(always)]
-unsafe fn part(x: __m512) -> (__m512i, __m512) {
+unsafe fn finite(x: __m512) -> __mmask16 {
     /// NaN, infinities.
     const NOT_FINITE: i32 = 0x99;
-    unsafe {
-        let short = to_bf16(x);
-        let finite = !_mm512_fpclass_ps_mask::<NOT_FINITE>(x);
-        let value = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(short));
-        (short, _mm512_maskz_sub_ps(finite, x, value))
-    }
+    unsafe { !_mm512_fpclass_ps_mask::<NOT_FINITE>(x) }
+}
+
+/// What is left of numbers without those that their bf16, in the low half of each lane, is.
+#[inline(always)]
+unsafe fn left_of(x: __m512, finite: __mmask16, short: __m512i) -> __m512 {
+    unsafe { _mm512_maskz_sub_ps(finite, x, _mm512_castsi512_ps(_mm512_slli_epi32::<16>(short))) }
 }
 
 /// Rows as tiles of 16: for each step of 32 terms the three parts of 16 rows of them.
@@ -168,21 +179,33 @@ unsafe fn pack_rows(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
         let tiles = panels.wrapping_add((first / TILE * steps + step) * PARTS * TILE_LANES);
         // SAFETY: the caller's promise; only what is inside the matrix is read.
         unsafe {
-            let [low, high] =
-                if x.col_stride == 1 { load_rows(x, rows, terms) } else { transposed(load_terms(x, rows, terms)) };
-            for (r, mut left) in low.into_iter().zip(high).enumerate() {
-                for p in 0..PARTS {
-                    let (low, low_left) = part(left.0);
-                    let (high, high_left) = part(left.1);
-                    let row = tiles.add(p * TILE_LANES + r * TILE).cast::<__m256i>();
-                    _mm256_store_si256(row, _mm512_cvtepi32_epi16(low));
-                    _mm256_store_si256(row.add(1), _mm512_cvtepi32_epi16(high));
-                    left = (low_left, high_left);
+            if x.col_stride == 1 {
+                for r in 0..TILE {
+                    pack_row(tiles.add(r * TILE), load_row(x, rows.0 + r, r < rows.1, terms));
                 }
+                return;
+            }
+            let [low, high] = transposed(load_terms(x, rows, terms));
+            for (r, halves) in low.into_iter().zip(high).enumerate() {
+                pack_row(tiles.add(r * TILE), halves.into());
             }
         }
     };
     each_tile(x, rows.1, steps, pack_tile);
+}
+
+/// Writes the parts of 32 numbers, each to a tile of its own.
+#[inline(always)]
+unsafe fn pack_row(tile: *mut f32, [mut low, mut high]: [__m512; 2]) {
+    unsafe {
+        let (low_finite, high_finite) = (finite(low), finite(high));
+        for part in 0..PARTS {
+            let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+            _mm512_store_si512(tile.add(part * TILE_LANES).cast(), both);
+            low = left_of(low, low_finite, _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)));
+            high = left_of(high, high_finite, _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(both)));
+        }
+    }
 }
 
 /// Columns as strips of 32: for each step of 32 terms the three parts of 16 pairs of terms of 32 columns.
@@ -198,13 +221,14 @@ unsafe fn pack_columns(strips: *mut f32, x: Matrix, cols: Span, terms: Span) {
             let halves =
                 if x.col_stride == 1 { transposed(load_rows(x, cols, terms)) } else { load_terms(x, cols, terms) };
             for (pair, values) in halves.as_flattened().as_chunks::<2>().0.iter().enumerate() {
-                let mut left = *values;
-                for p in 0..PARTS {
-                    let (even, even_left) = part(left[0]);
-                    let (odd, odd_left) = part(left[1]);
-                    let both = _mm512_or_si512(even, _mm512_slli_epi32::<16>(odd));
-                    _mm512_store_si512(strip.add((p * TILE + pair) * UNIT).cast(), both);
-                    left = [even_left, odd_left];
+                let [mut even, mut odd] = *values;
+                let (even_finite, odd_finite) = (finite(even), finite(odd));
+                for part in 0..PARTS {
+                    let (even_part, odd_part) = (to_bf16(even), to_bf16(odd));
+                    let both = _mm512_or_si512(even_part, _mm512_slli_epi32::<16>(odd_part));
+                    _mm512_store_si512(strip.add((part * TILE + pair) * UNIT).cast(), both);
+                    even = left_of(even, even_finite, even_part);
+                    odd = left_of(odd, odd_finite, odd_part);
                 }
             }
         }
