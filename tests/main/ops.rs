@@ -243,6 +243,8 @@ device_test! {
             let wide = Attention { batch: 1, q_len: 70, kv_len: 70, n_heads: 2, n_kv_heads: 1, head_dim, documents: 0 };
             check::<B>(&format!("attention, heads of {head_dim}"), &wide, &device);
         }
+        let tiles = Attention { batch: 1, q_len: 300, kv_len: 300, n_heads: 2, n_kv_heads: 1, head_dim: 32, documents: 70 };
+        check::<B>("attention over tiles of documents", &tiles, &device);
     }
 }
 

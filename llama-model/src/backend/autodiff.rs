@@ -12,6 +12,7 @@ use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn::tensor::{DType, TensorMetadata};
 
 use super::block::{self, BlockSaved};
+use super::ops::cast;
 use super::{
     AdamWStep, AttentionSaved, AttentionSpec, BlockSpec, BlockWeights, LlamaBackend, LossSpec, QuantizedWeight,
 };
@@ -65,7 +66,7 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
         }
     }
 
-    /// The weights are frozen; the backward widens each for as long as it needs it.
+    /// The weights are frozen.
     fn project_quantized(
         x: FloatTensor<Self>,
         weights: Vec<QuantizedWeight<Self>>,
@@ -81,8 +82,7 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
                 let (weight, precision) = ops.state;
                 // A result has the dtype of its input, and so has its gradient.
                 let dtype = grad.dtype();
-                let weight = B::widen(weight, dtype);
-                let d_x = B::project_backward_input(vec![(grad, weight)], precision, dtype);
+                let d_x = B::project_quantized_backward(grad, weight, precision, dtype);
                 register::<B, 1>(grads, ops.parents.map(|p| p.map(|n| n.id)), [d_x]);
             }
         }
@@ -217,6 +217,14 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
             "token_losses has no backward: use linear_cross_entropy to train, or a model without autodiff (`model.valid()`)"
         );
         <Self as AutodiffBackend>::from_inner(B::token_losses(hidden.primitive, head.primitive, targets, spec))
+    }
+
+    /// One that is trained has its gradient in the dtype of the hidden states.
+    fn loss_head(head: FloatTensor<Self>, dtype: DType) -> FloatTensor<Self> {
+        match head.is_tracked() {
+            true => cast::<Self>(head, dtype),
+            false => <Self as AutodiffBackend>::from_inner(B::loss_head(head.primitive, dtype)),
+        }
     }
 
     fn linear_cross_entropy(

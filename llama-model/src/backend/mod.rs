@@ -124,6 +124,20 @@ pub trait LlamaBackend: Backend {
         reference::project_backward_input::<Self>(pairs, precision, dtype)
     }
 
+    /// Gradient of [`project_quantized`](Self::project_quantized) for its input: `grad · weight`.
+    ///
+    /// # Shapes
+    /// `grad [tokens, d_out]`, result `[tokens, d_in]`, in `dtype`, that of the input.
+    fn project_quantized_backward(
+        grad: FloatTensor<Self>,
+        weight: QuantizedWeight<Self>,
+        precision: Precision,
+        dtype: DType,
+    ) -> FloatTensor<Self> {
+        let weight = Self::widen(weight, dtype);
+        Self::project_backward_input(vec![(grad, weight)], precision, dtype)
+    }
+
     /// Gradient of [`project`](Self::project) for its weight: `gradᵀ · x`, in f32 where [`has_products`](Self::has_products), else in the
     /// dtype of `grad`.
     fn project_backward_weight(
@@ -270,6 +284,12 @@ pub trait LlamaBackend: Backend {
         spec: LossSpec,
     ) -> FloatTensor<Self> {
         reference::token_losses::<Self>(hidden, head, targets, spec)
+    }
+
+    /// A head as [`token_losses`](Self::token_losses) and [`linear_cross_entropy`](Self::linear_cross_entropy) read it: in `dtype`, that of the
+    /// hidden states, or in a shorter one where they read that.
+    fn loss_head(head: FloatTensor<Self>, dtype: DType) -> FloatTensor<Self> {
+        ops::cast::<Self>(head, dtype)
     }
 
     /// `ln Σ exp(x)` of each row.

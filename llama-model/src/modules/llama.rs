@@ -336,7 +336,10 @@ impl<B: LlamaBackend> Llama<B> {
     }
 }
 
-/// A weight in the dtype of the hidden states that it is multiplied with.
+/// A weight as the loss of hidden states in f32 reads it.
 fn as_head<B: LlamaBackend>(weight: Tensor<B, 2>) -> Tensor<B, 2> {
-    if matches!(weight.dtype(), DType::BF16 | DType::F16) { weight.cast(DType::F32) } else { weight }
+    match weight.dtype() {
+        DType::BF16 | DType::F16 => ops::tensor(B::loss_head(primitive(weight), DType::F32)),
+        _ => weight,
+    }
 }

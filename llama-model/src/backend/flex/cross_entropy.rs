@@ -6,7 +6,8 @@ use burn_flex::FlexTensor;
 
 use super::product::{Matrix, PRODUCT, Product, has_matrix_unit, multiply};
 use super::simd::{exp, max, replace, sum1, vectorized};
-use super::{Buffer, contiguous, scalar, team, values};
+use super::stored::Stored;
+use super::{Buffer, contiguous, decode, scalar, team, values, whole};
 use crate::Precision;
 use crate::backend::{IGNORE_TARGET, LossSpec};
 
@@ -15,7 +16,7 @@ const CHUNK: usize = 1 << 23;
 
 struct Head<'a> {
     hidden: &'a [f32],
-    head: &'a [f32],
+    head: Stored<'a>,
     targets: Vec<i64>,
     d_model: usize,
     vocab_size: usize,
@@ -32,7 +33,7 @@ impl<'a> Head<'a> {
         if let Some(target) = targets.iter().find(|target| !known(target)) {
             panic!("target {target} is outside the vocabulary of {vocab_size}");
         }
-        Self { hidden: values(hidden), head: values(head), targets, d_model, vocab_size, spec }
+        Self { hidden: values(hidden), head: Stored::floats(head), targets, d_model, vocab_size, spec }
     }
 
     /// The products with the head.
@@ -48,18 +49,38 @@ impl<'a> Head<'a> {
         (chunk / self.vocab_size).clamp(16, 512).min(self.targets.len().max(1))
     }
 
+    fn logits(&self, hidden: &[f32], logits: &mut [f32]) {
+        let (rows, vocab_size, d_model) = (hidden.len() / self.d_model, self.vocab_size, self.d_model);
+        let Stored::F32(head) = self.head else {
+            return decode::multiply_into(&mut [logits], hidden, d_model, &[self.head], self.spec.precision);
+        };
+        let (hidden, head) = (Matrix::rows(hidden, rows, d_model), Matrix::rows(head, vocab_size, d_model));
+        // SAFETY: the matrices are slices of the right size, `logits` is the caller's own.
+        unsafe { multiply(logits.as_mut_ptr(), vocab_size as isize, hidden, head.transposed(), self.product()) };
+    }
+
+    /// Writes the gradient of hidden states.
+    fn backward(&self, d_logits: &[f32], d_hidden: &mut [f32]) {
+        let (rows, vocab_size, d_model) = (d_hidden.len() / self.d_model, self.vocab_size, self.d_model);
+        let Stored::F32(head) = self.head else {
+            return decode::input_gradient(d_hidden, d_logits, self.head, d_model, self.spec.precision, false);
+        };
+        let (d_logits, head) = (Matrix::rows(d_logits, rows, vocab_size), Matrix::rows(head, vocab_size, d_model));
+        // SAFETY: as above.
+        unsafe { multiply(d_hidden.as_mut_ptr(), d_model as isize, d_logits, head, self.product()) };
+    }
+
     /// Calls `each` with first row, hidden states, targets and logits of every chunk.
     fn chunks(&self, mut each: impl FnMut(usize, Matrix, &[i64], &mut [f32])) {
         let rows = self.rows();
         // SAFETY: the product fills it first.
         let mut logits = unsafe { Buffer::unwritten(rows * self.vocab_size) };
-        let head = Matrix::rows(self.head, self.vocab_size, self.d_model).transposed();
         for (index, targets) in self.targets.chunks(rows).enumerate() {
             let first = index * rows;
-            let hidden = Matrix::rows(&self.hidden[first * self.d_model..], targets.len(), self.d_model);
+            let hidden = &self.hidden[first * self.d_model..][..targets.len() * self.d_model];
             let logits = &mut logits[..targets.len() * self.vocab_size];
-            // SAFETY: the matrices are slices of the right size, `logits` is this function's own.
-            unsafe { multiply(logits.as_mut_ptr(), self.vocab_size as isize, hidden, head, self.product()) };
+            self.logits(hidden, logits);
+            let hidden = Matrix::rows(hidden, targets.len(), self.d_model);
             each(first, hidden, targets, logits);
         }
     }
@@ -113,7 +134,7 @@ fn chunk_losses(logits: &mut [f32], targets: &[i64], head: &Head, losses: &mut [
 }
 
 pub(super) fn token_losses(hidden: FlexTensor, head: FlexTensor, targets: FlexTensor, spec: LossSpec) -> FlexTensor {
-    let (hidden, head_tensor) = (contiguous(hidden), contiguous(head));
+    let (hidden, head_tensor) = (contiguous(hidden), whole(head));
     let head = Head::new(&hidden, &head_tensor, targets, spec);
     let mut losses = Buffer::zeros(head.targets.len());
     head.chunks(|first, _, targets, logits| {
@@ -133,25 +154,21 @@ pub(super) fn log_sum_exp(x: FlexTensor) -> FlexTensor {
 }
 
 pub(super) fn with_grads(hidden: FlexTensor, head: FlexTensor, targets: FlexTensor, spec: LossSpec) -> [FlexTensor; 3] {
-    let (hidden, head_tensor) = (contiguous(hidden), contiguous(head));
+    let (hidden, head_tensor) = (contiguous(hidden), whole(head));
     let head = Head::new(&hidden, &head_tensor, targets, spec);
     let (tokens, d_model, vocab_size) = (head.targets.len(), head.d_model, head.vocab_size);
     let mut losses = vec![0.0f32; tokens];
     // Without tokens nothing would fill them.
     let head_rows = if spec.head_grad { vocab_size } else { 0 };
     let (mut d_hidden, mut d_head) = (Buffer::zeros(tokens * d_model), Buffer::zeros(head_rows * d_model));
-    let weight = Matrix::rows(head.head, vocab_size, d_model);
     head.chunks(|first, hidden, targets, logits| {
         chunk_losses(logits, targets, &head, &mut losses[first..][..targets.len()], true);
-        let d_logits = Matrix::rows(logits, targets.len(), vocab_size);
-        // SAFETY: the matrices are slices of the right size; both outputs are this function's own.
-        unsafe {
-            let d_hidden = d_hidden[first * d_model..].as_mut_ptr();
-            multiply(d_hidden, d_model as isize, d_logits, weight, head.product());
-            if spec.head_grad {
-                let add = Product { add: first > 0, ..head.product() };
-                multiply(d_head.as_mut_ptr(), d_model as isize, d_logits.transposed(), hidden, add);
-            }
+        head.backward(logits, &mut d_hidden[first * d_model..][..targets.len() * d_model]);
+        if spec.head_grad {
+            let d_logits = Matrix::rows(logits, targets.len(), vocab_size);
+            let add = Product { add: first > 0, ..head.product() };
+            // SAFETY: the matrices are slices of the right size; the output is this function's own.
+            unsafe { multiply(d_head.as_mut_ptr(), d_model as isize, d_logits.transposed(), hidden, add) };
         }
     });
     let loss: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();

@@ -5,6 +5,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+mod backward;
 mod block;
 mod floats;
 #[cfg(target_arch = "x86_64")]
@@ -30,6 +31,7 @@ use burn::backend::Flex;
 use burn::tensor::{DType, Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 
+pub(super) use self::backward::{input_gradient, input_gradients};
 pub(super) use self::block::{block, takes as takes_block};
 #[cfg(target_arch = "x86_64")]
 use self::many::WordRows;
@@ -103,7 +105,13 @@ fn multiply(x: &FlexTensor, weights: &[Stored], precision: Precision) -> Vec<Fle
 }
 
 /// Writes the products of rows of `d_in` elements with all weights. Threads share the rows of all of them.
-fn multiply_into(outs: &mut [&mut [f32]], xs: &[f32], d_in: usize, weights: &[Stored], precision: Precision) {
+pub(super) fn multiply_into(
+    outs: &mut [&mut [f32]],
+    xs: &[f32],
+    d_in: usize,
+    weights: &[Stored],
+    precision: Precision,
+) {
     let rows = xs.len() / d_in;
     let widths: Vec<usize> = weights.iter().map(|weight| weight.len() / d_in).collect();
     for (out, d_out) in outs.iter().zip(&widths) {

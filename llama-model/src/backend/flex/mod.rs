@@ -74,14 +74,28 @@ impl LlamaBackend for Flex {
         if !pairs.iter().all(|(grad, _)| is_f32(&[grad])) || dtype != DType::F32 {
             return reference::project_backward_input::<Flex>(pairs, precision, dtype);
         }
+        if pairs.iter().all(|(_, weight)| is_f32(&[weight])) {
+            return product::sum_of_products(&pairs, precision);
+        }
         // A frozen weight may be stored in fewer bytes.
-        let widened = |weight: FlexTensor| match weight.dtype() {
-            DType::F32 => weight,
-            DType::BF16 | DType::F16 => stored::widened(Matrix::Floats(weight)),
-            _ => Self::float_cast(weight, FloatDType::F32),
+        let stored = |(grad, weight): (FlexTensor, FlexTensor)| match weight.dtype() {
+            DType::F32 | DType::BF16 | DType::F16 => (grad, Matrix::Floats(weight)),
+            _ => (grad, Matrix::Floats(Self::float_cast(weight, FloatDType::F32))),
         };
-        let pairs: Vec<_> = pairs.into_iter().map(|(grad, weight)| (grad, widened(weight))).collect();
-        product::sum_of_products(&pairs, precision)
+        decode::input_gradients(pairs.into_iter().map(stored).collect(), precision)
+    }
+
+    fn project_quantized_backward(
+        grad: FlexTensor,
+        weight: QuantizedWeight<Flex>,
+        precision: Precision,
+        dtype: DType,
+    ) -> FlexTensor {
+        if decode::takes_blocks(&grad, &weight) && dtype == DType::F32 {
+            return decode::input_gradients(vec![(grad, Matrix::Blocks(weight))], precision);
+        }
+        let weight = Self::widen(weight, dtype);
+        Self::project_backward_input(vec![(grad, weight)], precision, dtype)
     }
 
     fn project_backward_weight(grad: FlexTensor, x: FlexTensor, precision: Precision) -> FlexTensor {
@@ -185,10 +199,14 @@ impl LlamaBackend for Flex {
     }
 
     fn token_losses(hidden: FlexTensor, head: FlexTensor, targets: IntTensor<Flex>, spec: LossSpec) -> FlexTensor {
-        if !is_f32(&[&hidden, &head]) {
+        if !is_f32(&[&hidden]) || !is_float(&head) {
             return reference::token_losses::<Flex>(hidden, head, targets, spec);
         }
         cross_entropy::token_losses(hidden, head, targets, spec)
+    }
+
+    fn loss_head(head: FlexTensor, dtype: DType) -> FlexTensor {
+        if is_float(&head) { head } else { Self::float_cast(head, dtype.into()) }
     }
 
     fn log_sum_exp(x: FlexTensor) -> FlexTensor {
@@ -201,7 +219,8 @@ impl LlamaBackend for Flex {
         targets: IntTensor<Flex>,
         spec: LossSpec,
     ) -> [FlexTensor; 3] {
-        if !is_f32(&[&hidden, &head]) {
+        // A head that is trained is in f32.
+        if !is_f32(&[&hidden]) || !is_float(&head) || spec.head_grad && !is_f32(&[&head]) {
             return reference::linear_cross_entropy_with_grads::<Flex>(hidden, head, targets, spec);
         }
         cross_entropy::with_grads(hidden, head, targets, spec)
@@ -237,6 +256,11 @@ fn only(mut results: Vec<FlexTensor>) -> FlexTensor {
 
 fn is_f32(tensors: &[&FlexTensor]) -> bool {
     tensors.iter().all(|tensor| tensor.dtype() == DType::F32)
+}
+
+/// Whether kernels read it as a weight in floats.
+fn is_float(tensor: &FlexTensor) -> bool {
+    matches!(tensor.dtype(), DType::F32 | DType::BF16 | DType::F16)
 }
 
 /// The tensor with its elements in order and nothing between them, perhaps inside a larger buffer: to be read by

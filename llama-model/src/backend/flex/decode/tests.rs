@@ -211,3 +211,45 @@ fn widening_by_hand_is_widening() {
         assert!(found.iter().zip(&plain).all(|(a, b)| (a - b).abs() < 1e-6));
     }
 }
+
+/// Pieces that are whole and others, several that are packed at a time, in every form and precision, alone and added to what is there.
+#[test]
+fn gradients_of_inputs_are_right_in_every_form() {
+    let noise = |i: usize| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0;
+    for (tokens, d_out, d_in) in [(1, 1, 32), (5, 300, 96), (33, 70, 608), (400, 40, 64), (3, 2200, 32)] {
+        let grads: Vec<f32> = (0..tokens * d_out).map(noise).collect();
+        let w: Vec<f32> = (0..d_out * d_in).map(|i| noise(i + 17)).collect();
+        let short: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
+        let half: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
+        let [eight, four, symmetric] = [Bits::Eight, Bits::Four, Bits::FourSymmetric].map(|bits| rounded(bits, &w));
+        let weights = [
+            Stored::F32(&w),
+            Stored::Bf16(&short),
+            Stored::F16(&half),
+            Stored::Q8(bytemuck::cast_slice(&eight.0), &eight.1),
+            Stored::Q4(bytemuck::cast_slice(&four.0), &four.1),
+            Stored::Q4Symmetric(bytemuck::cast_slice(&symmetric.0), &symmetric.1),
+        ];
+        for (form, weight) in weights.into_iter().enumerate() {
+            let mut wide = vec![0.0; d_out * d_in];
+            weight.widen(&mut wide);
+            for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 8e-3), (Precision::F16, 1e-3)] {
+                for before in [None, Some(2.0)] {
+                    let mut found = vec![before.unwrap_or(f32::NAN); tokens * d_in];
+                    input_gradient(&mut found, &grads, weight, d_in, precision, before.is_some());
+                    for (i, found) in found.iter().enumerate() {
+                        let (grads, column) =
+                            (&grads[i / d_in * d_out..][..d_out], wide[i % d_in..].iter().step_by(d_in));
+                        let sum: f64 = grads.iter().zip(column).map(|(g, w)| f64::from(*g) * f64::from(*w)).sum();
+                        let off = (sum + f64::from(before.unwrap_or(0.0)) - f64::from(*found)).abs();
+                        let most = tolerance * (d_out as f64).sqrt();
+                        assert!(
+                            off < most,
+                            "{tokens}x{d_out}x{d_in} {form} {precision} {before:?}, {i}: {found} {sum}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}

@@ -32,8 +32,12 @@ pub(super) trait Kernel {
     const TERMS: usize;
     /// Rows of `a` that are packed at a time, at most: a multiple of [`ROWS`](Self::ROWS).
     const BLOCK: usize;
-    /// Lanes of a packed row or column of so many terms.
+    /// Lanes of a packed row of so many terms.
     fn lanes(terms: usize) -> usize;
+    /// Lanes of a packed column of so many terms.
+    fn lanes_of_columns(terms: usize) -> usize {
+        Self::lanes(terms)
+    }
 
     /// Packs rows of `a`, in whole panels; what is missing of the last is zero.
     ///
@@ -80,7 +84,7 @@ impl Cut {
         let shared = threads > 1
             && m >= SHARED_ROWS
             && k <= SHARED_CHUNKS * TERMS
-            && n.next_multiple_of(K::COLS) * K::lanes(terms) <= SHARED_LANES;
+            && n.next_multiple_of(K::COLS) * K::lanes_of_columns(terms) <= SHARED_LANES;
         if shared {
             // Two tasks for each thread or more, in a number that threads share evenly.
             row_blocks = row_blocks.max(2 * threads).next_multiple_of(threads);
@@ -112,7 +116,7 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
         let (row, col) = (index % cut.row_blocks * cut.rows, index / cut.row_blocks * cut.cols);
         let (rows, cols) = (cut.rows.min(m - row), cut.cols.min(n - col));
         let terms = terms_from(start);
-        let lanes = K::lanes(terms.1);
+        let lanes = K::lanes_of_columns(terms.1);
         let own_cols = if shared.is_some() { cols } else { OWN_COLS.min(cols) };
         let own_strips = if shared.is_some() { 0 } else { own_cols.next_multiple_of(K::COLS) * lanes };
         with_buffer(&OWN, own_lanes + own_strips, |panels| unsafe {
@@ -156,7 +160,7 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
     let part = n.div_ceil(4 * threads).next_multiple_of(K::COLS);
     for start in starts() {
         let terms = terms_from(start);
-        let lanes = K::lanes(terms.1);
+        let lanes = K::lanes_of_columns(terms.1);
         with_buffer(&SHARED, n.next_multiple_of(K::COLS) * lanes, |strips| {
             let strips = Output(strips);
             team::for_each(n.div_ceil(part), |index| {

@@ -83,7 +83,7 @@ unsafe impl Send for Output {}
 unsafe impl Sync for Output {}
 
 impl Output {
-    fn at(self, row: usize, row_stride: isize, col: usize) -> *mut f32 {
+    pub(super) fn at(self, row: usize, row_stride: isize, col: usize) -> *mut f32 {
         self.0.wrapping_offset(row as isize * row_stride + col as isize)
     }
 }

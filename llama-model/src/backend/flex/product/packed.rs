@@ -17,7 +17,9 @@ use crate::Precision;
 pub(in crate::backend::flex) struct Packing {
     rows: usize,
     cols: usize,
+    block: usize,
     lanes: fn(usize) -> usize,
+    lanes_of_columns: fn(usize) -> usize,
     pack_a: unsafe fn(*mut f32, Matrix, Span, Span),
     pack_b: unsafe fn(*mut f32, Matrix, Span, Span),
     strip: unsafe fn(*const f32, *const f32, usize, Target),
@@ -74,11 +76,22 @@ impl Packing {
         unsafe { by_vectors!(of_vectors(precision)) }
     }
 
+    /// Of the fastest kernel where right operands are numbers in bf16.
+    pub fn by_bf16(precision: Precision) -> Self {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if precision == Precision::F32 && super::amx::available() {
+            return Self::of::<super::split::ByBf16>();
+        }
+        Self::fastest(precision, true)
+    }
+
     const fn of<K: Kernel>() -> Self {
         Self {
             rows: K::ROWS,
             cols: K::COLS,
+            block: K::BLOCK,
             lanes: K::lanes,
+            lanes_of_columns: K::lanes_of_columns,
             pack_a: K::pack_a,
             pack_b: K::pack_b,
             strip: K::strip,
@@ -94,7 +107,7 @@ impl Packing {
 
     /// The same of a right operand.
     pub fn right_lanes(&self, cols: usize, terms: usize) -> usize {
-        cols.next_multiple_of(self.cols) * (self.lanes)(terms)
+        cols.next_multiple_of(self.cols) * (self.lanes_of_columns)(terms)
     }
 
     /// Packs a left operand.
@@ -104,7 +117,12 @@ impl Packing {
     pub unsafe fn left(&self, panels: *mut f32, a: Matrix) -> Left {
         // SAFETY: the caller's promise; the CPU was asked for the kernel.
         unsafe { (self.pack_a)(panels, a, (0, a.rows), (0, a.cols)) };
-        Left { panels, rows: a.rows, terms: a.cols }
+        self.packed_left(panels, [a.rows, a.cols])
+    }
+
+    /// A left operand of so many rows and terms that was packed before.
+    pub fn packed_left(&self, panels: *const f32, [rows, terms]: [usize; 2]) -> Left {
+        Left { panels, rows, terms }
     }
 
     /// Packs a right operand.
@@ -119,7 +137,7 @@ impl Packing {
 
     /// A right operand of so many terms and columns that was packed before.
     pub fn packed_right(&self, strips: *const f32, [terms, cols]: [usize; 2]) -> Right {
-        Right { strips, cols, terms, lanes: (self.lanes)(terms) }
+        Right { strips, cols, terms, lanes: (self.lanes_of_columns)(terms) }
     }
 
     /// `out = a b`, or `out += a b`.
@@ -128,13 +146,21 @@ impl Packing {
     /// Both must be packed for this kernel and still be there; there must be room at `out`, which nobody else uses meanwhile.
     pub unsafe fn multiply(&self, out: *mut f32, row_stride: usize, a: Left, b: Right, add: bool) {
         debug_assert_eq!(a.terms, b.terms);
-        let (row_stride, rows) = (row_stride as isize, a.rows);
+        let lanes = (self.lanes)(a.terms);
         // SAFETY: the caller's promise.
         unsafe {
             (self.begin)();
-            for col in (0..b.cols).step_by(self.cols) {
-                let target = Target { out: out.add(col), row_stride, rows, cols: self.cols.min(b.cols - col), add };
-                (self.strip)(a.panels, b.strips.add(col * b.lanes), b.terms, target);
+            for row in (0..a.rows).step_by(self.block) {
+                for col in (0..b.cols).step_by(self.cols) {
+                    let target = Target {
+                        out: out.add(row * row_stride + col),
+                        row_stride: row_stride as isize,
+                        rows: self.block.min(a.rows - row),
+                        cols: self.cols.min(b.cols - col),
+                        add,
+                    };
+                    (self.strip)(a.panels.add(row * lanes), b.strips.add(col * b.lanes), b.terms, target);
+                }
             }
             (self.end)();
         }

@@ -72,9 +72,12 @@ impl Kernel for ByBf16 {
     const TERMS: usize = ThreeParts::TERMS;
     const BLOCK: usize = ThreeParts::BLOCK;
 
-    /// Of a row; a column has a third.
     fn lanes(terms: usize) -> usize {
         ThreeParts::lanes(terms)
+    }
+
+    fn lanes_of_columns(terms: usize) -> usize {
+        MatrixUnit::lanes(terms)
     }
 
     unsafe fn pack_a(panels: *mut f32, a: Matrix, rows: Span, terms: Span) {

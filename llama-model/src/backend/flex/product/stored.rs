@@ -163,7 +163,7 @@ impl PackedRows {
                         let (w, scales) = (w.add((first + col) * width), scales.add((first + col) * per_row));
                         let source =
                             Source { w, scales, width, per_row, rows: STRIP.min(here - col), steps: len / STEP };
-                        pack_strip(strips.add(col * len / 2), source);
+                        pack_strip(strips.add(col * K::lanes_of_columns(len)), source);
                     }
                     for row in (0..self.rows).step_by(K::BLOCK) {
                         for col in (0..here).step_by(STRIP) {
@@ -174,7 +174,12 @@ impl PackedRows {
                                 cols: STRIP.min(here - col),
                                 add: start > 0,
                             };
-                            K::strip(panels.add(row * K::lanes(len)), strips.add(col * len / 2), len, target);
+                            K::strip(
+                                panels.add(row * K::lanes(len)),
+                                strips.add(col * K::lanes_of_columns(len)),
+                                len,
+                                target,
+                            );
                         }
                     }
                 }
