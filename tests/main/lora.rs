@@ -222,7 +222,7 @@ fn finetune_resume_generate_and_merge() {
         if resume {
             command.arg("--resume");
         } else {
-            command.args(["--steps", steps, "--seq-len", "48", "--sequences", "2", "--rank", "4", "--lr", "0.01"]);
+            command.args(["--steps", steps, "--seq-len", "48", "--sequences", "2", "--rank", "4", "--lr", "0.002"]);
             command.arg("--model").arg(at("base")).arg("--data").arg(at("data.jsonl"));
         }
         command
