@@ -214,12 +214,12 @@ pub(super) fn exp(x: f32) -> f32 {
 pub(super) fn exp2(x: f32) -> f32 {
     let rounded = x + ROUND;
     let r = x - (rounded - ROUND);
-    // The polynomial of the least relative error that is 1 at 0.
-    let p = 1.326_472_7e-3f32;
-    let p = p.mul_add(r, 9.671_513e-3);
-    let p = p.mul_add(r, 5.550_733_6e-2);
-    let p = p.mul_add(r, 0.240_222_42);
-    let p = p.mul_add(r, 0.693_147);
+    // The polynomial of the least relative error among those that begin as the series does.
+    let p = 1.330_060_5e-3f32;
+    let p = p.mul_add(r, 9.669_691e-3);
+    let p = p.mul_add(r, 5.550_558_5e-2);
+    let p = p.mul_add(r, 0.240_222_83);
+    let p = p.mul_add(r, std::f32::consts::LN_2);
     let p = p.mul_add(r, 1.0);
     let power = f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
     let result = p * power;

@@ -121,13 +121,11 @@ unsafe fn load_row(x: Matrix, row: usize, exists: bool, (term, terms): Span) -> 
 #[inline(always)]
 unsafe fn load_rows(x: Matrix, (row, rows): Span, terms: Span) -> Block {
     unsafe {
-        let mut halves = [[_mm512_setzero_ps(); TILE]; 2];
-        for r in 0..rows {
-            let [low, high] = load_row(x, row + r, true, terms);
-            halves[0][r] = low;
-            halves[1][r] = high;
+        let (mut low, mut high) = ([_mm512_setzero_ps(); TILE], [_mm512_setzero_ps(); TILE]);
+        for (r, (low, high)) in low.iter_mut().zip(&mut high).enumerate().take(rows) {
+            [*low, *high] = load_row(x, row + r, true, terms);
         }
-        halves
+        [low, high]
     }
 }
 
