@@ -62,6 +62,7 @@ impl Right {
 impl Packing {
     /// Of the fastest kernel. In f32 a matrix unit is that if operands may be packed `in_parts`: of left ones that are few rows, or that lie in
     /// memory by columns, packing takes longer than it saves.
+    #[cfg_attr(not(all(target_arch = "x86_64", target_os = "linux")), expect(unused_variables))]
     pub fn fastest(precision: Precision, in_parts: bool) -> Self {
         #[cfg(target_arch = "x86_64")]
         match (precision, Bf16Unit::fastest()) {
