@@ -47,7 +47,7 @@ use super::stored::{Stored, whole_blocks};
 use super::vector::{Vector, by_vectors};
 use super::{Buffer, contiguous, stored, team, values, whole};
 use crate::Precision;
-use crate::backend::{Bits, QUANT_BLOCK, QuantizedWeight};
+use crate::backend::{Bits, QuantizedWeight};
 
 /// Rows of the input up to which the product is one of dots.
 const ROWS: usize = 8;
@@ -180,7 +180,7 @@ impl<'a> Input<'a> {
             _ => None,
         };
         #[cfg(target_arch = "x86_64")]
-        let unit = unit.filter(|_| d_in.is_multiple_of(QUANT_BLOCK));
+        let unit = unit.filter(|_| d_in.is_multiple_of(crate::backend::QUANT_BLOCK));
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         let few = rows < if matches!(unit, Some(Bf16Unit::Matrix)) { ROWS_OF_UNIT } else { ROWS + 1 };
         #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]

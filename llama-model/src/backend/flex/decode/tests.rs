@@ -2,8 +2,8 @@ use half::{bf16, f16};
 
 use super::super::vector::{Float, Plain};
 use super::*;
-use crate::backend::Bits;
 use crate::backend::rounding::round;
+use crate::backend::{Bits, QUANT_BLOCK};
 
 /// Words and scales.
 fn rounded(bits: Bits, weights: &[f32]) -> (Vec<i32>, Vec<f16>) {
