@@ -178,3 +178,44 @@ pub(super) fn with_grads(hidden: FlexTensor, head: FlexTensor, targets: FlexTens
         d_head.into_tensor(Shape::new([head_rows, d_model])),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::Flex;
+    use burn::tensor::{DType, Tensor, TensorData};
+
+    use super::*;
+    use crate::backend::ops::{primitive, tensor};
+
+    /// A head in bf16 or f16 gives what the same numbers in f32 give.
+    #[test]
+    fn heads_are_read_as_they_are_stored() {
+        let device = Default::default();
+        let noise = |rows: usize, cols: usize| {
+            let values: Vec<f32> = (0..rows * cols).map(|i| ((i * 7919) % 2003) as f32 / 1001.5 - 1.0).collect();
+            Tensor::<Flex, 2>::from_data(TensorData::new(values, [rows, cols]), &device)
+        };
+        let numbers = |x: FlexTensor| x.into_data().iter::<f32>().collect::<Vec<_>>();
+        let (tokens, vocab_size, d_model) = (37, 700, 64);
+        let targets: Vec<i64> = (0..tokens as i64).map(|i| if i % 5 == 0 { IGNORE_TARGET } else { i * 17 }).collect();
+        let targets = || FlexTensor::from_data(TensorData::new(targets.clone(), [tokens]));
+        for (precision, tolerance) in [(Precision::F32, 1e-4), (Precision::Bf16, 0.05)] {
+            let spec = LossSpec { precision, head_grad: false, z_loss: 1e-3 };
+            for dtype in [DType::BF16, DType::F16] {
+                let short = noise(vocab_size, d_model).cast(dtype);
+                let wide: Tensor<Flex, 2> = short.clone().cast(DType::F32);
+                let of = |head: Tensor<Flex, 2>| {
+                    let (hidden, head) = (primitive(noise(tokens, d_model)), primitive(head));
+                    let losses = token_losses(hidden.clone(), head.clone(), targets(), spec);
+                    let [loss, d_hidden, d_head] = with_grads(hidden, head, targets(), spec);
+                    assert_eq!(tensor::<Flex, 2>(d_head).dims(), [0, d_model]);
+                    [numbers(losses), numbers(loss), numbers(d_hidden)].concat()
+                };
+                for (i, (found, expected)) in of(short).into_iter().zip(of(wide)).enumerate() {
+                    let off = (found - expected).abs() / expected.abs().max(1.0);
+                    assert!(off < tolerance, "{precision} {dtype:?} {i}: {found} {expected}");
+                }
+            }
+        }
+    }
+}

@@ -31,9 +31,10 @@ impl Tiles {
 
     fn new(packing: Packing, sizes: &Sizes, heads: &Heads, columns: bool) -> Self {
         let &Sizes { batch, kv_len, n_kv_heads, head_dim, .. } = sizes;
+        let most = K_TILE.min(kv_len);
         let lanes = match columns {
-            true => packing.right_lanes(K_TILE, head_dim),
-            false => packing.right_lanes(head_dim, K_TILE),
+            true => packing.right_lanes(most, head_dim),
+            false => packing.right_lanes(head_dim, most),
         };
         let per_head = kv_len.div_ceil(K_TILE);
         // SAFETY: what is read of a tile is written below.

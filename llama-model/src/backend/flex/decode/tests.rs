@@ -78,6 +78,34 @@ fn products_are_right_in_every_form() {
     }
 }
 
+/// A weight in every form that is shorter than f32.
+struct Forms {
+    short: Vec<bf16>,
+    half: Vec<f16>,
+    blocks: [(Vec<i32>, Vec<f16>); 3],
+}
+
+impl Forms {
+    fn new(w: &[f32]) -> Self {
+        Self {
+            short: w.iter().map(|w| bf16::from_f32(*w)).collect(),
+            half: w.iter().map(|w| f16::from_f32(*w)).collect(),
+            blocks: [Bits::Eight, Bits::Four, Bits::FourSymmetric].map(|bits| rounded(bits, w)),
+        }
+    }
+
+    fn all(&self) -> [Stored<'_>; 5] {
+        let [eight, four, symmetric] = &self.blocks;
+        [
+            Stored::Bf16(&self.short),
+            Stored::F16(&self.half),
+            Stored::Q8(bytemuck::cast_slice(&eight.0), &eight.1),
+            Stored::Q4(bytemuck::cast_slice(&four.0), &four.1),
+            Stored::Q4Symmetric(bytemuck::cast_slice(&symmetric.0), &symmetric.1),
+        ]
+    }
+}
+
 /// More rows and columns than are multiplied or packed at a time, and not as many as some of them; more blocks than a piece has, and fewer.
 #[test]
 fn products_of_many_rows_are_right() {
@@ -87,17 +115,8 @@ fn products_of_many_rows_are_right() {
     {
         let x: Vec<f32> = (0..width * rows).map(noise).collect();
         let w: Vec<f32> = (0..width * d_out).map(|i| noise(i + 17)).collect();
-        let short: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
-        let half: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
-        let [eight, four, symmetric] = [Bits::Eight, Bits::Four, Bits::FourSymmetric].map(|bits| rounded(bits, &w));
-        let weights = [
-            Stored::Bf16(&short),
-            Stored::F16(&half),
-            Stored::Q8(bytemuck::cast_slice(&eight.0), &eight.1),
-            Stored::Q4(bytemuck::cast_slice(&four.0), &four.1),
-            Stored::Q4Symmetric(bytemuck::cast_slice(&symmetric.0), &symmetric.1),
-        ];
-        for (form, weight) in weights.into_iter().enumerate() {
+        let forms = Forms::new(&w);
+        for (form, weight) in forms.all().into_iter().enumerate() {
             let mut wide = vec![0.0; width * d_out];
             weight.widen(&mut wide);
             for (name, input) in inputs(&x, width, weight) {
@@ -219,18 +238,8 @@ fn gradients_of_inputs_are_right_in_every_form() {
     for (tokens, d_out, d_in) in [(1, 1, 32), (5, 300, 96), (33, 70, 608), (400, 40, 64), (3, 2200, 32)] {
         let grads: Vec<f32> = (0..tokens * d_out).map(noise).collect();
         let w: Vec<f32> = (0..d_out * d_in).map(|i| noise(i + 17)).collect();
-        let short: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
-        let half: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
-        let [eight, four, symmetric] = [Bits::Eight, Bits::Four, Bits::FourSymmetric].map(|bits| rounded(bits, &w));
-        let weights = [
-            Stored::F32(&w),
-            Stored::Bf16(&short),
-            Stored::F16(&half),
-            Stored::Q8(bytemuck::cast_slice(&eight.0), &eight.1),
-            Stored::Q4(bytemuck::cast_slice(&four.0), &four.1),
-            Stored::Q4Symmetric(bytemuck::cast_slice(&symmetric.0), &symmetric.1),
-        ];
-        for (form, weight) in weights.into_iter().enumerate() {
+        let forms = Forms::new(&w);
+        for (form, weight) in [Stored::F32(&w)].into_iter().chain(forms.all()).enumerate() {
             let mut wide = vec![0.0; d_out * d_in];
             weight.widen(&mut wide);
             for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 8e-3), (Precision::F16, 1e-3)] {

@@ -267,15 +267,16 @@ pub(super) unsafe fn store_sums(out: *mut f32, row_stride: isize) {
     }
 }
 
-/// Runs instructions for each step of two panels and a strip. Tiles of `a` are in tmm4 and tmm5, of `b` in tmm6 and tmm7.
+/// Runs instructions for each step of two panels and a strip, which have so many parts. Tiles of `a` are in tmm4 and tmm5, of `b` in tmm6 and
+/// tmm7.
 macro_rules! each_step {
-    ($steps:ident, $upper:ident, $lower:ident, $b:ident: $($instruction:literal,)*) => {
+    ($steps:ident, $upper:ident, $lower:ident, $b:ident, $a_parts:literal x $b_parts:literal: $($instruction:expr,)*) => {
         asm!(
             "2:",
             $($instruction,)*
-            "add {upper}, 1024",
-            "add {lower}, 1024",
-            "add {b}, 2048",
+            concat!("add {upper}, ", $a_parts, "*1024"),
+            concat!("add {lower}, ", $a_parts, "*1024"),
+            concat!("add {b}, ", $b_parts, "*2048"),
             "dec {steps}",
             "jnz 2b",
             upper = inout(reg) $upper => _,
@@ -288,6 +289,8 @@ macro_rules! each_step {
     };
 }
 
+pub(super) use each_step;
+
 /// Adds the products over `steps` of 32 terms to the tiles of sums.
 ///
 /// # Safety
@@ -297,7 +300,7 @@ pub(super) unsafe fn kernel(steps: usize, upper: *const f32, lower: *const f32, 
     // SAFETY: the caller's promise.
     unsafe {
         each_step!(
-            steps, upper, lower, b:
+            steps, upper, lower, b, 1 x 1:
             "tileloadd tmm4, [{upper} + {row}]",
             "tileloadd tmm6, [{b} + 2*{row}]",
             "tdpbf16ps tmm0, tmm4, tmm6",
@@ -319,7 +322,7 @@ pub(super) unsafe fn left_kernel(steps: usize, upper: *const f32, lower: *const 
     // SAFETY: the caller's promise.
     unsafe {
         each_step!(
-            steps, upper, lower, b:
+            steps, upper, lower, b, 1 x 1:
             "tileloadd tmm4, [{upper} + {row}]",
             "tileloadd tmm6, [{b} + 2*{row}]",
             "tdpbf16ps tmm0, tmm4, tmm6",

@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 
 use super::super::vector::{Vector, mask};
 use super::Matrix;
-use super::amx::{MatrixUnit, TILE, TILE_LANES, UNIT, each_tile, multiply_strip};
+use super::amx::{MatrixUnit, TILE, TILE_LANES, UNIT, each_step, each_tile, multiply_strip};
 use super::avx512::to_bf16;
 use super::blocks::{Kernel, Span, Target};
 use super::tile::ROWS_AHEAD;
@@ -270,27 +270,6 @@ macro_rules! b {
         )
     };
 }
-/// Runs instructions for each step of two panels and a strip of `b_bytes`.
-macro_rules! each_step {
-    ($steps:ident, $upper:ident, $lower:ident, $b:ident, $b_bytes:literal: $($instruction:expr,)*) => {
-        asm!(
-            "2:",
-            $($instruction,)*
-            "add {upper}, 3072",
-            "add {lower}, 3072",
-            concat!("add {b}, ", $b_bytes),
-            "dec {steps}",
-            "jnz 2b",
-            upper = inout(reg) $upper => _,
-            lower = inout(reg) $lower => _,
-            b = inout(reg) $b => _,
-            steps = inout(reg) $steps => _,
-            row = in(reg) 64usize,
-            options(nostack, readonly),
-        )
-    };
-}
-
 /// Adds the products over `steps` of 32 terms to the tiles of sums, `tmm0` to `tmm3`.
 ///
 /// # Safety
@@ -301,7 +280,7 @@ unsafe fn kernel(steps: usize, upper: *const f32, lower: *const f32, b: *const f
     // SAFETY: the caller's promise.
     unsafe {
         each_step!(
-            steps, upper, lower, b, 6144:
+            steps, upper, lower, b, 3 x 3:
             a!(0), b!(2), products!(),
             b!(1), products!(),
             a!(1), products!(),
@@ -321,7 +300,7 @@ unsafe fn kernel_by_bf16(steps: usize, upper: *const f32, lower: *const f32, b: 
     // SAFETY: the caller's promise.
     unsafe {
         each_step!(
-            steps, upper, lower, b, 2048:
+            steps, upper, lower, b, 3 x 1:
             a!(2), b!(0), products!(),
             a!(1), products!(),
             a!(0), products!(),
