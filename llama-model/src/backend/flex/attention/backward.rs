@@ -27,8 +27,9 @@ pub(in crate::backend::flex) fn backward(saved: AttentionSaved<Flex>, grad: Flex
     let starts = Starts::new(starts, q_len);
     let (qs, ks) = (Heads::new(&q), Heads::new(&k));
     let packing = Packing::fastest(precision, false);
-    let (keys, values_) = (Tiles::columns(packing, &sizes, &ks), Tiles::columns(packing, &sizes, &Heads::new(&v)));
-    let key_terms = Tiles::terms(packing, &sizes, &ks);
+    let (k_columns, v_columns) =
+        (Tiles::columns(packing, &sizes, &ks), Tiles::columns(packing, &sizes, &Heads::new(&v)));
+    let k_terms = Tiles::terms(packing, &sizes, &ks);
     let (outs, grads, lse) = (Heads::new(&out), Heads::new(&grad), values(&lse));
     let mut d_q = Buffer::zeros(batch * q_len * n_heads * head_dim);
     // A task has a key head and all query heads of its group, so it alone writes the key head's gradient. Of few key heads each query head is
@@ -51,10 +52,10 @@ pub(in crate::backend::flex) fn backward(saved: AttentionSaved<Flex>, grad: Flex
                     let (start, rows) = tile;
                     let (q, d_out) = (qs.tile(b, head, start, rows), grads.tile(b, head, start, rows));
                     // SAFETY: there is room for tiles.
-                    let (q_rows, d_out_rows, q_terms, d_out_terms) = unsafe {
-                        let rows = (packing.left(q_rows, q), packing.left(d_out_rows, d_out));
-                        (rows.0, rows.1, packing.right(q_terms, q), packing.right(d_out_terms, d_out))
-                    };
+                    let (q_rows, d_out_rows) = unsafe { (packing.left(q_rows, q), packing.left(d_out_rows, d_out)) };
+                    // SAFETY: as above.
+                    let (q_terms, d_out_terms) =
+                        unsafe { (packing.right(q_terms, q), packing.right(d_out_terms, d_out)) };
                     let (out_rows, grad_rows) =
                         (outs.rows(b, head, start..start + rows), grads.rows(b, head, start..start + rows));
                     let lse = &lse[(b * n_heads + head) * q_len + start..][..rows];
@@ -64,8 +65,8 @@ pub(in crate::backend::flex) fn backward(saved: AttentionSaved<Flex>, grad: Flex
                     }
                     let d_q = d_q_ptr.at(((b * q_len + start) * n_heads + head) * head_dim);
                     for (k_start, cols) in sizes.k_tiles(tile, starts.of(b)) {
-                        let k = keys.tile(b, kv_head, k_start).first_columns(cols);
-                        let v = values_.tile(b, kv_head, k_start).first_columns(cols);
+                        let k = k_columns.tile(b, kv_head, k_start).first_columns(cols);
+                        let v = v_columns.tile(b, kv_head, k_start).first_columns(cols);
                         // SAFETY: both buffers hold a tile.
                         let (weights, d_scores) = unsafe {
                             packing.multiply(weights, cols, q_rows, k, false);
@@ -82,7 +83,7 @@ pub(in crate::backend::flex) fn backward(saved: AttentionSaved<Flex>, grad: Flex
                         let d_scores = Matrix::rows(d_scores, rows, cols);
                         let at_key = ((b * kv_len + k_start) * d_heads + d_head) * head_dim;
                         let (q_stride, k_stride) = (n_heads * head_dim, d_heads * head_dim);
-                        let k = key_terms.tile(b, kv_head, k_start).first_terms(cols);
+                        let k = k_terms.tile(b, kv_head, k_start).first_terms(cols);
                         // SAFETY: there is room; these rows of these heads are this task's own; the outputs begin as zeros.
                         unsafe {
                             let by_key = packing.left(panels, weights.transposed());
