@@ -134,8 +134,7 @@ pub trait LlamaBackend: Backend {
         precision: Precision,
         dtype: DType,
     ) -> FloatTensor<Self> {
-        let weight = Self::widen(weight, dtype);
-        Self::project_backward_input(vec![(grad, weight)], precision, dtype)
+        reference::project_quantized_backward::<Self>(grad, weight, precision, dtype)
     }
 
     /// Gradient of [`project`](Self::project) for its weight: `gradᵀ · x`, in f32 where [`has_products`](Self::has_products), else in the

@@ -45,6 +45,16 @@ pub fn project_quantized<B: LlamaBackend>(
     B::project_all(x, weights, precision)
 }
 
+/// [`LlamaBackend::project_quantized_backward`].
+pub fn project_quantized_backward<B: LlamaBackend>(
+    grad: FloatTensor<B>,
+    weight: QuantizedWeight<B>,
+    precision: Precision,
+    dtype: DType,
+) -> FloatTensor<B> {
+    B::project_backward_input(vec![(grad, B::widen(weight, dtype))], precision, dtype)
+}
+
 /// [`LlamaBackend::project_backward_input`].
 ///
 /// # Panics

@@ -19,7 +19,7 @@ use burn_flex::FlexTensor;
 use bytemuck::Pod;
 
 pub(super) use self::backward::backward;
-use self::packed::{Scratch, Tiles};
+use self::packed::{Tiles, with_scratch};
 use super::product::{Matrix, Packing};
 use super::simd::{exp2, max, replace, vectorized};
 use super::stored::Stored;
@@ -246,12 +246,14 @@ pub(super) fn forward(
     let sizes = Sizes::new(&q, &k);
     let Sizes { batch, q_len, n_heads, head_dim, .. } = sizes;
     let starts = Starts::new(starts, q_len);
-    let mut out = Buffer::zeros(batch * q_len * n_heads * head_dim);
-    let mut lse = Buffer::zeros(batch * n_heads * q_len);
+    let (out_len, lse_len) = (batch * q_len * n_heads * head_dim, batch * n_heads * q_len);
     if q_len < FEW {
+        let (mut out, mut lse) = (Buffer::zeros(out_len), Buffer::zeros(lse_len));
         few::forward(&sizes, &Heads::new(&q), [&k, &v], &starts, scale, [&mut out, &mut lse]);
         return (out.into_tensor(q.shape()), lse.into_tensor(Shape::new([batch, n_heads, q_len])));
     }
+    // SAFETY: every query's row and sum are written below.
+    let (mut out, mut lse) = unsafe { (Buffer::unwritten(out_len), Buffer::unwritten(lse_len)) };
     let packing = Packing::fastest(precision, q_len >= Q_TILE && head_dim.is_multiple_of(TERMS));
     let (keys, values) =
         (Tiles::columns(packing, &sizes, &Heads::new(&k)), Tiles::terms(packing, &sizes, &Heads::new(&v)));
@@ -262,7 +264,7 @@ pub(super) fn forward(
     let lens =
         [packing.left_lanes(Q_TILE, head_dim), packing.left_lanes(Q_TILE, K_TILE), Q_TILE * K_TILE, Q_TILE * head_dim];
     team::for_each(batch * n_heads * tiles, |index| {
-        packed::with_scratch(lens, |Scratch([q_panels, panels, scores, outs])| {
+        with_scratch(lens, |[q_panels, panels, scores, outs]| {
             // The last tiles see the most keys: what is left to share at the end is little.
             let (index, tile) = (index / tiles, tiles - 1 - index % tiles);
             let (b, head) = (index / n_heads, index % n_heads);

@@ -49,6 +49,7 @@ impl<'a> Head<'a> {
         (chunk / self.vocab_size).clamp(16, 512).min(self.targets.len().max(1))
     }
 
+    /// Writes the logits of hidden states.
     fn logits(&self, hidden: &[f32], logits: &mut [f32]) {
         let (rows, vocab_size, d_model) = (hidden.len() / self.d_model, self.vocab_size, self.d_model);
         let Stored::F32(head) = self.head else {

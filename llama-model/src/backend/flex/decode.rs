@@ -178,9 +178,8 @@ impl<'a> Input<'a> {
             Precision::Bf16 if !weights.iter().any(|weight| matches!(weight, Stored::F32(_))) => Bf16Unit::fastest(),
             Precision::F32 if weights.iter().all(|weight| matches!(weight, Stored::Bf16(_))) => Bf16Unit::unrounded(),
             _ => None,
-        };
-        #[cfg(target_arch = "x86_64")]
-        let unit = unit.filter(|_| d_in.is_multiple_of(crate::backend::QUANT_BLOCK));
+        }
+        .filter(|_| d_in.is_multiple_of(crate::backend::QUANT_BLOCK));
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         let few = rows < if matches!(unit, Some(Bf16Unit::Matrix)) { ROWS_OF_UNIT } else { ROWS + 1 };
         #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]

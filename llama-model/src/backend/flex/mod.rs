@@ -94,8 +94,7 @@ impl LlamaBackend for Flex {
         if decode::takes_blocks(&grad, &weight) && dtype == DType::F32 {
             return decode::input_gradients(vec![(grad, Matrix::Blocks(weight))], precision);
         }
-        let weight = Self::widen(weight, dtype);
-        Self::project_backward_input(vec![(grad, weight)], precision, dtype)
+        reference::project_quantized_backward::<Flex>(grad, weight, precision, dtype)
     }
 
     fn project_backward_weight(grad: FlexTensor, x: FlexTensor, precision: Precision) -> FlexTensor {

@@ -10,7 +10,7 @@ use burn_flex::FlexTensor;
 use super::super::product::{Matrix, Packing};
 use super::super::simd::{exp2, sum2, vectorized};
 use super::super::{Buffer, contiguous, rows, team, values};
-use super::packed::{Scratch, Tiles, with_scratch};
+use super::packed::{Tiles, with_scratch};
 use super::{Heads, K_TILE, Output, Q_TILE, Sizes, Starts, readable};
 use crate::backend::{AttentionSaved, AttentionSpec};
 
@@ -44,7 +44,7 @@ pub(in crate::backend::flex) fn backward(saved: AttentionSaved<Flex>, grad: Flex
     let tile_len = Q_TILE * K_TILE;
     let lens = [rows_lanes, rows_lanes, terms_lanes, terms_lanes, tile_lanes, tile_len, tile_len];
     team::for_each(batch * d_heads, |index| {
-        with_scratch(lens, |Scratch([q_rows, d_out_rows, q_terms, d_out_terms, panels, weights, d_scores])| {
+        with_scratch(lens, |[q_rows, d_out_rows, q_terms, d_out_terms, panels, weights, d_scores]| {
             let (b, d_head) = (index / d_heads, index % d_heads);
             for head in d_head * together..(d_head + 1) * together {
                 let kv_head = head / sizes.group();

@@ -1,5 +1,7 @@
 //! Keys and values as right operands, packed once for all queries and heads that read them.
 
+use std::cell::RefCell;
+
 use super::super::product::{Packing, Right, with_buffer};
 use super::super::{Buffer, team};
 use super::{Heads, K_TILE, Output, Sizes};
@@ -14,9 +16,6 @@ pub(super) struct Tiles {
     /// Whether rows are columns of the operand, or terms.
     columns: bool,
 }
-
-// SAFETY: what is packed is only read.
-unsafe impl Sync for Tiles {}
 
 impl Tiles {
     /// Rows of heads as columns, for scores.
@@ -59,12 +58,8 @@ impl Tiles {
     }
 }
 
-/// A thread's room for operands and results, each on the boundary of a cache line.
-pub(super) struct Scratch<const N: usize>(pub [*mut f32; N]);
-
-/// Lends room for so many lanes each.
-pub(super) fn with_scratch<const N: usize>(lens: [usize; N], each: impl FnOnce(Scratch<N>)) {
-    use std::cell::RefCell;
+/// Lends a thread's room for operands and results, so many lanes for each, on the boundary of a cache line.
+pub(super) fn with_scratch<const N: usize>(lens: [usize; N], each: impl FnOnce([*mut f32; N])) {
     thread_local! {
         static ROOM: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     }
@@ -72,10 +67,10 @@ pub(super) fn with_scratch<const N: usize>(lens: [usize; N], each: impl FnOnce(S
     const LINE: usize = 16;
     let lens = lens.map(|len| len.next_multiple_of(LINE));
     with_buffer(&ROOM, lens.iter().sum(), |mut room| {
-        each(Scratch(lens.map(|len| {
+        each(lens.map(|len| {
             let part = room;
             room = room.wrapping_add(len);
             part
-        })));
+        }));
     });
 }

@@ -52,6 +52,9 @@ pub(in crate::backend::flex) fn input_gradient(
         (rows * d_in, rows * d_out),
         "gradients do not fit a weight [{d_out}, {d_in}]"
     );
+    if out.is_empty() {
+        return;
+    }
     let packing = match weight {
         Stored::Bf16(_) => Packing::by_bf16(precision),
         _ => Packing::fastest(precision, true),
