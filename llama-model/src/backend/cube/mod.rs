@@ -256,11 +256,12 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         }
         let hidden = tensor::<Self, 2>(hidden);
         let dtype = hidden.dtype();
-        let losses = reference::chunks::<Self>(hidden, Tensor::from_primitive(targets)).map(|(hidden, targets)| {
-            let logits = Self::project(primitive(hidden), head.clone(), spec.precision);
-            let (losses, _) = rows::cross_entropy(logits, targets.into_primitive(), spec.z_loss, false);
-            tensor::<Self, 1>(losses)
-        });
+        let losses =
+            reference::loss::chunks::<Self>(hidden, Tensor::from_primitive(targets)).map(|(hidden, targets)| {
+                let logits = Self::project(primitive(hidden), head.clone(), spec.precision);
+                let (losses, _) = rows::cross_entropy(logits, targets.into_primitive(), spec.z_loss, false);
+                tensor::<Self, 1>(losses)
+            });
         primitive(Tensor::cat(losses.collect(), 0).cast(dtype))
     }
 
@@ -276,7 +277,7 @@ impl<R: CubeRuntime, F: FloatElement, I: IntElement, BT: BoolElement> LlamaBacke
         if product::fits([&hidden, &head], head.shape()[0], spec.precision) && head.shape()[0].is_multiple_of(8) {
             return loss::linear_cross_entropy_with_grads::<R, F, I, BT>(hidden, head, targets, spec);
         }
-        reference::chunked_cross_entropy::<Self>(hidden, head, targets, spec, |logits, targets| {
+        reference::loss::chunked_cross_entropy::<Self>(hidden, head, targets, spec, |logits, targets| {
             let (losses, d_logits) =
                 rows::cross_entropy(primitive(logits), targets.into_primitive(), spec.z_loss, true);
             (tensor(losses), tensor(d_logits))
