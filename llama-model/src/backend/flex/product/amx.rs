@@ -8,6 +8,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::super::vector::{Vector, mask};
@@ -22,6 +23,13 @@ pub(super) const TILE: usize = 16;
 pub(super) const UNIT: usize = 2 * TILE;
 /// Lanes (pairs of terms) of a tile of `a`, and of half a step of `b`.
 pub(super) const TILE_LANES: usize = TILE * TILE;
+/// Lanes of a cache line.
+const LINE: usize = 16;
+/// Pairs of panels from which fetching the next stretch of a strip pays: fewer take as long for it as they gain.
+const WORTH_FETCHING: usize = 4;
+/// Rows of a block of `a`, at most, and its lanes: 768 KB, that strips of `b` and sums have room beside it in the second-level cache.
+pub(super) const BLOCK: usize = 512;
+pub(super) const BLOCK_LANES: usize = 3 << 16;
 
 /// Whether the CPU has the unit and the system lets this process use it.
 pub(super) fn available() -> bool {
@@ -64,7 +72,9 @@ impl Kernel for MatrixUnit {
     const ROWS: usize = UNIT;
     const COLS: usize = UNIT;
     const TERMS: usize = UNIT;
-    const BLOCK: usize = 1024;
+    const BLOCK: usize = BLOCK;
+    const PACKED_TERMS: usize = 2048;
+    const BLOCK_LANES: usize = BLOCK_LANES;
 
     fn lanes(terms: usize) -> usize {
         terms.div_ceil(UNIT) * TILE
@@ -79,7 +89,8 @@ impl Kernel for MatrixUnit {
     }
 
     unsafe fn strip(panels: *const f32, strip: *const f32, terms: usize, target: Target) {
-        unsafe { multiply_strip(kernel, panels, strip, terms.div_ceil(UNIT), TILE_LANES, target) }
+        const STEPS: Steps = Steps { kernel, panel: TILE_LANES, strip: 2 * TILE_LANES, stretch: 8 };
+        unsafe { multiply_strip(&STEPS, panels, strip, terms.div_ceil(UNIT), target) }
     }
 
     unsafe fn begin() {
@@ -158,59 +169,143 @@ unsafe fn pack_columns(strips: *mut f32, x: Matrix, cols: Span, terms: Span) {
     }
 }
 
-/// The products of all panels with a strip. A step of a panel has `step_lanes`, and `kernel` adds the products of `steps` of two
-/// panels and the strip to the tiles of sums, `tmm0` to `tmm3`.
+/// What a kernel does in steps of 32 terms.
+pub(super) struct Steps {
+    /// Adds the products of so many steps of two panels and a strip to the tiles of sums, `tmm0` to `tmm3`.
+    pub kernel: unsafe fn(usize, *const f32, *const f32, *const f32),
+    /// Lanes of a step of a panel of 16 rows, and of a strip.
+    pub panel: usize,
+    pub strip: usize,
+    /// Steps of a strip that all panels take before any takes the next, so that the first-level cache keeps them.
+    pub stretch: usize,
+}
+
+/// The products of all panels with a strip, of so many steps.
 ///
 /// # Safety
 /// As [`Kernel::strip`].
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn multiply_strip(
-    kernel: unsafe fn(usize, *const f32, *const f32, *const f32),
+    steps: &Steps,
     panels: *const f32,
     strip: *const f32,
-    steps: usize,
-    step_lanes: usize,
+    count: usize,
     target: Target,
 ) {
-    #[repr(align(64))]
-    struct Sums([f32; UNIT * UNIT]);
-    let mut sums = MaybeUninit::<Sums>::uninit();
+    // SAFETY: the caller's promise.
+    unsafe {
+        if count <= steps.stretch {
+            multiply_stretch(steps, panels, strip, 0..count, count, std::ptr::null_mut(), target);
+        } else {
+            multiply_in_stretches(steps, panels, strip, count, target);
+        }
+    }
+}
+
+/// [`multiply_strip`] of many steps. Between stretches the sums of all panels lie together, and not in rows as far apart as the result's.
+#[inline(never)]
+#[target_feature(enable = "avx512f")]
+unsafe fn multiply_in_stretches(steps: &Steps, panels: *const f32, strip: *const f32, count: usize, target: Target) {
+    debug_assert!(target.rows <= BLOCK);
+    let mut kept = Sums::<{ BLOCK * UNIT }>::unwritten();
+    let stretch = count.div_ceil(count.div_ceil(steps.stretch));
+    for start in (0..count).step_by(stretch) {
+        let end = count.min(start + stretch);
+        // SAFETY: the caller's promise; there is room for the sums of a block, which the first stretch writes.
+        unsafe { multiply_stretch(steps, panels, strip, start..end, count, kept.as_mut_ptr(), target) };
+    }
+}
+
+/// Some of `count` steps of all panels, whose sums are at `kept` before and after, 32 rows of 32 after the other.
+///
+/// # Safety
+/// As of [`multiply_strip`]; there must be room at `kept`, unless these are all steps.
+#[inline(always)]
+unsafe fn multiply_stretch(
+    steps: &Steps,
+    panels: *const f32,
+    strip: *const f32,
+    stretch: Range<usize>,
+    count: usize,
+    kept: *mut f32,
+    target: Target,
+) {
+    let mut sums = Sums::<{ UNIT * UNIT }>::unwritten();
+    let (first, last) = (stretch.start == 0, stretch.end == count);
+    let strip = strip.wrapping_add(stretch.start * steps.strip);
+    let mut next = strip.wrapping_add(stretch.len() * steps.strip);
+    let pairs = target.rows.div_ceil(UNIT);
+    // Cache lines of what follows in memory, the next stretch or strip, that come meanwhile.
+    let ahead = if pairs >= WORTH_FETCHING { (steps.strip / LINE).div_ceil(pairs) } else { 0 };
     for i in (0..target.rows).step_by(UNIT) {
-        let upper = panels.wrapping_add(i / TILE * steps * step_lanes);
-        let lower = upper.wrapping_add(steps * step_lanes);
+        let upper = panels.wrapping_add((i / TILE * count + stretch.start) * steps.panel);
+        let lower = upper.wrapping_add(count * steps.panel);
         let out = target.out.wrapping_offset(i as isize * target.row_stride);
+        let kept = kept.wrapping_add(i * UNIT);
         let rows = UNIT.min(target.rows - i);
-        // The next tile of the result comes from memory while this one is summed.
-        for r in UNIT..(2 * UNIT).min(target.rows - i) {
-            let next = out.wrapping_offset(r as isize * target.row_stride);
-            _mm_prefetch::<_MM_HINT_T0>(next.cast());
-            _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(TILE).cast());
+        let whole = rows == UNIT && target.cols == UNIT;
+        if last {
+            // The next tile of the result comes from memory while this one is summed.
+            for r in UNIT..(2 * UNIT).min(target.rows - i) {
+                let next = out.wrapping_offset(r as isize * target.row_stride);
+                // SAFETY: fetching reads nothing.
+                unsafe {
+                    _mm_prefetch::<_MM_HINT_T0>(next.cast());
+                    _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(LINE).cast());
+                }
+            }
         }
         // SAFETY: the caller's promise; sums that are not written as they are have a place of their own.
         unsafe {
-            if rows == UNIT && target.cols == UNIT {
-                load_sums(out, target.row_stride, target.add);
-                kernel(steps, upper, lower, strip);
+            if first {
+                load_sums(out, target.row_stride, target.add && whole);
+            } else {
+                load_sums(kept, UNIT as isize, true);
+            }
+            for step in 0..stretch.len() {
+                for _ in 0..ahead {
+                    _mm_prefetch::<_MM_HINT_T1>(next.cast());
+                    next = next.wrapping_add(LINE);
+                }
+                let (upper, lower) = (upper.wrapping_add(step * steps.panel), lower.wrapping_add(step * steps.panel));
+                (steps.kernel)(1, upper, lower, strip.wrapping_add(step * steps.strip));
+            }
+            if !last {
+                store_sums(kept, UNIT as isize);
+            } else if whole {
                 store_sums(out, target.row_stride);
             } else {
-                load_sums(out, target.row_stride, false);
-                kernel(steps, upper, lower, strip);
-                store_sums(sums.as_mut_ptr().cast(), UNIT as isize);
-                for (r, sums) in sums.assume_init_ref().0.chunks_exact(UNIT).enumerate().take(rows) {
-                    finish_row(out.wrapping_offset(r as isize * target.row_stride), sums, target);
+                store_sums(sums.as_mut_ptr(), UNIT as isize);
+                for r in 0..rows {
+                    let out = out.wrapping_offset(r as isize * target.row_stride);
+                    finish_row(out, sums.as_mut_ptr().add(r * UNIT), target);
                 }
             }
         }
     }
 }
 
+/// Sums in memory, from a cache line on.
+#[repr(align(64))]
+struct Sums<const LEN: usize>([MaybeUninit<f32>; LEN]);
+
+impl<const LEN: usize> Sums<LEN> {
+    const fn unwritten() -> Self {
+        Self([const { MaybeUninit::uninit() }; LEN])
+    }
+
+    fn as_mut_ptr(&mut self) -> *mut f32 {
+        self.0.as_mut_ptr().cast()
+    }
+}
+
 /// A row of sums to its place.
 #[inline(always)]
-unsafe fn finish_row(out: *mut f32, sums: &[f32], target: Target) {
+unsafe fn finish_row(out: *mut f32, sums: *const f32, target: Target) {
     unsafe {
         for at in (0..target.cols).step_by(TILE) {
             let (mask, out) = (mask(target.cols - at), out.wrapping_add(at));
-            let sums = _mm512_loadu_ps(sums.as_ptr().add(at));
+            let sums = _mm512_load_ps(sums.add(at));
             let before = if target.add { _mm512_maskz_loadu_ps(mask, out) } else { _mm512_setzero_ps() };
             _mm512_mask_storeu_ps(out, mask, _mm512_add_ps(sums, before));
         }

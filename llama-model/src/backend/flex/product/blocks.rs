@@ -32,6 +32,10 @@ pub(super) trait Kernel {
     const TERMS: usize;
     /// Rows of `a` that are packed at a time, at most: a multiple of [`ROWS`](Self::ROWS).
     const BLOCK: usize;
+    /// Terms of a sum that are packed at a time, at most.
+    const PACKED_TERMS: usize = TERMS;
+    /// Lanes of a block of `a`, at most, where that leaves rows enough.
+    const BLOCK_LANES: usize = usize::MAX;
     /// Lanes of a packed row of so many terms.
     fn lanes(terms: usize) -> usize;
     /// Lanes of a packed column of so many terms.
@@ -53,10 +57,11 @@ pub(super) trait Kernel {
     unsafe fn end() {}
 }
 
-/// Terms of a sum that are packed at a time, at most.
+/// Terms of a sum that are packed at a time, at most, by most kernels.
 pub(super) const TERMS: usize = 512;
-/// Columns of `b` that a task packs for itself at a time.
+/// Columns of `b` that a task packs for itself at a time, and their lanes, at most.
 const OWN_COLS: usize = 256;
+const OWN_LANES: usize = 1 << 17;
 /// Lanes of `b` up to which all tasks share one packed copy.
 const SHARED_LANES: usize = 1 << 22;
 /// Times that the tasks may wait for a shared copy of the next terms.
@@ -78,12 +83,13 @@ struct Cut {
 impl Cut {
     fn new<K: Kernel>((m, n, k): (usize, usize, usize), threads: usize) -> Self {
         let even = |len: usize, blocks: usize, unit: usize| len.div_ceil(blocks).next_multiple_of(unit);
-        let terms = even(k, k.div_ceil(TERMS), K::TERMS);
-        let mut row_blocks = m.div_ceil(K::BLOCK);
+        let terms = even(k, k.div_ceil(K::PACKED_TERMS), K::TERMS);
+        let block = ((K::BLOCK_LANES / K::lanes(terms) / K::ROWS).max(1) * K::ROWS).min(K::BLOCK);
+        let mut row_blocks = m.div_ceil(block);
         let mut col_blocks = 1;
         let shared = threads > 1
             && m >= SHARED_ROWS
-            && k <= SHARED_CHUNKS * TERMS
+            && k.div_ceil(terms) <= SHARED_CHUNKS
             && n.next_multiple_of(K::COLS) * K::lanes_of_columns(terms) <= SHARED_LANES;
         if shared {
             // Two tasks for each thread or more, in a number that threads share evenly.
@@ -108,7 +114,8 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
     let threads = if product.threads { team::threads() } else { 1 };
     let cut = Cut::new::<K>((m, n, k), threads);
     let columns = b.transposed();
-    let own_lanes = K::BLOCK.min(cut.rows) * K::lanes(cut.terms);
+    let own_lanes = cut.rows * K::lanes(cut.terms);
+    let own_cols = (OWN_LANES / K::lanes_of_columns(cut.terms) / K::COLS).max(1) * K::COLS;
     let starts = || (0..k).step_by(cut.terms);
     let terms_from = |start: usize| (start, cut.terms.min(k - start));
     // A block of the result, over the terms from `start` on.
@@ -117,7 +124,7 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
         let (rows, cols) = (cut.rows.min(m - row), cut.cols.min(n - col));
         let terms = terms_from(start);
         let lanes = K::lanes_of_columns(terms.1);
-        let own_cols = if shared.is_some() { cols } else { OWN_COLS.min(cols) };
+        let own_cols = if shared.is_some() { cols } else { own_cols.min(OWN_COLS).min(cols) };
         let own_strips = if shared.is_some() { 0 } else { own_cols.next_multiple_of(K::COLS) * lanes };
         with_buffer(&OWN, own_lanes + own_strips, |panels| unsafe {
             // SAFETY: the caller's promise; the buffer has room for the panels and for own strips behind them.

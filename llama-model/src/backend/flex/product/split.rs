@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 
 use super::super::vector::{Vector, mask};
 use super::Matrix;
-use super::amx::{MatrixUnit, TILE, TILE_LANES, UNIT, each_step, each_tile, multiply_strip};
+use super::amx::{BLOCK, BLOCK_LANES, MatrixUnit, Steps, TILE, TILE_LANES, UNIT, each_step, each_tile, multiply_strip};
 use super::avx512::to_bf16;
 use super::blocks::{Kernel, Span, Target};
 use super::tile::ROWS_AHEAD;
@@ -28,6 +28,11 @@ pub(super) fn worthwhile((m, n, k): (usize, usize, usize)) -> bool {
     m * n >= FEW_OF_EACH * (m + n) && k >= TILE && m * n * k >= FEW
 }
 
+/// A strip of three parts is larger than the first-level cache in any case: all steps that are packed together are one stretch.
+const STRETCH: usize = PACKED_TERMS / UNIT;
+/// Terms that are packed together, at most.
+const PACKED_TERMS: usize = 768;
+
 /// The kernel; the unit must be [`available`](super::amx::available).
 pub(super) struct ThreeParts;
 
@@ -35,8 +40,9 @@ impl Kernel for ThreeParts {
     const ROWS: usize = UNIT;
     const COLS: usize = UNIT;
     const TERMS: usize = UNIT;
-    /// A megabyte with all its terms.
-    const BLOCK: usize = 10 * UNIT;
+    const BLOCK: usize = BLOCK;
+    const PACKED_TERMS: usize = PACKED_TERMS;
+    const BLOCK_LANES: usize = BLOCK_LANES;
 
     fn lanes(terms: usize) -> usize {
         PARTS * MatrixUnit::lanes(terms)
@@ -51,7 +57,9 @@ impl Kernel for ThreeParts {
     }
 
     unsafe fn strip(panels: *const f32, strip: *const f32, terms: usize, target: Target) {
-        unsafe { multiply_strip(kernel, panels, strip, terms.div_ceil(UNIT), PARTS * TILE_LANES, target) }
+        const STEPS: Steps =
+            Steps { kernel, panel: PARTS * TILE_LANES, strip: 2 * PARTS * TILE_LANES, stretch: STRETCH };
+        unsafe { multiply_strip(&STEPS, panels, strip, terms.div_ceil(UNIT), target) }
     }
 
     unsafe fn begin() {
@@ -71,6 +79,8 @@ impl Kernel for ByBf16 {
     const COLS: usize = ThreeParts::COLS;
     const TERMS: usize = ThreeParts::TERMS;
     const BLOCK: usize = ThreeParts::BLOCK;
+    const PACKED_TERMS: usize = ThreeParts::PACKED_TERMS;
+    const BLOCK_LANES: usize = BLOCK_LANES;
 
     fn lanes(terms: usize) -> usize {
         ThreeParts::lanes(terms)
@@ -89,7 +99,9 @@ impl Kernel for ByBf16 {
     }
 
     unsafe fn strip(panels: *const f32, strip: *const f32, terms: usize, target: Target) {
-        unsafe { multiply_strip(kernel_by_bf16, panels, strip, terms.div_ceil(UNIT), PARTS * TILE_LANES, target) }
+        const STEPS: Steps =
+            Steps { kernel: kernel_by_bf16, panel: PARTS * TILE_LANES, strip: 2 * TILE_LANES, stretch: STRETCH };
+        unsafe { multiply_strip(&STEPS, panels, strip, terms.div_ceil(UNIT), target) }
     }
 
     unsafe fn begin() {
@@ -237,56 +249,64 @@ unsafe fn pack_columns(strips: *mut f32, x: Matrix, cols: Span, terms: Span) {
     each_tile(x, cols.1, steps, pack_tile);
 }
 
-/// The four products of a part of `a`, in tmm4 and tmm5, and a part of `b`, in tmm6 and tmm7.
-macro_rules! products {
-    () => {
-        "tdpbf16ps tmm0, tmm4, tmm6
-         tdpbf16ps tmm1, tmm4, tmm7
-         tdpbf16ps tmm2, tmm5, tmm6
-         tdpbf16ps tmm3, tmm5, tmm7"
-    };
-}
-/// Loads a part of `a`.
+/// Loads a part of the upper or the lower tile of `a`.
 macro_rules! a {
-    ($part:literal) => {
-        concat!(
-            "tileloadd tmm4, [{upper} + {row} + ",
-            $part,
-            "*1024]\ntileloadd tmm5, [{lower} + {row} + ",
-            $part,
-            "*1024]"
-        )
+    ($part:literal upper) => {
+        concat!("tileloadd tmm4, [{upper} + {row} + ", $part, "*1024]")
+    };
+    ($part:literal lower) => {
+        concat!("tileloadd tmm5, [{lower} + {row} + ", $part, "*1024]")
     };
 }
-/// Loads a part of `b`.
+/// Loads a part of the left or the right tile of `b`.
 macro_rules! b {
-    ($part:literal) => {
-        concat!(
-            "tileloadd tmm6, [{b} + 2*{row} + ",
-            $part,
-            "*2048]\ntileloadd tmm7, [{b} + 2*{row} + 64 + ",
-            $part,
-            "*2048]"
-        )
+    ($part:literal left) => {
+        concat!("tileloadd tmm6, [{b} + 2*{row} + ", $part, "*2048]")
+    };
+    ($part:literal right) => {
+        concat!("tileloadd tmm7, [{b} + 2*{row} + 64 + ", $part, "*2048]")
     };
 }
+/// Adds the product of a tile of `a` and one of `b`.
+macro_rules! product {
+    (upper left) => {
+        "tdpbf16ps tmm0, tmm4, tmm6"
+    };
+    (upper right) => {
+        "tdpbf16ps tmm1, tmm4, tmm7"
+    };
+    (lower left) => {
+        "tdpbf16ps tmm2, tmm5, tmm6"
+    };
+    (lower right) => {
+        "tdpbf16ps tmm3, tmm5, tmm7"
+    };
+}
+
 /// Adds the products over `steps` of 32 terms to the tiles of sums, `tmm0` to `tmm3`.
 ///
 /// # Safety
 /// The panels must hold the steps; the tile registers must be configured.
 #[inline(always)]
 unsafe fn kernel(steps: usize, upper: *const f32, lower: *const f32, b: *const f32) {
-    // Of `a` and `b` one part each at a time, in an order that changes one of them.
+    // Of `a` and `b` one part each at a time, in an order that changes one of them, a tile as soon as it has been used: parts 0 2, 0 1, 1 1, 1 0,
+    // 0 0 and 2 0.
     // SAFETY: the caller's promise.
     unsafe {
         each_step!(
             steps, upper, lower, b, 3 x 3:
-            a!(0), b!(2), products!(),
-            b!(1), products!(),
-            a!(1), products!(),
-            b!(0), products!(),
-            a!(0), products!(),
-            a!(2), products!(),
+            a!(0 upper), b!(2 left), product!(upper left),
+            b!(2 right), product!(upper right),
+            a!(0 lower), product!(lower left), b!(1 left), product!(lower right),
+            product!(upper left), b!(1 right), product!(lower left),
+            product!(upper right), a!(1 upper), product!(lower right), a!(1 lower),
+            product!(upper left), product!(lower left), b!(0 left),
+            product!(upper right), product!(lower right), b!(0 right),
+            product!(upper left), product!(upper right), a!(0 upper),
+            product!(lower left), product!(lower right), a!(0 lower),
+            product!(upper left), product!(upper right), a!(2 upper),
+            product!(lower left), product!(lower right), a!(2 lower),
+            product!(upper left), product!(upper right), product!(lower left), product!(lower right),
         );
     }
 }
@@ -301,9 +321,12 @@ unsafe fn kernel_by_bf16(steps: usize, upper: *const f32, lower: *const f32, b: 
     unsafe {
         each_step!(
             steps, upper, lower, b, 3 x 1:
-            a!(2), b!(0), products!(),
-            a!(1), products!(),
-            a!(0), products!(),
+            a!(2 upper), b!(0 left), product!(upper left),
+            b!(0 right), product!(upper right), a!(1 upper),
+            a!(2 lower), product!(lower left), product!(lower right), a!(1 lower),
+            product!(upper left), product!(upper right), a!(0 upper),
+            product!(lower left), product!(lower right), a!(0 lower),
+            product!(upper left), product!(upper right), product!(lower left), product!(lower right),
         );
     }
 }
