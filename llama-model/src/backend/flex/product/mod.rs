@@ -238,6 +238,8 @@ mod tests {
             (300, 41, 20),
             (61, 1100, 9),
             (64, 64, 600),
+            (33, 40, 1700),
+            (1100, 33, 40),
         ];
         for (m, n, k) in sizes {
             // Room for a stride of two in both directions.
