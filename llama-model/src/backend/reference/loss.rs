@@ -11,7 +11,7 @@ use super::{product, project, project_backward_weight, wide};
 /// Rows of logits that exist at once in the chunked cross entropy.
 pub const CROSS_ENTROPY_CHUNK: usize = 512;
 
-/// [`LlamaBackend::log_sum_exp`].
+/// [`LlamaBackend::log_sum_exp`](crate::LlamaBackend::log_sum_exp).
 pub fn log_sum_exp<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
     primitive(log_sum_exps(tensor::<B, 2>(x)).flatten::<1>(0, 1))
 }
@@ -78,7 +78,7 @@ pub(in crate::backend) fn chunks<B: Backend>(
     })
 }
 
-/// [`LlamaBackend::token_losses`].
+/// [`LlamaBackend::token_losses`](crate::LlamaBackend::token_losses).
 pub fn token_losses<B: Backend>(
     hidden: FloatTensor<B>,
     head: FloatTensor<B>,
@@ -94,7 +94,7 @@ pub fn token_losses<B: Backend>(
     primitive(Tensor::cat(losses, 0))
 }
 
-/// [`LlamaBackend::linear_cross_entropy_with_grads`].
+/// [`LlamaBackend::linear_cross_entropy_with_grads`](crate::LlamaBackend::linear_cross_entropy_with_grads).
 pub fn linear_cross_entropy_with_grads<B: Backend>(
     hidden: FloatTensor<B>,
     head: FloatTensor<B>,
