@@ -233,7 +233,7 @@ unsafe fn multiply_stretch(
     let mut sums = Sums::<{ UNIT * UNIT }>::unwritten();
     let (first, last) = (stretch.start == 0, stretch.end == count);
     let strip = strip.wrapping_add(stretch.start * steps.strip);
-    let mut next = strip.wrapping_add(stretch.len() * steps.strip);
+    let mut following = strip.wrapping_add(stretch.len() * steps.strip);
     let pairs = target.rows.div_ceil(UNIT);
     // Cache lines of what follows in memory, the next stretch or strip, that come meanwhile.
     let ahead = if pairs >= WORTH_FETCHING { (steps.strip / LINE).div_ceil(pairs) } else { 0 };
@@ -264,8 +264,8 @@ unsafe fn multiply_stretch(
             }
             for step in 0..stretch.len() {
                 for _ in 0..ahead {
-                    _mm_prefetch::<_MM_HINT_T1>(next.cast());
-                    next = next.wrapping_add(LINE);
+                    _mm_prefetch::<_MM_HINT_T1>(following.cast());
+                    following = following.wrapping_add(LINE);
                 }
                 let (upper, lower) = (upper.wrapping_add(step * steps.panel), lower.wrapping_add(step * steps.panel));
                 (steps.kernel)(1, upper, lower, strip.wrapping_add(step * steps.strip));

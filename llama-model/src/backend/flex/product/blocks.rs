@@ -73,6 +73,8 @@ const SHARED_ROWS: usize = 512;
 struct Cut {
     rows: usize,
     cols: usize,
+    /// Columns that a task packs at a time where it packs its own.
+    own_cols: usize,
     row_blocks: usize,
     col_blocks: usize,
     terms: usize,
@@ -84,7 +86,10 @@ impl Cut {
     fn new<K: Kernel>((m, n, k): (usize, usize, usize), threads: usize) -> Self {
         let even = |len: usize, blocks: usize, unit: usize| len.div_ceil(blocks).next_multiple_of(unit);
         let terms = even(k, k.div_ceil(K::PACKED_TERMS), K::TERMS);
-        let block = ((K::BLOCK_LANES / K::lanes(terms) / K::ROWS).max(1) * K::ROWS).min(K::BLOCK);
+        // As many whole units as there are lanes for, one at least.
+        let fitting = |lanes: usize, each: usize, unit: usize| (lanes / each / unit).max(1) * unit;
+        let block = fitting(K::BLOCK_LANES, K::lanes(terms), K::ROWS).min(K::BLOCK);
+        let own_cols = fitting(OWN_LANES, K::lanes_of_columns(terms), K::COLS).min(OWN_COLS);
         let mut row_blocks = m.div_ceil(block);
         let mut col_blocks = 1;
         let shared = threads > 1
@@ -101,7 +106,7 @@ impl Cut {
         }
         let rows = even(m, row_blocks, K::ROWS);
         let cols = if shared { n } else { even(n, col_blocks, K::COLS) };
-        Self { rows, cols, row_blocks: m.div_ceil(rows), col_blocks: n.div_ceil(cols), terms, shared }
+        Self { rows, cols, own_cols, row_blocks: m.div_ceil(rows), col_blocks: n.div_ceil(cols), terms, shared }
     }
 }
 
@@ -115,7 +120,6 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
     let cut = Cut::new::<K>((m, n, k), threads);
     let columns = b.transposed();
     let own_lanes = cut.rows * K::lanes(cut.terms);
-    let own_cols = (OWN_LANES / K::lanes_of_columns(cut.terms) / K::COLS).max(1) * K::COLS;
     let starts = || (0..k).step_by(cut.terms);
     let terms_from = |start: usize| (start, cut.terms.min(k - start));
     // A block of the result, over the terms from `start` on.
@@ -124,7 +128,7 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
         let (rows, cols) = (cut.rows.min(m - row), cut.cols.min(n - col));
         let terms = terms_from(start);
         let lanes = K::lanes_of_columns(terms.1);
-        let own_cols = if shared.is_some() { cols } else { own_cols.min(OWN_COLS).min(cols) };
+        let own_cols = if shared.is_some() { cols } else { cut.own_cols.min(cols) };
         let own_strips = if shared.is_some() { 0 } else { own_cols.next_multiple_of(K::COLS) * lanes };
         with_buffer(&OWN, own_lanes + own_strips, |panels| unsafe {
             // SAFETY: the caller's promise; the buffer has room for the panels and for own strips behind them.

@@ -28,10 +28,10 @@ pub(super) fn worthwhile((m, n, k): (usize, usize, usize)) -> bool {
     m * n >= FEW_OF_EACH * (m + n) && k >= TILE && m * n * k >= FEW
 }
 
-/// A strip of three parts is larger than the first-level cache in any case: all steps that are packed together are one stretch.
-const STRETCH: usize = PACKED_TERMS / UNIT;
 /// Terms that are packed together, at most.
 const PACKED_TERMS: usize = 768;
+/// All of their steps: several products for each tile that is loaded do not wait for the second-level cache.
+const STRETCH: usize = PACKED_TERMS / UNIT;
 
 /// The kernel; the unit must be [`available`](super::amx::available).
 pub(super) struct ThreeParts;
@@ -78,9 +78,8 @@ impl Kernel for ByBf16 {
     const ROWS: usize = ThreeParts::ROWS;
     const COLS: usize = ThreeParts::COLS;
     const TERMS: usize = ThreeParts::TERMS;
-    const BLOCK: usize = ThreeParts::BLOCK;
-    const PACKED_TERMS: usize = ThreeParts::PACKED_TERMS;
-    const BLOCK_LANES: usize = BLOCK_LANES;
+    /// A megabyte with 512 terms: callers pack all rows and take so many at a time.
+    const BLOCK: usize = 10 * UNIT;
 
     fn lanes(terms: usize) -> usize {
         ThreeParts::lanes(terms)
