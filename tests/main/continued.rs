@@ -102,7 +102,7 @@ fn all_weights_are_fine_tuned() {
     let device = device().to_string();
     let finetune = |name: &str, extra: &[&str]| {
         let mut command = program("finetune");
-        command.args(["--full", "--steps", "60", "--seq-len", "48", "--sequences", "2", "--lr", "0.003"]);
+        command.args(["--full", "--steps", "60", "--seq-len", "48", "--sequences", "2", "--lr", "0.0002"]);
         command.arg("--model").arg(&gguf).arg("--data").arg(at("data.jsonl")).arg("--run").arg(at(name));
         command.args(extra);
         command
@@ -126,8 +126,9 @@ fn all_weights_are_fine_tuned() {
 
     let both = format!("{device},{device}");
     run(&mut finetune("divided", &["--device", &both, "--tensor-parallel", "2"]));
-    // AdamW divides a gradient by its own size, so what rounding makes of the smallest ones grows tenfold every few steps.
-    close("losses", &losses(&at("divided"))[..5], &trained[..5], tolerance(1e-4, 6.0));
+    // AdamW divides a gradient by its own size, so what rounding makes of the smallest ones grows tenfold with a step:
+    // the first losses tell wrong gradients from roundings, later ones and high learning rates do not.
+    close("losses", &losses(&at("divided"))[..3], &trained[..3], tolerance(5e-5, 6.0));
 
     let generate = |model: &Path| {
         let mut command = program("generate");
