@@ -69,14 +69,35 @@ const SHARED_CHUNKS: usize = 64;
 /// Rows below which a shared copy is not worth the wait for it.
 const SHARED_ROWS: usize = 512;
 
+/// Rows or columns in blocks of whole units, whose numbers of units differ by one at most.
+struct Blocks {
+    len: usize,
+    unit: usize,
+    count: usize,
+}
+
+impl Blocks {
+    fn new(len: usize, unit: usize, count: usize) -> Self {
+        Self { len, unit, count: count.clamp(1, len.div_ceil(unit).max(1)) }
+    }
+
+    /// Rows or columns of the longest.
+    fn longest(&self) -> usize {
+        self.len.div_ceil(self.unit).div_ceil(self.count) * self.unit
+    }
+
+    fn span(&self, index: usize) -> Span {
+        let start = |index: usize| self.len.min(self.len.div_ceil(self.unit) * index / self.count * self.unit);
+        (start(index), start(index + 1) - start(index))
+    }
+}
+
 /// The cut of a product into tasks.
 struct Cut {
-    rows: usize,
-    cols: usize,
+    rows: Blocks,
+    cols: Blocks,
     /// Columns that a task packs at a time where it packs its own.
     own_cols: usize,
-    row_blocks: usize,
-    col_blocks: usize,
     terms: usize,
     /// All tasks use the same packed `b`.
     shared: bool,
@@ -84,8 +105,7 @@ struct Cut {
 
 impl Cut {
     fn new<K: Kernel>((m, n, k): (usize, usize, usize), threads: usize) -> Self {
-        let even = |len: usize, blocks: usize, unit: usize| len.div_ceil(blocks).next_multiple_of(unit);
-        let terms = even(k, k.div_ceil(K::PACKED_TERMS), K::TERMS);
+        let terms = k.div_ceil(k.div_ceil(K::PACKED_TERMS)).next_multiple_of(K::TERMS);
         // As many whole units as there are lanes for, one at least.
         let fitting = |lanes: usize, each: usize, unit: usize| (lanes / each / unit).max(1) * unit;
         let block = fitting(K::BLOCK_LANES, K::lanes(terms), K::ROWS).min(K::BLOCK);
@@ -102,11 +122,10 @@ impl Cut {
         } else if threads > 1 {
             // As many rows as can be, since every task packs its columns.
             let wanted = (n / OWN_COLS).clamp(threads, 4 * threads).div_ceil(row_blocks);
-            col_blocks = wanted.next_multiple_of(threads).min(n.div_ceil(K::COLS));
+            col_blocks = wanted.next_multiple_of(threads);
         }
-        let rows = even(m, row_blocks, K::ROWS);
-        let cols = if shared { n } else { even(n, col_blocks, K::COLS) };
-        Self { rows, cols, own_cols, row_blocks: m.div_ceil(rows), col_blocks: n.div_ceil(cols), terms, shared }
+        let (rows, cols) = (Blocks::new(m, K::ROWS, row_blocks), Blocks::new(n, K::COLS, col_blocks));
+        Self { rows, cols, own_cols, terms, shared }
     }
 }
 
@@ -119,13 +138,12 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
     let threads = if product.threads { team::threads() } else { 1 };
     let cut = Cut::new::<K>((m, n, k), threads);
     let columns = b.transposed();
-    let own_lanes = cut.rows * K::lanes(cut.terms);
+    let own_lanes = cut.rows.longest() * K::lanes(cut.terms);
     let starts = || (0..k).step_by(cut.terms);
     let terms_from = |start: usize| (start, cut.terms.min(k - start));
     // A block of the result, over the terms from `start` on.
     let task = |index: usize, start: usize, shared: Option<Output>| {
-        let (row, col) = (index % cut.row_blocks * cut.rows, index / cut.row_blocks * cut.cols);
-        let (rows, cols) = (cut.rows.min(m - row), cut.cols.min(n - col));
+        let ((row, rows), (col, cols)) = (cut.rows.span(index % cut.rows.count), cut.cols.span(index / cut.rows.count));
         let terms = terms_from(start);
         let lanes = K::lanes_of_columns(terms.1);
         let own_cols = if shared.is_some() { cols } else { cut.own_cols.min(cols) };
@@ -158,7 +176,7 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
             K::end();
         });
     };
-    let count = cut.row_blocks * cut.col_blocks;
+    let count = cut.rows.count * cut.cols.count;
     if !cut.shared {
         let task = |index: usize| starts().for_each(|start| task(index, start, None));
         if threads > 1 {

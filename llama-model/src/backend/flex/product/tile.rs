@@ -10,6 +10,12 @@ use super::blocks::{Kernel, Span, Target};
 /// Steps that panels are fetched ahead of their use.
 const AHEAD: usize = 16;
 
+/// Steps that are compiled one after the other: the loop's own instructions take turns with the products'.
+const UNROLLED: usize = 4;
+
+/// Lanes of a cache line.
+const LINE: usize = 16;
+
 /// Rows that are fetched ahead of packing them: the hardware does not see where a short stretch of the next row begins.
 pub(super) const ROWS_AHEAD: isize = 8;
 
@@ -161,14 +167,37 @@ struct Tile<V, F, const ROWS: usize, const VECTORS: usize> {
     steps: usize,
     a: *const f32,
     b: *const f32,
+    /// What is fetched meanwhile, a line for every [`UNROLLED`] steps.
+    following: *const f32,
     target: Target,
     kind: PhantomData<(V, F)>,
+}
+
+impl<V: Vector, F: Format<V>, const ROWS: usize, const VECTORS: usize> Tile<V, F, ROWS, VECTORS> {
+    /// Adds the products of one lane of the rows and one of the columns.
+    #[inline(always)]
+    unsafe fn step(a: *const f32, b: *const f32, sums: &mut [[V; VECTORS]; ROWS]) {
+        unsafe {
+            V::prefetch(a.wrapping_add(AHEAD * V::ROWS));
+            let mut columns = [V::splat(0.0); VECTORS];
+            for (v, columns) in columns.iter_mut().enumerate() {
+                V::prefetch(b.wrapping_add(AHEAD / 2 * V::VECTORS * V::LANES + V::LANES * v));
+                *columns = V::load(b.add(V::LANES * v), V::LANES);
+            }
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let row = V::splat(*a.add(i));
+                for (sum, columns) in sums.iter_mut().zip(columns) {
+                    *sum = F::multiply_add(row, columns, *sum);
+                }
+            }
+        }
+    }
 }
 
 impl<V: Vector, F: Format<V>, const ROWS: usize, const VECTORS: usize> Task for Tile<V, F, ROWS, VECTORS> {
     #[inline(always)]
     unsafe fn run(self) {
-        let Self { steps, mut a, mut b, target, .. } = self;
+        let Self { steps, a, b, mut following, target, .. } = self;
         unsafe {
             let row = |i: usize| target.out.wrapping_offset(i as isize * target.row_stride);
             for i in 0..ROWS {
@@ -177,21 +206,17 @@ impl<V: Vector, F: Format<V>, const ROWS: usize, const VECTORS: usize> Task for 
                 }
             }
             let mut sums = [[V::splat(0.0); VECTORS]; ROWS];
-            for _ in 0..steps {
-                V::prefetch(a.wrapping_add(AHEAD * V::ROWS));
-                let mut columns = [V::splat(0.0); VECTORS];
-                for (v, columns) in columns.iter_mut().enumerate() {
-                    V::prefetch(b.wrapping_add(AHEAD / 2 * V::VECTORS * V::LANES + V::LANES * v));
-                    *columns = V::load(b.add(V::LANES * v), V::LANES);
+            let (a, b) = (|step: usize| a.add(step * V::ROWS), |step: usize| b.add(step * V::VECTORS * V::LANES));
+            let unrolled = steps / UNROLLED * UNROLLED;
+            for first in (0..unrolled).step_by(UNROLLED) {
+                V::prefetch_far(following);
+                following = following.wrapping_add(LINE);
+                for step in first..first + UNROLLED {
+                    Self::step(a(step), b(step), &mut sums);
                 }
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    let row = V::splat(*a.add(i));
-                    for (sum, columns) in sums.iter_mut().zip(columns) {
-                        *sum = F::multiply_add(row, columns, *sum);
-                    }
-                }
-                a = a.add(V::ROWS);
-                b = b.add(V::VECTORS * V::LANES);
+            }
+            for step in unrolled..steps {
+                Self::step(a(step), b(step), &mut sums);
             }
             for (i, sums) in sums.iter().enumerate() {
                 for (v, sum) in sums.iter().enumerate() {
@@ -209,13 +234,20 @@ pub(super) struct Tiles<V, F>(PhantomData<(V, F)>);
 
 impl<V: Vector, F: Format<V>> Tiles<V, F> {
     /// A tile of so many columns, compiled for its rows, so that no register is spent on rows that do not exist.
-    unsafe fn tile<const VECTORS: usize>(rows: usize, steps: usize, a: *const f32, b: *const f32, target: Target) {
+    unsafe fn tile<const VECTORS: usize>(
+        rows: usize,
+        steps: usize,
+        a: *const f32,
+        b: *const f32,
+        following: *const f32,
+        target: Target,
+    ) {
         macro_rules! by_rows {
             ($($count:literal)*) => {
                 match rows {
                     // Nothing is compiled for rows that there are not.
                     $($count if const { $count <= V::ROWS } => {
-                        let tile = Tile::<V, F, $count, VECTORS> { steps, a, b, target, kind: PhantomData };
+                        let tile = Tile::<V, F, $count, VECTORS> { steps, a, b, following, target, kind: PhantomData };
                         // SAFETY: the caller's promise.
                         unsafe { F::run(tile) }
                     })*
@@ -251,12 +283,15 @@ impl<V: Vector, F: Format<V>> Kernel for Tiles<V, F> {
             let rows = V::ROWS.min(target.rows - i);
             let out = target.out.wrapping_offset(i as isize * target.row_stride);
             let (a, target) = (panels.wrapping_add(i * steps), Target { out, rows, ..target });
+            // The next strip, each panel's multiplication fetching what the last has not: strips that all tasks share are too
+            // many for the second-level cache.
+            let following = strip.wrapping_add(Self::COLS * steps + i / V::ROWS * (steps / UNROLLED) * LINE);
             // SAFETY: the caller's promise.
             unsafe {
                 match target.cols.div_ceil(V::LANES) {
-                    1 => Self::tile::<1>(rows, steps, a, strip, target),
-                    2 => Self::tile::<2>(rows, steps, a, strip, target),
-                    3 if const { V::VECTORS >= 3 } => Self::tile::<3>(rows, steps, a, strip, target),
+                    1 => Self::tile::<1>(rows, steps, a, strip, following, target),
+                    2 => Self::tile::<2>(rows, steps, a, strip, following, target),
+                    3 if const { V::VECTORS >= 3 } => Self::tile::<3>(rows, steps, a, strip, following, target),
                     _ => unreachable!("a strip has as many columns as a tile at most"),
                 }
             }
