@@ -62,7 +62,7 @@ pub(super) const TERMS: usize = 512;
 /// Columns of `b` that a task packs for itself at a time, and their lanes, at most.
 const OWN_COLS: usize = 256;
 const OWN_LANES: usize = 1 << 17;
-/// Lanes of `b` up to which all tasks share one packed copy.
+/// Lanes of `b`, at most, that are packed at a time for all tasks.
 const SHARED_LANES: usize = 1 << 22;
 /// Times that the tasks may wait for a shared copy of the next terms.
 const SHARED_CHUNKS: usize = 64;
@@ -99,7 +99,7 @@ struct Cut {
     /// Columns that a task packs at a time where it packs its own.
     own_cols: usize,
     terms: usize,
-    /// All tasks use the same packed `b`.
+    /// All tasks use the same packed `b`, each block of `cols` in turn.
     shared: bool,
 }
 
@@ -111,11 +111,12 @@ impl Cut {
         let block = fitting(K::BLOCK_LANES, K::lanes(terms), K::ROWS).min(K::BLOCK);
         let own_cols = fitting(OWN_LANES, K::lanes_of_columns(terms), K::COLS).min(OWN_COLS);
         let mut row_blocks = m.div_ceil(block);
-        let mut col_blocks = 1;
+        let mut col_blocks = n.div_ceil(fitting(SHARED_LANES, K::lanes_of_columns(terms), K::COLS));
+        // Not where only one block of rows would use a copy that does not stay in the caches.
         let shared = threads > 1
             && m >= SHARED_ROWS
             && k.div_ceil(terms) <= SHARED_CHUNKS
-            && n.next_multiple_of(K::COLS) * K::lanes_of_columns(terms) <= SHARED_LANES;
+            && (row_blocks > 1 || col_blocks == 1);
         if shared {
             // Two tasks for each thread or more, in a number that threads share evenly.
             row_blocks = row_blocks.max(2 * threads).next_multiple_of(threads);
@@ -123,6 +124,8 @@ impl Cut {
             // As many rows as can be, since every task packs its columns.
             let wanted = (n / OWN_COLS).clamp(threads, 4 * threads).div_ceil(row_blocks);
             col_blocks = wanted.next_multiple_of(threads);
+        } else {
+            col_blocks = 1;
         }
         let (rows, cols) = (Blocks::new(m, K::ROWS, row_blocks), Blocks::new(n, K::COLS, col_blocks));
         Self { rows, cols, own_cols, terms, shared }
@@ -142,8 +145,7 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
     let starts = || (0..k).step_by(cut.terms);
     let terms_from = |start: usize| (start, cut.terms.min(k - start));
     // A block of the result, over the terms from `start` on.
-    let task = |index: usize, start: usize, shared: Option<Output>| {
-        let ((row, rows), (col, cols)) = (cut.rows.span(index % cut.rows.count), cut.cols.span(index / cut.rows.count));
+    let block = |(row, rows): Span, (col, cols): Span, start: usize, shared: Option<Output>| {
         let terms = terms_from(start);
         let lanes = K::lanes_of_columns(terms.1);
         let own_cols = if shared.is_some() { cols } else { cut.own_cols.min(cols) };
@@ -176,9 +178,12 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
             K::end();
         });
     };
-    let count = cut.rows.count * cut.cols.count;
     if !cut.shared {
-        let task = |index: usize| starts().for_each(|start| task(index, start, None));
+        let task = |index: usize| {
+            let (rows, cols) = (cut.rows.span(index % cut.rows.count), cut.cols.span(index / cut.rows.count));
+            starts().for_each(|start| block(rows, cols, start, None));
+        };
+        let count = cut.rows.count * cut.cols.count;
         if threads > 1 {
             team::for_each(count, task);
         } else {
@@ -186,19 +191,23 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
         }
         return;
     }
-    let part = n.div_ceil(4 * threads).next_multiple_of(K::COLS);
-    for start in starts() {
-        let terms = terms_from(start);
-        let lanes = K::lanes_of_columns(terms.1);
-        with_buffer(&SHARED, n.next_multiple_of(K::COLS) * lanes, |strips| {
-            let strips = Output(strips);
-            team::for_each(n.div_ceil(part), |index| {
-                let cols = (index * part, part.min(n - index * part));
-                // SAFETY: the columns are inside `b`, the part of the buffer is this task's own.
-                unsafe { K::pack_b(strips.at(0, 0, cols.0 * lanes), columns, cols, terms) };
+    for (col, cols) in (0..cut.cols.count).map(|index| cut.cols.span(index)) {
+        let part = cols.div_ceil(4 * threads).next_multiple_of(K::COLS);
+        for start in starts() {
+            let terms = terms_from(start);
+            let lanes = K::lanes_of_columns(terms.1);
+            with_buffer(&SHARED, cols.next_multiple_of(K::COLS) * lanes, |strips| {
+                let strips = Output(strips);
+                team::for_each(cols.div_ceil(part), |index| {
+                    let (first, width) = (index * part, part.min(cols - index * part));
+                    // SAFETY: the columns are inside `b`, the part of the buffer is this task's own.
+                    unsafe { K::pack_b(strips.at(0, 0, first * lanes), columns, (col + first, width), terms) };
+                });
+                team::for_each(cut.rows.count, |index| {
+                    block(cut.rows.span(index), (col, cols), start, Some(strips));
+                });
             });
-            team::for_each(count, |index| task(index, start, Some(strips)));
-        });
+        }
     }
 }
 

@@ -317,6 +317,23 @@ mod tests {
         }
     }
 
+    /// Neither between threads nor, of many columns, one block after the other.
+    #[test]
+    fn a_cut_changes_no_sum() {
+        for (m, n, k) in [(520, 14_000, 640), (1100, 700, 600), (70, 3000, 520)] {
+            let (a_data, b_data) = (noise(m * k, 1), noise(n * k, 2));
+            let (a, b) = (Matrix::rows(&a_data, m, k), Matrix::rows(&b_data, n, k).transposed());
+            for precision in [Precision::F32, Precision::Bf16] {
+                let [one, several] = [false, true].map(|threads| {
+                    let mut out = vec![f32::NAN; m * n];
+                    unsafe { multiply(out.as_mut_ptr(), n as isize, a, b, Product { precision, threads, ..PRODUCT }) };
+                    out
+                });
+                assert!(one == several, "{m}x{n}x{k} in {precision}");
+            }
+        }
+    }
+
     /// The sum of nothing is zero, or what was there; of no rows or columns there is no result.
     #[test]
     fn products_of_nothing_are_zero_or_none() {
