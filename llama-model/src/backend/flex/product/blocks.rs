@@ -68,6 +68,9 @@ const SHARED_LANES: usize = 1 << 22;
 const SHARED_CHUNKS: usize = 64;
 /// Rows below which a shared copy is not worth the wait for it.
 const SHARED_ROWS: usize = 512;
+/// Rows for each thread below which several copies after one another are not: many threads with few rows each would wait
+/// for the cache that they share.
+const ROWS_OF_A_THREAD: usize = 256;
 
 /// Rows or columns in blocks of whole units, whose numbers of units differ by one at most.
 struct Blocks {
@@ -77,6 +80,7 @@ struct Blocks {
 }
 
 impl Blocks {
+    /// As many as `count`, one at least, but no more than units.
     fn new(len: usize, unit: usize, count: usize) -> Self {
         Self { len, unit, count: count.clamp(1, len.div_ceil(unit).max(1)) }
     }
@@ -112,11 +116,11 @@ impl Cut {
         let own_cols = fitting(OWN_LANES, K::lanes_of_columns(terms), K::COLS).min(OWN_COLS);
         let mut row_blocks = m.div_ceil(block);
         let mut col_blocks = n.div_ceil(fitting(SHARED_LANES, K::lanes_of_columns(terms), K::COLS));
-        // Not where only one block of rows would use a copy that does not stay in the caches.
+        // Several copies pay only where more than one block of rows would pack its own.
         let shared = threads > 1
             && m >= SHARED_ROWS
             && k.div_ceil(terms) <= SHARED_CHUNKS
-            && (row_blocks > 1 || col_blocks == 1);
+            && (col_blocks == 1 || row_blocks > 1 && m >= ROWS_OF_A_THREAD * threads);
         if shared {
             // Two tasks for each thread or more, in a number that threads share evenly.
             row_blocks = row_blocks.max(2 * threads).next_multiple_of(threads);

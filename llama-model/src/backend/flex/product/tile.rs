@@ -10,7 +10,7 @@ use super::blocks::{Kernel, Span, Target};
 /// Steps that panels are fetched ahead of their use.
 const AHEAD: usize = 16;
 
-/// Steps that are compiled one after the other: the loop's own instructions take turns with the products'.
+/// Steps of a round of the loop, whose own instructions take turns with the products.
 const UNROLLED: usize = 4;
 
 /// Lanes of a cache line.
@@ -283,8 +283,8 @@ impl<V: Vector, F: Format<V>> Kernel for Tiles<V, F> {
             let rows = V::ROWS.min(target.rows - i);
             let out = target.out.wrapping_offset(i as isize * target.row_stride);
             let (a, target) = (panels.wrapping_add(i * steps), Target { out, rows, ..target });
-            // The next strip, each panel's multiplication fetching what the last has not: strips that all tasks share are too
-            // many for the second-level cache.
+            // Each panel fetches the part of the next strip that those before have not: strips that all tasks share are
+            // too many for the second-level cache.
             let following = strip.wrapping_add(Self::COLS * steps + i / V::ROWS * (steps / UNROLLED) * LINE);
             // SAFETY: the caller's promise.
             unsafe {
