@@ -62,8 +62,8 @@ pub(super) const TERMS: usize = 512;
 /// Columns of `b` that a task packs for itself at a time, and their lanes, at most.
 const OWN_COLS: usize = 256;
 const OWN_LANES: usize = 1 << 17;
-/// Lanes of `b`, at most, that are packed at a time for all tasks.
-const SHARED_LANES: usize = 1 << 22;
+/// Lanes of `b`, at most, that are packed at a time for all tasks: few in tests, whose products are small.
+const SHARED_LANES: usize = if cfg!(test) { 1 << 16 } else { 1 << 22 };
 /// Times that the tasks may wait for a shared copy of the next terms.
 const SHARED_CHUNKS: usize = 64;
 /// Rows below which a shared copy is not worth the wait for it.
