@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 
 use super::super::product::{Packing, Right, with_buffer};
+use super::super::vector::LINE;
 use super::super::{Buffer, team};
 use super::{Heads, K_TILE, Output, Sizes};
 
@@ -63,8 +64,6 @@ pub(super) fn with_scratch<const N: usize>(lens: [usize; N], each: impl FnOnce([
     thread_local! {
         static ROOM: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     }
-    /// Lanes of a cache line.
-    const LINE: usize = 16;
     let lens = lens.map(|len| len.next_multiple_of(LINE));
     with_buffer(&ROOM, lens.iter().sum(), |mut room| {
         each(lens.map(|len| {

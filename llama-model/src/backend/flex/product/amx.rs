@@ -11,7 +11,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use super::super::vector::{Vector, mask};
+use super::super::vector::{LINE, Vector, mask};
 use super::avx512::{Pairs, has_dot};
 use super::blocks::{Kernel, Span, Target};
 use super::tile::{Format, pack};
@@ -23,8 +23,6 @@ pub(super) const TILE: usize = 16;
 pub(super) const UNIT: usize = 2 * TILE;
 /// Lanes (pairs of terms) of a tile of `a`, and of half a step of `b`.
 pub(super) const TILE_LANES: usize = TILE * TILE;
-/// Lanes of a cache line.
-const LINE: usize = 16;
 /// Pairs of panels from which fetching the next stretch of a strip pays: fewer take as long for it as they gain.
 const WORTH_FETCHING: usize = 4;
 /// Rows of a block of `a`, at most, and its lanes: 768 KB, that strips of `b` and sums have room beside it in the second-level cache.

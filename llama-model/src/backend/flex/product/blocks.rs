@@ -80,9 +80,9 @@ struct Blocks {
 }
 
 impl Blocks {
-    /// As many as `count`, one at least, but no more than units.
+    /// As many as `count`, but no more than units.
     fn new(len: usize, unit: usize, count: usize) -> Self {
-        Self { len, unit, count: count.clamp(1, len.div_ceil(unit).max(1)) }
+        Self { len, unit, count: count.min(len.div_ceil(unit)) }
     }
 
     /// Rows or columns of the longest.
@@ -114,23 +114,23 @@ impl Cut {
         let fitting = |lanes: usize, each: usize, unit: usize| (lanes / each / unit).max(1) * unit;
         let block = fitting(K::BLOCK_LANES, K::lanes(terms), K::ROWS).min(K::BLOCK);
         let own_cols = fitting(OWN_LANES, K::lanes_of_columns(terms), K::COLS).min(OWN_COLS);
-        let mut row_blocks = m.div_ceil(block);
-        let mut col_blocks = n.div_ceil(fitting(SHARED_LANES, K::lanes_of_columns(terms), K::COLS));
+        let row_blocks = m.div_ceil(block);
+        let copies = n.div_ceil(fitting(SHARED_LANES, K::lanes_of_columns(terms), K::COLS));
         // Several copies pay only where more than one block of rows would pack its own.
         let shared = threads > 1
             && m >= SHARED_ROWS
             && k.div_ceil(terms) <= SHARED_CHUNKS
-            && (col_blocks == 1 || row_blocks > 1 && m >= ROWS_OF_A_THREAD * threads);
-        if shared {
+            && (copies == 1 || row_blocks > 1 && m >= ROWS_OF_A_THREAD * threads);
+        let (row_blocks, col_blocks) = if shared {
             // Two tasks for each thread or more, in a number that threads share evenly.
-            row_blocks = row_blocks.max(2 * threads).next_multiple_of(threads);
+            (row_blocks.max(2 * threads).next_multiple_of(threads), copies)
         } else if threads > 1 {
             // As many rows as can be, since every task packs its columns.
             let wanted = (n / OWN_COLS).clamp(threads, 4 * threads).div_ceil(row_blocks);
-            col_blocks = wanted.next_multiple_of(threads);
+            (row_blocks, wanted.next_multiple_of(threads))
         } else {
-            col_blocks = 1;
-        }
+            (row_blocks, 1)
+        };
         let (rows, cols) = (Blocks::new(m, K::ROWS, row_blocks), Blocks::new(n, K::COLS, col_blocks));
         Self { rows, cols, own_cols, terms, shared }
     }
@@ -196,14 +196,14 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
         return;
     }
     for (col, cols) in (0..cut.cols.count).map(|index| cut.cols.span(index)) {
-        let part = cols.div_ceil(4 * threads).next_multiple_of(K::COLS);
+        let parts = Blocks::new(cols, K::COLS, 4 * threads);
         for start in starts() {
             let terms = terms_from(start);
             let lanes = K::lanes_of_columns(terms.1);
             with_buffer(&SHARED, cols.next_multiple_of(K::COLS) * lanes, |strips| {
                 let strips = Output(strips);
-                team::for_each(cols.div_ceil(part), |index| {
-                    let (first, width) = (index * part, part.min(cols - index * part));
+                team::for_each(parts.count, |index| {
+                    let (first, width) = parts.span(index);
                     // SAFETY: the columns are inside `b`, the part of the buffer is this task's own.
                     unsafe { K::pack_b(strips.at(0, 0, first * lanes), columns, (col + first, width), terms) };
                 });

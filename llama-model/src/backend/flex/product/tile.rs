@@ -3,7 +3,7 @@
 
 use std::marker::PhantomData;
 
-use super::super::vector::{MAX_LANES, Task, Vector};
+use super::super::vector::{LINE, MAX_LANES, Task, Vector};
 use super::Matrix;
 use super::blocks::{Kernel, Span, Target};
 
@@ -12,9 +12,6 @@ const AHEAD: usize = 16;
 
 /// Steps of a round of the loop, whose own instructions take turns with the products.
 const UNROLLED: usize = 4;
-
-/// Lanes of a cache line.
-const LINE: usize = 16;
 
 /// Rows that are fetched ahead of packing them: the hardware does not see where a short stretch of the next row begins.
 pub(super) const ROWS_AHEAD: isize = 8;

@@ -18,6 +18,8 @@ use super::simd::sum_halves;
 
 /// Lanes of the widest vector.
 pub(super) const MAX_LANES: usize = 16;
+/// Lanes of a cache line.
+pub(super) const LINE: usize = 16;
 
 /// A vector register of f32 lanes, and the sizes of the products' kernel that suit a CPU which has them.
 ///
