@@ -6,14 +6,23 @@ use burn::tensor::{Distribution, Tensor};
 use llama_model::backend::ops::{primitive, tensor};
 use llama_model::{LlamaBackend, Precision};
 
+/// Multiply-adds per second, twice, from which a product of 2,048 is too small to show a device's peak.
+const LARGE: f64 = 2e13;
+
 /// Floating-point operations per second of the best of several products of two square matrices, made as the model makes its own in
 /// this precision: what they could reach at most on this backend. Takes about a second.
 pub fn measure_peak_flops<B: LlamaBackend>(device: &B::Device, precision: Precision) -> f64 {
-    let own = B::has_products(device, precision);
-    let n = if own { 8192 } else { 2048 };
+    let peak = best_of::<B>(2048, device, precision);
+    let kernels = B::has_products(device, precision);
+    if kernels && peak > LARGE { best_of::<B>(8192, device, precision) } else { peak }
+}
+
+/// [`measure_peak_flops`] with products of `[n, n]`.
+fn best_of<B: LlamaBackend>(n: usize, device: &B::Device, precision: Precision) -> f64 {
+    let stored = B::has_products(device, precision);
     let matrix = || {
         let matrix = Tensor::<B, 2>::random([n, n], Distribution::Uniform(-1.0, 1.0), device);
-        if own { matrix.cast(precision.dtype()) } else { matrix }
+        if stored { matrix.cast(precision.dtype()) } else { matrix }
     };
     let (a, b) = (matrix(), matrix());
     let product = || {

@@ -13,7 +13,6 @@ use burn::tensor::TensorMetadata;
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 
-use super::ops::cast;
 use super::{AttentionSaved, AttentionSpec, LlamaBackend, Matrix};
 use crate::shard::{Pending, Team};
 use crate::{Compute, Precision, Recompute};
@@ -157,7 +156,7 @@ impl<B: LlamaBackend> Activations<B> {
         let (out, lse) = B::causal_attention(q.clone(), k.clone(), v.clone(), spec.starts.clone(), attention_spec);
         let attention = AttentionSaved { q, k, v, starts: spec.starts.clone(), out, lse, spec: attention_spec };
         let back = B::project(attention.rows(), weights.wo.clone(), precision);
-        let h = add::<B>(spec.team.scatter_sum::<B>(back), x);
+        let h = B::add_residual(spec.team.scatter_sum::<B>(back), x);
 
         let ffn_norm = norm::<B>(h.clone(), &weights.ffn_norm, spec);
         let m = spec.gather(ffn_norm.0.clone());
@@ -173,7 +172,7 @@ impl<B: LlamaBackend> Activations<B> {
 
     fn output(&self, weights: &Weights<B>, spec: &BlockSpec<B>) -> FloatTensor<B> {
         let back = B::project(self.product(), weights.w2.clone(), spec.compute.precision);
-        add::<B>(spec.team.scatter_sum::<B>(back), self.h.clone())
+        B::add_residual(spec.team.scatter_sum::<B>(back), self.h.clone())
     }
 }
 
@@ -198,11 +197,6 @@ fn project<B: LlamaBackend, const N: usize>(
 /// A norm of the residual stream, which only products read.
 fn norm<B: LlamaBackend>(x: FloatTensor<B>, gain: &FloatTensor<B>, spec: &BlockSpec<B>) -> Norm<B> {
     B::rms_norm_operand(x, gain.clone(), spec.eps, spec.compute.precision)
-}
-
-/// Adds to the residual stream, in its type.
-fn add<B: Backend>(x: FloatTensor<B>, residual: FloatTensor<B>) -> FloatTensor<B> {
-    B::float_add(cast::<B>(x, residual.dtype()), residual)
 }
 
 /// `[batch, seq_len, heads, head_dim]` as `[batch · seq_len, heads · head_dim]`.
@@ -247,12 +241,12 @@ pub fn cached<B: LlamaBackend>(
     let spec = AttentionSpec::new(head_dim, precision);
     let out = B::cached_attention(rotary(q), cache.keys.clone(), cache.values.clone(), cache.len, spec);
     let [out] = Matrix::project_all(rows::<B>(out), [wo], precision);
-    let h = add::<B>(team.sum::<B>(out), x);
+    let h = B::add_residual(team.sum::<B>(out), x);
 
     let (m, _) = B::rms_norm(h.clone(), ffn_norm, eps);
     let [gate, up] = Matrix::project_all(m, [w1, w3], precision);
     let [back] = Matrix::project_all(B::swiglu(gate, up), [w2], precision);
-    (add::<B>(team.sum::<B>(back), h), cache)
+    (B::add_residual(team.sum::<B>(back), h), cache)
 }
 
 /// The matrices as products read them.

@@ -254,6 +254,14 @@ pub trait LlamaBackend: Backend {
         reference::causal_attention_backward::<Self>(saved, grad)
     }
 
+    /// `x + residual`, in the dtype of the residual stream.
+    ///
+    /// # Shapes
+    /// All alike.
+    fn add_residual(x: FloatTensor<Self>, residual: FloatTensor<Self>) -> FloatTensor<Self> {
+        reference::add_residual::<Self>(x, residual)
+    }
+
     /// `silu(gate) · up`.
     ///
     /// # Shapes

@@ -11,19 +11,21 @@ mod packed;
 mod vectors;
 
 use std::f32::consts::{LN_2, LOG2_E};
-use std::marker::PhantomData;
 use std::ops::Range;
 
-use burn::tensor::{DType, Element, Int, Shape, Tensor, TensorMetadata};
+use burn::tensor::ops::FloatTensorOps;
+use burn::tensor::{DType, Element, FloatDType, Int, Shape, Tensor, TensorMetadata};
 use burn_flex::FlexTensor;
 use bytemuck::Pod;
+use half::bf16;
 
 pub(super) use self::backward::backward;
 use self::packed::{Tiles, with_scratch};
-use super::product::{Matrix, Packing};
+use super::product::{Matrix, Operand, Packing};
 use super::simd::{exp2, max, replace, vectorized};
 use super::stored::Stored;
-use super::{Buffer, Strided, contiguous, team, whole};
+use super::vector::Number;
+use super::{Buffer, Strided, contiguous, rows, team, whole};
 use crate::backend::AttentionSpec;
 use burn::backend::Flex;
 
@@ -140,34 +142,18 @@ impl<T> Heads<'_, T> {
     }
 }
 
-impl Heads<'_> {
+impl<T: Operand> Heads<'_, T> {
     /// Rows `start..start + rows` of a head.
     fn tile(&self, batch: usize, head: usize, start: usize, rows: usize) -> Matrix {
-        let (ptr, row_stride) = self.at(batch, head, start);
-        Matrix { ptr, rows, cols: self.0.dim(3), row_stride, col_stride: 1 }
+        let (first, row_stride) = self.at(batch, head, start);
+        Matrix { elements: T::elements(first), rows, cols: self.0.dim(3), row_stride, col_stride: 1 }
     }
 
-    /// The same, as rows that can be read.
-    fn rows(&self, batch: usize, head: usize, rows: Range<usize>) -> Rows<'_> {
-        Rows { tile: self.tile(batch, head, rows.start, rows.len()), tensor: PhantomData }
-    }
-}
-
-/// Rows of a head, whose tensor they borrow.
-#[derive(Clone, Copy)]
-struct Rows<'a> {
-    tile: Matrix,
-    tensor: PhantomData<&'a [f32]>,
-}
-
-impl<'a> Rows<'a> {
-    #[inline(always)]
-    fn row(self, index: usize) -> &'a [f32] {
-        debug_assert!(index < self.tile.rows);
-        // SAFETY: the row is inside the tensor, which stays borrowed.
-        unsafe {
-            std::slice::from_raw_parts(self.tile.ptr.offset(index as isize * self.tile.row_stride), self.tile.cols)
-        }
+    /// A row of a head.
+    fn row(&self, batch: usize, head: usize, row: usize) -> &[T] {
+        let (first, _) = self.at(batch, head, row);
+        // SAFETY: the row is inside the tensor.
+        unsafe { std::slice::from_raw_parts(first, self.0.dim(3)) }
     }
 }
 
@@ -177,15 +163,21 @@ fn readable(x: FlexTensor) -> FlexTensor {
 }
 
 /// An output that threads write disjoint heads of.
-#[derive(Clone, Copy)]
-struct Output(*mut f32);
+struct Output<T = f32>(*mut T);
+
+impl<T> Clone for Output<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Output<T> {}
 
 // SAFETY: every thread writes rows of its own heads only.
-unsafe impl Send for Output {}
-unsafe impl Sync for Output {}
+unsafe impl<T> Send for Output<T> {}
+unsafe impl<T> Sync for Output<T> {}
 
-impl Output {
-    fn at(self, offset: usize) -> *mut f32 {
+impl<T> Output<T> {
+    fn at(self, offset: usize) -> *mut T {
         // SAFETY: callers stay inside the output.
         unsafe { self.0.add(offset) }
     }
@@ -193,7 +185,7 @@ impl Output {
     /// # Safety
     /// The range must be inside the output and nobody else's.
     #[allow(clippy::mut_from_ref)]
-    unsafe fn slice<'a>(self, offset: usize, len: usize) -> &'a mut [f32] {
+    unsafe fn slice<'a>(self, offset: usize, len: usize) -> &'a mut [T] {
         unsafe { std::slice::from_raw_parts_mut(self.at(offset), len) }
     }
 }
@@ -233,7 +225,7 @@ fn widened(cache: &FlexTensor, len: usize) -> FlexTensor {
     out.into_tensor(Shape::new([batch, len, heads, head_dim]))
 }
 
-/// Attention, and the log-sum-exp of each query's scores. Of fewer than [`FEW`] queries keys and values may be bf16 or f16.
+/// Attention, and the log-sum-exp of each query's scores: of f32 or of bf16. Of fewer than [`FEW`] queries keys and values may be of another type.
 pub(super) fn forward(
     q: FlexTensor,
     k: FlexTensor,
@@ -241,23 +233,54 @@ pub(super) fn forward(
     starts: Option<FlexTensor>,
     spec: AttentionSpec,
 ) -> (FlexTensor, FlexTensor) {
-    let (scale, precision) = (spec.scale as f32, spec.precision);
+    let few = q.shape()[1] < FEW;
+    match q.dtype() {
+        DType::BF16 if few => {
+            let (out, lse) = of_few(Flex::float_cast(q, FloatDType::F32), k, v, starts, spec);
+            (rows::rounded(out, DType::BF16), lse)
+        }
+        DType::BF16 => in_tiles::<bf16>(q, k, v, starts, spec),
+        _ if few => of_few(q, k, v, starts, spec),
+        _ => in_tiles::<f32>(q, k, v, starts, spec),
+    }
+}
+
+fn of_few(
+    q: FlexTensor,
+    k: FlexTensor,
+    v: FlexTensor,
+    starts: Option<FlexTensor>,
+    spec: AttentionSpec,
+) -> (FlexTensor, FlexTensor) {
     let [q, k, v] = [q, k, v].map(readable);
     let sizes = Sizes::new(&q, &k);
     let Sizes { batch, q_len, n_heads, head_dim, .. } = sizes;
     let starts = Starts::new(starts, q_len);
     let (out_len, lse_len) = (batch * q_len * n_heads * head_dim, batch * n_heads * q_len);
-    if q_len < FEW {
-        let (mut out, mut lse) = (Buffer::zeros(out_len), Buffer::zeros(lse_len));
-        few::forward(&sizes, &Heads::new(&q), [&k, &v], &starts, scale, [&mut out, &mut lse]);
-        return (out.into_tensor(q.shape()), lse.into_tensor(Shape::new([batch, n_heads, q_len])));
-    }
+    let (mut out, mut lse) = (Buffer::zeros(out_len), Buffer::zeros(lse_len));
+    few::forward(&sizes, &Heads::new(&q), [&k, &v], &starts, spec.scale as f32, [&mut out, &mut lse]);
+    (out.into_tensor(q.shape()), lse.into_tensor(Shape::new([batch, n_heads, q_len])))
+}
+
+fn in_tiles<T: Operand>(
+    q: FlexTensor,
+    k: FlexTensor,
+    v: FlexTensor,
+    starts: Option<FlexTensor>,
+    spec: AttentionSpec,
+) -> (FlexTensor, FlexTensor) {
+    let scale = spec.scale as f32;
+    let [q, k, v] = [q, k, v].map(readable);
+    let sizes = Sizes::new(&q, &k);
+    let Sizes { batch, q_len, n_heads, head_dim, .. } = sizes;
+    let starts = Starts::new(starts, q_len);
+    let (out_len, lse_len) = (batch * q_len * n_heads * head_dim, batch * n_heads * q_len);
     // SAFETY: every query's row and sum are written below.
-    let (mut out, mut lse) = unsafe { (Buffer::unwritten(out_len), Buffer::unwritten(lse_len)) };
-    let packing = Packing::fastest(precision, q_len >= Q_TILE && head_dim.is_multiple_of(TERMS));
+    let (mut out, mut lse) = unsafe { (Buffer::<T>::unwritten(out_len), Buffer::unwritten(lse_len)) };
+    let packing = Packing::fastest(spec.precision, q_len >= Q_TILE && head_dim.is_multiple_of(TERMS));
     let (keys, values) =
-        (Tiles::columns(packing, &sizes, &Heads::new(&k)), Tiles::terms(packing, &sizes, &Heads::new(&v)));
-    let qs = Heads::new(&q);
+        (Tiles::columns(packing, &sizes, &Heads::<T>::new(&k)), Tiles::terms(packing, &sizes, &Heads::<T>::new(&v)));
+    let qs = Heads::<T>::new(&q);
     let (out_ptr, lse_ptr) = (Output(out.as_mut_ptr()), Output(lse.as_mut_ptr()));
     let tiles = sizes.q_tiles();
     // Sums are made where they lie together: rows of a head lie so far apart that they push each other out of the cache.
@@ -306,11 +329,19 @@ pub(super) fn forward(
                 let (out, sums) = unsafe {
                     (out_ptr.slice(at, head_dim), std::slice::from_raw_parts(outs.add(row * head_dim), head_dim))
                 };
-                out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum * inverse);
+                finish_row(out, sums, inverse);
             }
         });
     });
     (out.into_tensor(q.shape()), lse.into_tensor(Shape::new([batch, n_heads, q_len])))
+}
+
+vectorized! {
+    fn finish_row<'a; T: Number>(out: &'a mut [T], sums: &'a [f32], inverse: f32) -> () {
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = T::nearest(sum * inverse);
+        }
+    }
 }
 
 vectorized! {

@@ -6,9 +6,11 @@ use std::mem::MaybeUninit;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
-use burn::tensor::{DType, Shape, TensorData};
+use burn::tensor::{Shape, TensorData};
 use burn_flex::FlexTensor;
 use burn_std::{AllocationController, AllocationProperty, Bytes};
+
+use super::vector::Number;
 
 /// A cache line, and a vector of AVX-512.
 const ALIGN: usize = 64;
@@ -17,17 +19,17 @@ const ALIGN: usize = 64;
 ///
 /// The boundary is found inside a block that is a little larger: asked for an aligned block, glibc leaves splinters
 /// around it, which cost a training step a tenth more memory.
-pub(super) struct Buffer {
+pub(super) struct Buffer<T: Number = f32> {
     block: NonNull<u8>,
-    ptr: NonNull<f32>,
+    ptr: NonNull<T>,
     len: usize,
 }
 
 // SAFETY: it owns its elements, as a `Vec` does.
-unsafe impl Send for Buffer {}
-unsafe impl Sync for Buffer {}
+unsafe impl<T: Number> Send for Buffer<T> {}
+unsafe impl<T: Number> Sync for Buffer<T> {}
 
-impl Buffer {
+impl<T: Number> Buffer<T> {
     pub(super) fn zeros(len: usize) -> Self {
         Self::allocate(len, alloc_zeroed)
     }
@@ -48,42 +50,42 @@ impl Buffer {
     }
 
     fn layout(len: usize) -> Layout {
-        Layout::from_size_align(size_of::<f32>() * len + ALIGN, align_of::<f32>()).expect("a size that memory can have")
+        Layout::from_size_align(size_of::<T>() * len + ALIGN, align_of::<f32>()).expect("a size that memory can have")
     }
 
     pub(super) fn into_tensor(self, shape: Shape) -> FlexTensor {
         debug_assert_eq!(shape.num_elements(), self.len);
-        let len = size_of::<f32>() * self.len;
+        let len = size_of::<T>() * self.len;
         // SAFETY: all elements are written, see `unwritten`.
         let bytes = unsafe { Bytes::from_controller(Box::new(self), len) };
-        FlexTensor::from_data(TensorData::from_bytes(bytes, shape, DType::F32))
+        FlexTensor::from_data(TensorData::from_bytes(bytes, shape, T::dtype()))
     }
 }
 
-impl Deref for Buffer {
-    type Target = [f32];
+impl<T: Number> Deref for Buffer<T> {
+    type Target = [T];
 
-    fn deref(&self) -> &[f32] {
+    fn deref(&self) -> &[T] {
         // SAFETY: the elements are this buffer's.
         unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
     }
 }
 
-impl DerefMut for Buffer {
-    fn deref_mut(&mut self) -> &mut [f32] {
+impl<T: Number> DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as above.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
     }
 }
 
-impl Drop for Buffer {
+impl<T: Number> Drop for Buffer<T> {
     fn drop(&mut self) {
         // SAFETY: allocated with this layout.
         unsafe { dealloc(self.block.as_ptr(), Self::layout(self.len)) }
     }
 }
 
-impl AllocationController for Buffer {
+impl<T: Number> AllocationController for Buffer<T> {
     fn alloc_align(&self) -> usize {
         ALIGN
     }
@@ -94,12 +96,12 @@ impl AllocationController for Buffer {
 
     unsafe fn memory_mut(&mut self) -> &mut [MaybeUninit<u8>] {
         // SAFETY: the bytes are this buffer's.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr().cast(), size_of::<f32>() * self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr().cast(), size_of::<T>() * self.len) }
     }
 
     fn memory(&self) -> &[MaybeUninit<u8>] {
         // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr().cast(), size_of::<f32>() * self.len) }
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr().cast(), size_of::<T>() * self.len) }
     }
 }
 

@@ -4,7 +4,7 @@
 use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 
-use super::product::{Matrix, PRODUCT, Product, has_matrix_unit, multiply};
+use super::product::{Matrix, PRODUCT, Place, Product, has_matrix_unit, multiply};
 use super::simd::{exp, max, replace, sum1, vectorized};
 use super::stored::Stored;
 use super::{Buffer, contiguous, decode, scalar, team, values, whole};
@@ -57,7 +57,9 @@ impl<'a> Head<'a> {
         };
         let (hidden, head) = (Matrix::rows(hidden, rows, d_model), Matrix::rows(head, vocab_size, d_model));
         // SAFETY: the matrices are slices of the right size, `logits` is the caller's own.
-        unsafe { multiply(logits.as_mut_ptr(), vocab_size as isize, hidden, head.transposed(), self.product()) };
+        unsafe {
+            multiply(Place::F32(logits.as_mut_ptr()), vocab_size as isize, hidden, head.transposed(), self.product())
+        };
     }
 
     /// Writes the gradient of hidden states.
@@ -68,7 +70,7 @@ impl<'a> Head<'a> {
         };
         let (d_logits, head) = (Matrix::rows(d_logits, rows, vocab_size), Matrix::rows(head, vocab_size, d_model));
         // SAFETY: as above.
-        unsafe { multiply(d_hidden.as_mut_ptr(), d_model as isize, d_logits, head, self.product()) };
+        unsafe { multiply(Place::F32(d_hidden.as_mut_ptr()), d_model as isize, d_logits, head, self.product()) };
     }
 
     /// Calls `each` with first row, hidden states, targets and logits of every chunk.
@@ -169,7 +171,7 @@ pub(super) fn with_grads(hidden: FlexTensor, head: FlexTensor, targets: FlexTens
             let d_logits = Matrix::rows(logits, targets.len(), vocab_size);
             let add = Product { add: first > 0, ..head.product() };
             // SAFETY: the matrices are slices of the right size; the output is this function's own.
-            unsafe { multiply(d_head.as_mut_ptr(), d_model as isize, d_logits.transposed(), hidden, add) };
+            unsafe { multiply(Place::F32(d_head.as_mut_ptr()), d_model as isize, d_logits.transposed(), hidden, add) };
         }
     });
     let loss: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();

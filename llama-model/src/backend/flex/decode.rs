@@ -39,7 +39,7 @@ use self::portable::{q4_dots, q4_symmetric_dots, q8_dots};
 use self::rounded::Rounded;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use super::product::TurnedRows;
-use super::product::{self, Matrix, Output, PRODUCT, Product};
+use super::product::{self, Matrix, Output, PRODUCT, Place, Product};
 #[cfg(target_arch = "x86_64")]
 use super::product::{Bf16Unit, PackedRows};
 use super::simd;
@@ -290,7 +290,9 @@ unsafe fn product(columns: Columns, xs: &[f32], d_in: usize, weight: Stored, pre
     let (a, b) = (Matrix::rows(xs, xs.len() / d_in, d_in), Matrix::rows(&wide, len / d_in, d_in));
     let out = columns.out.0.wrapping_add(columns.start);
     // SAFETY: the caller's promise; the operands are borrowed.
-    unsafe { product::multiply(out, columns.stride as isize, a, b.transposed(), Product { precision, ..PRODUCT }) };
+    unsafe {
+        product::multiply(Place::F32(out), columns.stride as isize, a, b.transposed(), Product { precision, ..PRODUCT })
+    };
     WIDE.set(wide);
 }
 

@@ -18,10 +18,12 @@ mod vector;
 use burn::backend::Flex;
 use burn::tensor::ops::{FloatTensorOps, IntTensor};
 use burn::tensor::{DType, Element, FloatDType, TensorData};
-use burn_flex::{FlexTensor, Layout};
+use burn_flex::{FlexDevice, FlexTensor, Layout};
 use bytemuck::Pod;
+use half::bf16;
 
 use self::buffer::Buffer;
+use self::vector::Number;
 use super::{
     AdamWStep, AttentionSaved, AttentionSpec, BlockCache, BlockSpec, BlockWeights, LlamaBackend, LossSpec, Matrix,
     QuantizedWeight, block, reference,
@@ -41,14 +43,32 @@ impl LlamaBackend for Flex {
         rows::token_embedding_backward(grad, tokens, vocab_size, sum)
     }
 
+    /// What only products read is stored in bf16: half the memory, and rounded once. Weights are read from f32, as they are.
+    fn has_products(_device: &FlexDevice, precision: Precision) -> bool {
+        precision == Precision::Bf16
+    }
+
+    fn operand(x: FlexTensor, precision: Precision) -> FlexTensor {
+        match (precision, x.dtype()) {
+            (Precision::Bf16, DType::F32) => rows::rounded(x, DType::BF16),
+            _ => x,
+        }
+    }
+
+    fn operands(tensors: Vec<FlexTensor>, _: Precision) -> Vec<FlexTensor> {
+        tensors
+    }
+
     fn project(x: FlexTensor, weight: FlexTensor, precision: Precision) -> FlexTensor {
         if decode::takes(&x, &weight) {
             return only(decode::project(x, vec![weight], precision));
         }
-        if !is_f32(&[&x, &weight]) {
-            return reference::project::<Flex>(x, weight, precision);
+        match (x.dtype(), weight.dtype()) {
+            (DType::F32, DType::F32) => product::product::<f32>(&x, false, &weight, true, precision),
+            (DType::BF16, DType::F32 | DType::BF16) => product::product::<bf16>(&x, false, &weight, true, precision),
+            (DType::BF16, DType::F16) => rows::rounded(Self::project(wide(x), weight, precision), DType::BF16),
+            _ => reference::project::<Flex>(x, weight, precision),
         }
-        product::product(&x, false, &weight, true, precision)
     }
 
     fn project_all(x: FlexTensor, weights: Vec<FlexTensor>, precision: Precision) -> Vec<FlexTensor> {
@@ -59,6 +79,10 @@ impl LlamaBackend for Flex {
     }
 
     fn project_quantized(x: FlexTensor, weights: Vec<QuantizedWeight<Flex>>, precision: Precision) -> Vec<FlexTensor> {
+        if x.dtype() == DType::BF16 {
+            let products = Self::project_quantized(wide(x), weights, precision);
+            return products.into_iter().map(|product| rows::rounded(product, DType::BF16)).collect();
+        }
         if weights.iter().all(|weight| decode::takes_blocks(&x, weight)) {
             return decode::project_blocks(x, weights, precision);
         }
@@ -71,18 +95,24 @@ impl LlamaBackend for Flex {
     }
 
     fn project_backward_input(pairs: Vec<(FlexTensor, FlexTensor)>, precision: Precision, dtype: DType) -> FlexTensor {
-        if !pairs.iter().all(|(grad, _)| is_f32(&[grad])) || dtype != DType::F32 {
+        if !pairs.iter().all(|(grad, _)| is_operand(grad)) || !matches!(dtype, DType::F32 | DType::BF16) {
             return reference::project_backward_input::<Flex>(pairs, precision, dtype);
         }
-        if pairs.iter().all(|(_, weight)| is_f32(&[weight])) {
-            return product::sum_of_products(&pairs, precision);
+        match &pairs[..] {
+            [(grad, weight)] if dtype == DType::BF16 && is_operand(weight) => {
+                return product::product::<bf16>(grad, false, weight, false, precision);
+            }
+            _ if pairs.iter().all(|(grad, weight)| is_operand(weight) && (is_f32(&[weight]) || !is_f32(&[grad]))) => {
+                return rows::rounded(product::sum_of_products(&pairs, precision), dtype);
+            }
+            _ => {}
         }
         // A frozen weight may be stored in fewer bytes.
         let stored = |(grad, weight): (FlexTensor, FlexTensor)| match weight.dtype() {
-            DType::F32 | DType::BF16 | DType::F16 => (grad, Matrix::Floats(weight)),
-            _ => (grad, Matrix::Floats(Self::float_cast(weight, FloatDType::F32))),
+            DType::F32 | DType::BF16 | DType::F16 => (wide(grad), Matrix::Floats(weight)),
+            _ => (wide(grad), Matrix::Floats(Self::float_cast(weight, FloatDType::F32))),
         };
-        decode::input_gradients(pairs.into_iter().map(stored).collect(), precision)
+        rows::rounded(decode::input_gradients(pairs.into_iter().map(stored).collect(), precision), dtype)
     }
 
     fn project_quantized_backward(
@@ -91,24 +121,34 @@ impl LlamaBackend for Flex {
         precision: Precision,
         dtype: DType,
     ) -> FlexTensor {
-        if decode::takes_blocks(&grad, &weight) && dtype == DType::F32 {
-            return decode::input_gradients(vec![(grad, Matrix::Blocks(weight))], precision);
+        if grad.dtype() == DType::BF16 {
+            return Self::project_quantized_backward(wide(grad), weight, precision, dtype);
+        }
+        if decode::takes_blocks(&grad, &weight) && matches!(dtype, DType::F32 | DType::BF16) {
+            return rows::rounded(decode::input_gradients(vec![(grad, Matrix::Blocks(weight))], precision), dtype);
         }
         reference::project_quantized_backward::<Flex>(grad, weight, precision, dtype)
     }
 
     fn project_backward_weight(grad: FlexTensor, x: FlexTensor, precision: Precision) -> FlexTensor {
-        if !is_f32(&[&grad, &x]) {
+        if ![&grad, &x].into_iter().all(is_operand) {
             return reference::project_backward_weight::<Flex>(grad, x, precision);
         }
-        product::product(&grad, true, &x, false, precision)
+        product::product::<f32>(&grad, true, &x, false, precision)
     }
 
     fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f64) -> (FlexTensor, FlexTensor) {
         if !is_f32(&[&x, &weight]) {
             return reference::rms_norm::<Flex>(x, weight, eps);
         }
-        rows::rms_norm(x, weight, eps as f32)
+        rows::rms_norm::<f32>(x, weight, eps as f32)
+    }
+
+    fn rms_norm_operand(x: FlexTensor, weight: FlexTensor, eps: f64, precision: Precision) -> (FlexTensor, FlexTensor) {
+        match precision {
+            Precision::Bf16 if is_f32(&[&x, &weight]) => rows::rms_norm::<bf16>(x, weight, eps as f32),
+            _ => Self::rms_norm(x, weight, eps),
+        }
     }
 
     fn rms_norm_backward(
@@ -125,10 +165,11 @@ impl LlamaBackend for Flex {
     }
 
     fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: bool) -> FlexTensor {
-        if !is_f32(&[&x, &cos, &sin]) {
-            return reference::rotary::<Flex>(x, cos, sin, inverse);
+        match x.dtype() {
+            DType::F32 if is_f32(&[&cos, &sin]) => rows::rotary::<f32>(x, cos, sin, inverse),
+            DType::BF16 if is_f32(&[&cos, &sin]) => rows::rotary::<bf16>(x, cos, sin, inverse),
+            _ => reference::rotary::<Flex>(x, cos, sin, inverse),
         }
-        rows::rotary(x, cos, sin, inverse)
     }
 
     fn causal_attention(
@@ -138,7 +179,7 @@ impl LlamaBackend for Flex {
         starts: Option<IntTensor<Flex>>,
         spec: AttentionSpec,
     ) -> (FlexTensor, FlexTensor) {
-        if !is_f32(&[&q, &k, &v]) {
+        if !is_f32(&[&q, &k, &v]) && !is_bf16(&[&q, &k, &v]) {
             return reference::causal_attention::<Flex>(q, k, v, starts, spec);
         }
         attention::forward(q, k, v, starts, spec)
@@ -177,24 +218,41 @@ impl LlamaBackend for Flex {
     }
 
     fn causal_attention_backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTensor; 3] {
-        if !is_f32(&[&saved.q, &saved.k, &saved.v, &grad]) {
-            return reference::causal_attention_backward::<Flex>(saved, grad);
+        let tensors = [&saved.q, &saved.k, &saved.v, &saved.out, &grad];
+        if is_f32(&tensors) {
+            attention::backward::<f32>(saved, grad)
+        } else if is_bf16(&tensors) {
+            attention::backward::<bf16>(saved, grad)
+        } else {
+            reference::causal_attention_backward::<Flex>(saved, grad)
         }
-        attention::backward(saved, grad)
     }
 
     fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
-        if !is_f32(&[&gate, &up]) {
-            return reference::swiglu::<Flex>(gate, up);
+        if is_f32(&[&gate, &up]) {
+            rows::swiglu::<f32>(gate, up)
+        } else if is_bf16(&[&gate, &up]) {
+            rows::swiglu::<bf16>(gate, up)
+        } else {
+            reference::swiglu::<Flex>(gate, up)
         }
-        rows::swiglu(gate, up)
     }
 
     fn swiglu_backward(gate: FlexTensor, up: FlexTensor, grad: FlexTensor) -> (FlexTensor, FlexTensor) {
-        if !is_f32(&[&gate, &up, &grad]) {
-            return reference::swiglu_backward::<Flex>(gate, up, grad);
+        if is_f32(&[&gate, &up, &grad]) {
+            rows::swiglu_backward::<f32>(gate, up, grad)
+        } else if is_bf16(&[&gate, &up, &grad]) {
+            rows::swiglu_backward::<bf16>(gate, up, grad)
+        } else {
+            reference::swiglu_backward::<Flex>(gate, up, grad)
         }
-        rows::swiglu_backward(gate, up, grad)
+    }
+
+    fn add_residual(x: FlexTensor, residual: FlexTensor) -> FlexTensor {
+        match (x.dtype(), residual.dtype()) {
+            (DType::BF16, DType::F32) => rows::add_residual(x, residual),
+            _ => reference::add_residual::<Flex>(x, residual),
+        }
     }
 
     fn token_losses(hidden: FlexTensor, head: FlexTensor, targets: IntTensor<Flex>, spec: LossSpec) -> FlexTensor {
@@ -226,7 +284,7 @@ impl LlamaBackend for Flex {
     }
 
     fn scale(x: FlexTensor, factor: FlexTensor) -> FlexTensor {
-        if is_f32(&[&factor]) && values(&contiguous(factor.clone()))[0] == 1.0 {
+        if is_f32(&[&factor]) && values::<f32>(&contiguous(factor.clone()))[0] == 1.0 {
             return x;
         }
         reference::scale::<Flex>(x, factor)
@@ -257,6 +315,20 @@ fn is_f32(tensors: &[&FlexTensor]) -> bool {
     tensors.iter().all(|tensor| tensor.dtype() == DType::F32)
 }
 
+fn is_bf16(tensors: &[&FlexTensor]) -> bool {
+    tensors.iter().all(|tensor| tensor.dtype() == DType::BF16)
+}
+
+/// Whether products of many rows read it.
+fn is_operand(tensor: &FlexTensor) -> bool {
+    matches!(tensor.dtype(), DType::F32 | DType::BF16)
+}
+
+/// In f32.
+fn wide(x: FlexTensor) -> FlexTensor {
+    if is_f32(&[&x]) { x } else { Flex::float_cast(x, FloatDType::F32) }
+}
+
 /// Whether kernels read it as a weight in floats.
 fn is_float(tensor: &FlexTensor) -> bool {
     matches!(tensor.dtype(), DType::F32 | DType::BF16 | DType::F16)
@@ -276,8 +348,8 @@ fn whole(x: FlexTensor) -> FlexTensor {
 }
 
 /// The elements of a contiguous tensor.
-fn values(x: &FlexTensor) -> &[f32] {
-    &x.storage::<f32>()[x.layout().start_offset()..][..x.layout().num_elements()]
+fn values<T: Number>(x: &FlexTensor) -> &[T] {
+    &x.storage::<T>()[x.layout().start_offset()..][..x.layout().num_elements()]
 }
 
 fn scalar(value: f32) -> FlexTensor {

@@ -5,7 +5,9 @@ use burn_flex::FlexTensor;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use super::product::Place;
 use super::simd::{sigmoid, sum1, sum2, vectorized};
+use super::vector::{Float, Number};
 use super::{Buffer, contiguous, scalar, team, values, whole};
 use crate::backend::AdamWStep;
 
@@ -18,13 +20,14 @@ fn rows_per_block(width: usize) -> usize {
     BLOCK.div_ceil(width.max(1))
 }
 
-pub(super) fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f32) -> (FlexTensor, FlexTensor) {
+/// With a result in `T`.
+pub(super) fn rms_norm<T: Number>(x: FlexTensor, weight: FlexTensor, eps: f32) -> (FlexTensor, FlexTensor) {
     let (x, weight) = (contiguous(x), contiguous(weight));
     let shape = x.shape();
     let [rows, width] = shape.dims();
-    let (xs, weights) = (values(&x), values(&weight));
+    let (xs, weights) = (values::<f32>(&x), values(&weight));
     // SAFETY: every row is written.
-    let (mut out, mut inv_rms) = unsafe { (Buffer::unwritten(rows * width), Buffer::unwritten(rows)) };
+    let (mut out, mut inv_rms) = unsafe { (Buffer::<T>::unwritten(rows * width), Buffer::unwritten(rows)) };
     let block = rows_per_block(width);
     let blocks = out.chunks_mut(block * width).zip(inv_rms.chunks_mut(block)).zip(xs.chunks(block * width));
     team::each(blocks, |((out, inv_rms), x)| rms_norm_rows(out, inv_rms, x, weights, eps));
@@ -33,12 +36,12 @@ pub(super) fn rms_norm(x: FlexTensor, weight: FlexTensor, eps: f32) -> (FlexTens
 
 vectorized! {
     /// As many rows as `inv_rms` has room for, at most.
-    pub(super) fn rms_norm_rows<'a>(out: &'a mut [f32], inv_rms: &'a mut [f32], x: &'a [f32], weight: &'a [f32], eps: f32) -> () {
+    pub(super) fn rms_norm_rows<'a; T: Number>(out: &'a mut [T], inv_rms: &'a mut [f32], x: &'a [f32], weight: &'a [f32], eps: f32) -> () {
         let width = weight.len();
         for ((out, inv), x) in out.chunks_exact_mut(width).zip(inv_rms).zip(x.chunks_exact(width)) {
             *inv = 1.0 / (sum1(x, |x| x * x) / width as f32 + eps).sqrt();
             for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-                *out = x * *inv * weight;
+                *out = T::nearest(x * *inv * weight);
             }
         }
     }
@@ -70,7 +73,7 @@ pub(super) fn rms_norm_backward(
         let residual = residual.as_ref().map_or(&[][..], |rows| &values(rows)[index * block * width..][..x.len()]);
         rms_norm_backward_rows(d_x, x, grad, inv, weights, residual)
     });
-    let mut d_weight = Buffer::zeros(width);
+    let mut d_weight = Buffer::<f32>::zeros(width);
     for part in parts {
         d_weight.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
@@ -121,7 +124,7 @@ pub(super) fn token_embedding_backward(
     let grad = contiguous(grad);
     let [_, d_model] = grad.shape().dims();
     let tokens: Vec<i64> = tokens.into_data().iter::<i64>().collect();
-    let zeros = || Buffer::zeros(vocab_size * d_model).into_tensor(Shape::new([vocab_size, d_model]));
+    let zeros = || Buffer::<f32>::zeros(vocab_size * d_model).into_tensor(Shape::new([vocab_size, d_model]));
     let mut d_weight = sum.map_or_else(zeros, whole);
     let share = vocab_size.div_ceil(team::threads());
     team::each(d_weight.storage_mut::<f32>().chunks_mut(share * d_model).enumerate(), |(index, d_weight)| {
@@ -134,14 +137,14 @@ pub(super) fn token_embedding_backward(
     d_weight
 }
 
-pub(super) fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: bool) -> FlexTensor {
+pub(super) fn rotary<T: Number>(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: bool) -> FlexTensor {
     let (mut x, cos, sin) = (whole(x), contiguous(cos), contiguous(sin));
     let [_, _, heads, head_dim] = x.shape().dims();
     let half = head_dim / 2;
     let (cos, sin) = (values(&cos), values(&sin));
     let sign = if inverse { -1.0 } else { 1.0 };
     // In place if nobody else holds the input, as after a projection.
-    let out = x.storage_mut::<f32>();
+    let out = x.storage_mut::<T>();
     let width = heads * head_dim;
     let block = rows_per_block(width);
     team::each(out.chunks_mut(block * width).enumerate(), |(index, rows)| {
@@ -151,8 +154,8 @@ pub(super) fn rotary(x: FlexTensor, cos: FlexTensor, sin: FlexTensor, inverse: b
 }
 
 /// Rotates rows of all heads, of which the first has a number; row after row, the sequences' positions have entries in the tables.
-pub(super) fn rotate_rows(
-    rows: &mut [f32],
+pub(super) fn rotate_rows<T: Number>(
+    rows: &mut [T],
     width: usize,
     first: usize,
     [cos, sin]: [&[f32]; 2],
@@ -167,13 +170,13 @@ pub(super) fn rotate_rows(
 
 vectorized! {
     /// Rotates all heads of one position.
-    fn rotate_heads<'a>(x: &'a mut [f32], cos: &'a [f32], sin: &'a [f32], sign: f32) -> () {
+    fn rotate_heads<'a; T: Number>(x: &'a mut [T], cos: &'a [f32], sin: &'a [f32], sign: f32) -> () {
         for head in x.chunks_exact_mut(2 * cos.len()) {
             let (first, second) = head.split_at_mut(cos.len());
             for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                let (x, y, sin) = (*a, *b, sign * sin);
-                *a = x * cos - y * sin;
-                *b = y * cos + x * sin;
+                let (x, y, sin) = (a.value(), b.value(), sign * sin);
+                *a = T::nearest(x * cos - y * sin);
+                *b = T::nearest(y * cos + x * sin);
             }
         }
     }
@@ -200,13 +203,69 @@ pub(super) fn write_positions(cache: FlexTensor, new: &[f32], start: usize) -> F
     cache
 }
 
-pub(super) fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+pub(super) fn swiglu<T: Number>(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
     let (gate, up) = (contiguous(gate), contiguous(up));
+    let (gates, ups) = (values::<T>(&gate), values(&up));
     // SAFETY: every element is written.
-    let mut out = unsafe { Buffer::unwritten(values(&gate).len()) };
-    let blocks = out.chunks_mut(BLOCK).zip(values(&gate).chunks(BLOCK)).zip(values(&up).chunks(BLOCK));
+    let mut out = unsafe { Buffer::unwritten(gates.len()) };
+    let blocks = out.chunks_mut(BLOCK).zip(gates.chunks(BLOCK)).zip(ups.chunks(BLOCK));
     team::each(blocks, |((out, gate), up)| swiglu_block(out, gate, up));
     out.into_tensor(gate.shape())
+}
+
+/// A tensor in f32 as one in bf16, if that is asked for.
+pub(super) fn rounded(x: FlexTensor, dtype: DType) -> FlexTensor {
+    if dtype != DType::BF16 {
+        return x;
+    }
+    let x = contiguous(x);
+    let numbers = values(&x);
+    // SAFETY: every element is written.
+    let mut out = unsafe { Buffer::unwritten(numbers.len()) };
+    team::each(out.chunks_mut(BLOCK).zip(numbers.chunks(BLOCK)), |(out, x)| narrow_block(out, x));
+    out.into_tensor(x.shape())
+}
+
+/// Rows of `width` numbers, in bf16, to rows that are `stride` apart.
+///
+/// # Safety
+/// There must be room, which nobody else uses meanwhile.
+pub(super) unsafe fn narrow_rows(out: Place, stride: isize, x: &[f32], width: usize) {
+    let rows = rows_per_block(width);
+    team::each(x.chunks(rows * width).enumerate(), |(index, x)| {
+        for (row, x) in x.chunks_exact(width).enumerate() {
+            if let Place::Bf16(out) = out.at(index * rows + row, stride, 0) {
+                // SAFETY: the caller's promise; each row is one task's.
+                narrow_block(unsafe { std::slice::from_raw_parts_mut(out, width) }, x);
+            }
+        }
+    });
+}
+
+vectorized! {
+    fn narrow_block<'a>(out: &'a mut [bf16], x: &'a [f32]) -> () {
+        for (out, x) in out.iter_mut().zip(x) {
+            *out = bf16::nearest(*x);
+        }
+    }
+}
+
+/// `x + residual`, of bf16 and f32, in f32.
+pub(super) fn add_residual(x: FlexTensor, residual: FlexTensor) -> FlexTensor {
+    let (residual, x) = (contiguous(residual), contiguous(x));
+    // SAFETY: every element is written.
+    let mut out = unsafe { Buffer::unwritten(values::<f32>(&residual).len()) };
+    let inputs = values(&residual).chunks(BLOCK).zip(values(&x).chunks(BLOCK));
+    team::each(out.chunks_mut(BLOCK).zip(inputs), |(out, (residual, x))| add_residual_block(out, residual, x));
+    out.into_tensor(residual.shape())
+}
+
+vectorized! {
+    fn add_residual_block<'a>(out: &'a mut [f32], residual: &'a [f32], x: &'a [bf16]) -> () {
+        for ((out, residual), x) in out.iter_mut().zip(residual).zip(x) {
+            *out = residual + x.value();
+        }
+    }
 }
 
 vectorized! {
@@ -219,37 +278,43 @@ vectorized! {
 }
 
 vectorized! {
-    pub(super) fn swiglu_block<'a>(out: &'a mut [f32], gate: &'a [f32], up: &'a [f32]) -> () {
+    pub(super) fn swiglu_block<'a; T: Number>(out: &'a mut [T], gate: &'a [T], up: &'a [T]) -> () {
         for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-            *out = gate * sigmoid(*gate) * up;
+            let gate = gate.value();
+            *out = T::nearest(gate * sigmoid(gate) * up.value());
         }
     }
 }
 
-pub(super) fn swiglu_backward(gate: FlexTensor, up: FlexTensor, grad: FlexTensor) -> (FlexTensor, FlexTensor) {
+pub(super) fn swiglu_backward<T: Number>(
+    gate: FlexTensor,
+    up: FlexTensor,
+    grad: FlexTensor,
+) -> (FlexTensor, FlexTensor) {
     let [gate, up, grad] = [gate, up, grad].map(contiguous);
-    let len = values(&gate).len();
+    let [gates, ups, grads] = [&gate, &up, &grad].map(values::<T>);
     // SAFETY: every element is written.
-    let (mut d_gate, mut d_up) = unsafe { (Buffer::unwritten(len), Buffer::unwritten(len)) };
-    let inputs = values(&gate).chunks(BLOCK).zip(values(&up).chunks(BLOCK)).zip(values(&grad).chunks(BLOCK));
+    let (mut d_gate, mut d_up) = unsafe { (Buffer::unwritten(gates.len()), Buffer::unwritten(gates.len())) };
+    let inputs = gates.chunks(BLOCK).zip(ups.chunks(BLOCK)).zip(grads.chunks(BLOCK));
     let blocks = d_gate.chunks_mut(BLOCK).zip(d_up.chunks_mut(BLOCK)).zip(inputs);
     team::each(blocks, |((d_gate, d_up), ((gate, up), grad))| swiglu_backward_block(d_gate, d_up, gate, up, grad));
     (d_gate.into_tensor(gate.shape()), d_up.into_tensor(gate.shape()))
 }
 
 vectorized! {
-    fn swiglu_backward_block<'a>(
-        d_gate: &'a mut [f32],
-        d_up: &'a mut [f32],
-        gate: &'a [f32],
-        up: &'a [f32],
-        grad: &'a [f32],
+    fn swiglu_backward_block<'a; T: Number>(
+        d_gate: &'a mut [T],
+        d_up: &'a mut [T],
+        gate: &'a [T],
+        up: &'a [T],
+        grad: &'a [T],
     ) -> () {
         for ((((d_gate, d_up), gate), up), grad) in d_gate.iter_mut().zip(d_up).zip(gate).zip(up).zip(grad) {
-            let sigmoid = sigmoid(*gate);
+            let (gate, up, grad) = (gate.value(), up.value(), grad.value());
+            let sigmoid = sigmoid(gate);
             let silu = gate * sigmoid;
-            *d_up = grad * silu;
-            *d_gate = grad * up * (sigmoid + silu * (1.0 - sigmoid));
+            *d_up = T::nearest(grad * silu);
+            *d_gate = T::nearest(grad * up * (sigmoid + silu * (1.0 - sigmoid)));
         }
     }
 }

@@ -2,20 +2,26 @@
 
 use std::sync::OnceLock;
 
+use super::vector::Float;
+
 /// Defines a function that is compiled for every instruction set (AVX-512, AVX2 with FMA, NEON, none) and runs as the
 /// best the CPU has. What its loops call must be `#[inline(always)]`: a call to code compiled for the baseline would
-/// turn every fused multiply-add into a library call.
+/// turn every fused multiply-add into a library call. Parameters for types follow the lifetimes behind a semicolon.
 macro_rules! vectorized {
-    ($(#[$meta:meta])* $visible:vis fn $name:ident<$($life:lifetime),*>($($arg:ident: $type:ty),* $(,)?) -> $result:ty $body:block) => {
+    (
+        $(#[$meta:meta])*
+        $visible:vis fn $name:ident<$($life:lifetime),* $(; $($param:ident: $bound:path),+)?>($($arg:ident: $type:ty),* $(,)?) -> $result:ty
+            $body:block
+    ) => {
         $(#[$meta])*
-        $visible fn $name<$($life),*>($($arg: $type),*) -> $result {
+        $visible fn $name<$($life,)* $($($param: $bound),+)?>($($arg: $type),*) -> $result {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
-            fn body<$($life),*>($($arg: $type),*) -> $result $body
-            struct Kernel<$($life),*> {
+            fn body<$($life,)* $($($param: $bound),+)?>($($arg: $type),*) -> $result $body
+            struct Kernel<$($life,)* $($($param: $bound),+)?> {
                 $($arg: $type),*
             }
-            impl<$($life),*> pulp::NullaryFnOnce for Kernel<$($life),*> {
+            impl<$($life,)* $($($param: $bound),+)?> pulp::NullaryFnOnce for Kernel<$($life,)* $($($param),+)?> {
                 type Output = $result;
                 #[inline(always)]
                 fn call(self) -> $result {
@@ -102,16 +108,16 @@ pub(super) const LANES: usize = 32;
 
 /// `Σ f(a[i], b[i])` in [`LANES`] partial sums, so that the compiler may vectorise it.
 #[inline(always)]
-pub(super) fn sum2(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+pub(super) fn sum2<T: Float>(a: &[T], b: &[T], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let (a_blocks, a_rest) = a.as_chunks::<LANES>();
     let (b_blocks, b_rest) = b.as_chunks::<LANES>();
     for (a, b) in a_blocks.iter().zip(b_blocks) {
         for lane in 0..LANES {
-            lanes[lane] += f(a[lane], b[lane]);
+            lanes[lane] += f(a[lane].value(), b[lane].value());
         }
     }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| f(*a, *b)).sum();
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| f(a.value(), b.value())).sum();
     tree_sum(lanes) + rest
 }
 

@@ -169,6 +169,11 @@ pub fn rotary<B: Backend>(
     ))
 }
 
+/// [`LlamaBackend::add_residual`].
+pub fn add_residual<B: Backend>(x: FloatTensor<B>, residual: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_add(cast::<B>(x, residual.dtype()), residual)
+}
+
 /// [`LlamaBackend::swiglu`].
 pub fn swiglu<B: Backend>(gate: FloatTensor<B>, up: FloatTensor<B>) -> FloatTensor<B> {
     let dtype = gate.dtype();

@@ -7,8 +7,9 @@ use burn::backend::Flex;
 use burn::tensor::TensorMetadata;
 use burn_flex::FlexTensor;
 
-use super::super::product::{Matrix, Packing};
+use super::super::product::{Matrix, Operand, Packing};
 use super::super::simd::{exp2, sum2, vectorized};
+use super::super::vector::Float;
 use super::super::{Buffer, contiguous, rows, team, values};
 use super::packed::{Tiles, with_scratch};
 use super::{Heads, K_TILE, Output, Q_TILE, Sizes, Starts, readable};
@@ -17,7 +18,8 @@ use crate::backend::{AttentionSaved, AttentionSpec};
 /// Tasks below which threads cannot share them evenly. Fixed, so that results do not depend on the number of threads.
 const FEW_TASKS: usize = 16;
 
-pub(in crate::backend::flex) fn backward(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTensor; 3] {
+/// The gradients of queries, keys and values in `T`, as all are.
+pub(in crate::backend::flex) fn backward<T: Operand>(saved: AttentionSaved<Flex>, grad: FlexTensor) -> [FlexTensor; 3] {
     let AttentionSaved { q, k, v, starts, out, lse, spec: AttentionSpec { scale, precision } } = saved;
     let scale = scale as f32;
     let [q, k, v, out, grad] = [q, k, v, out, grad].map(readable);
@@ -25,12 +27,12 @@ pub(in crate::backend::flex) fn backward(saved: AttentionSaved<Flex>, grad: Flex
     let sizes = Sizes::new(&q, &k);
     let Sizes { batch, q_len, kv_len, n_heads, n_kv_heads, head_dim, .. } = sizes;
     let starts = Starts::new(starts, q_len);
-    let (qs, ks) = (Heads::new(&q), Heads::new(&k));
+    let (qs, ks) = (Heads::<T>::new(&q), Heads::<T>::new(&k));
     let packing = Packing::fastest(precision, false);
     let (k_columns, v_columns) =
-        (Tiles::columns(packing, &sizes, &ks), Tiles::columns(packing, &sizes, &Heads::new(&v)));
+        (Tiles::columns(packing, &sizes, &ks), Tiles::columns(packing, &sizes, &Heads::<T>::new(&v)));
     let k_terms = Tiles::terms(packing, &sizes, &ks);
-    let (outs, grads, lse) = (Heads::new(&out), Heads::new(&grad), values(&lse));
+    let (outs, grads, lse) = (Heads::<T>::new(&out), Heads::<T>::new(&grad), values::<f32>(&lse));
     let mut d_q = Buffer::zeros(batch * q_len * n_heads * head_dim);
     // A task has a key head and all query heads of its group, so it alone writes the key head's gradient. Of few key heads each query head is
     // a task, whose gradients are summed afterwards.
@@ -56,12 +58,10 @@ pub(in crate::backend::flex) fn backward(saved: AttentionSaved<Flex>, grad: Flex
                     // SAFETY: as above.
                     let (q_terms, d_out_terms) =
                         unsafe { (packing.right(q_terms, q), packing.right(d_out_terms, d_out)) };
-                    let (out_rows, grad_rows) =
-                        (outs.rows(b, head, start..start + rows), grads.rows(b, head, start..start + rows));
                     let lse = &lse[(b * n_heads + head) * q_len + start..][..rows];
                     let mut delta = [0.0f32; Q_TILE];
                     for (row, delta) in delta.iter_mut().enumerate().take(rows) {
-                        *delta = dot(out_rows.row(row), grad_rows.row(row));
+                        *delta = dot(outs.row(b, head, start + row), grads.row(b, head, start + row));
                     }
                     let d_q = d_q_ptr.at(((b * q_len + start) * n_heads + head) * head_dim);
                     for (k_start, cols) in sizes.k_tiles(tile, starts.of(b)) {
@@ -99,7 +99,7 @@ pub(in crate::backend::flex) fn backward(saved: AttentionSaved<Flex>, grad: Flex
         });
     });
     let [d_k, d_v] = [d_k, d_v].map(|d| if apart { sum_groups(&d, sizes.group(), head_dim) } else { d });
-    [d_q.into_tensor(q.shape()), d_k.into_tensor(k.shape()), d_v.into_tensor(v.shape())]
+    [(d_q, q), (d_k, k), (d_v, v)].map(|(d, x)| rows::rounded(d.into_tensor(x.shape()), T::dtype()))
 }
 
 /// `[.., n_kv_heads, group, head_dim]` summed over groups.
@@ -139,7 +139,7 @@ vectorized! {
 }
 
 vectorized! {
-    fn dot<'a>(a: &'a [f32], b: &'a [f32]) -> f32 {
+    fn dot<'a; T: Float>(a: &'a [T], b: &'a [T]) -> f32 {
         sum2(a, b, |a, b| a * b)
     }
 }

@@ -77,7 +77,7 @@ fn over<T: Float + Element + Pod>(
                 for (i, (q, seen)) in of_block[..sums.len()].iter_mut().enumerate() {
                     let query = block * QUERIES + i;
                     let row = query % q_len;
-                    *q = qs.rows(b, kv_head * group + query / q_len, row..row + 1).row(0);
+                    *q = qs.row(b, kv_head * group + query / q_len, row);
                     *seen = sizes.range(row, starts.of(b), start, rows);
                 }
                 attend(outs, sums, &of_block[..sums.len()], [keys, values], scale);

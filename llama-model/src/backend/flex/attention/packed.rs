@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use super::super::product::{Packing, Right, with_buffer};
+use super::super::product::{Operand, Packing, Right, with_buffer};
 use super::super::vector::LINE;
 use super::super::{Buffer, team};
 use super::{Heads, K_TILE, Output, Sizes};
@@ -20,16 +20,16 @@ pub(super) struct Tiles {
 
 impl Tiles {
     /// Rows of heads as columns, for scores.
-    pub fn columns(packing: Packing, sizes: &Sizes, heads: &Heads) -> Self {
+    pub fn columns<T: Operand>(packing: Packing, sizes: &Sizes, heads: &Heads<T>) -> Self {
         Self::new(packing, sizes, heads, true)
     }
 
     /// Rows of heads as terms, for sums of them.
-    pub fn terms(packing: Packing, sizes: &Sizes, heads: &Heads) -> Self {
+    pub fn terms<T: Operand>(packing: Packing, sizes: &Sizes, heads: &Heads<T>) -> Self {
         Self::new(packing, sizes, heads, false)
     }
 
-    fn new(packing: Packing, sizes: &Sizes, heads: &Heads, columns: bool) -> Self {
+    fn new<T: Operand>(packing: Packing, sizes: &Sizes, heads: &Heads<T>, columns: bool) -> Self {
         let &Sizes { batch, kv_len, n_kv_heads, head_dim, .. } = sizes;
         let most = K_TILE.min(kv_len);
         let lanes = match columns {

@@ -12,10 +12,11 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::super::vector::{LINE, Vector, mask};
-use super::avx512::{Pairs, has_dot};
+use super::avx512::{Pairs, has_dot, pairs};
 use super::blocks::{Kernel, Span, Target};
-use super::tile::{Format, pack};
-use super::{Matrix, simd};
+use super::matrix::{Matrix, Operand, Place, View, by_elements};
+use super::simd;
+use super::tile::pack;
 
 /// Rows and columns of a hardware tile of sums, and pairs of terms in a step.
 pub(super) const TILE: usize = 16;
@@ -79,11 +80,11 @@ impl Kernel for MatrixUnit {
     }
 
     unsafe fn pack_a(panels: *mut f32, a: Matrix, rows: Span, terms: Span) {
-        unsafe { pack_rows(panels, a, rows, terms) }
+        unsafe { by_elements!(a => pack_rows(panels, a, rows, terms)) }
     }
 
     unsafe fn pack_b(strips: *mut f32, b: Matrix, cols: Span, terms: Span) {
-        unsafe { pack_columns(strips, b, cols, terms) }
+        unsafe { by_elements!(b => pack_columns(strips, b, cols, terms)) }
     }
 
     unsafe fn strip(panels: *const f32, strip: *const f32, terms: usize, target: Target) {
@@ -104,7 +105,7 @@ impl Kernel for MatrixUnit {
 
 /// Calls `each` for the first of every 16 rows of `x`, up to a whole unit, and every step of 32 terms, in the order that they have
 /// in memory.
-pub(super) fn each_tile(x: Matrix, rows: usize, steps: usize, each: impl Fn(usize, usize)) {
+pub(super) fn each_tile<T: Copy>(x: View<T>, rows: usize, steps: usize, each: impl Fn(usize, usize)) {
     let firsts = (0..rows.next_multiple_of(UNIT)).step_by(TILE);
     if x.row_stride == 1 {
         (0..steps).for_each(|step| firsts.clone().for_each(|first| each(first, step)));
@@ -113,9 +114,20 @@ pub(super) fn each_tile(x: Matrix, rows: usize, steps: usize, each: impl Fn(usiz
     }
 }
 
+/// Fetches the step after the next of a row.
+///
+/// # Safety
+/// None: fetching reads nothing.
+#[inline(always)]
+pub(super) unsafe fn fetch_ahead<T>(src: *const T) {
+    for line in (0..UNIT * size_of::<T>()).step_by(64) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(2 * UNIT).cast::<i8>().wrapping_add(line)) };
+    }
+}
+
 /// Rows as tiles of 16: for each step of 32 terms, 16 rows of them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn pack_rows(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
+unsafe fn pack_rows<T: Operand>(panels: *mut f32, x: View<T>, rows: Span, terms: Span) {
     let steps = terms.1.div_ceil(UNIT);
     let tile = |first: usize, step: usize| panels.wrapping_add((first / TILE * steps + step) * TILE_LANES);
     let pack_tile = |first: usize, step: usize| {
@@ -126,9 +138,8 @@ unsafe fn pack_rows(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
             if x.col_stride == 1 {
                 for r in 0..TILE {
                     let src = x.at(row + r, term);
-                    let lanes = if r < count { Pairs::along(src, left) } else { _mm512_setzero_ps() };
-                    _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(2 * UNIT).cast());
-                    _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(2 * UNIT + 16).cast());
+                    let lanes = if r < count { T::pairs(src, left) } else { _mm512_setzero_ps() };
+                    fetch_ahead(src);
                     _mm512_store_ps(tile.add(r * TILE), lanes);
                 }
                 return;
@@ -136,7 +147,7 @@ unsafe fn pack_rows(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
             let mut lanes = [_mm512_setzero_ps(); TILE];
             if count > 0 {
                 // Pairs of terms of neighbouring rows, then turned round.
-                pack::<__m512, Pairs>(tile, x, (row, count), (term, left.min(UNIT)), TILE);
+                pack::<__m512, Pairs, T>(tile, x, (row, count), (term, left.min(UNIT)), TILE);
                 for (pair, lanes) in lanes.iter_mut().enumerate().take(left.min(UNIT).div_ceil(2)) {
                     *lanes = _mm512_load_ps(tile.add(pair * TILE));
                 }
@@ -151,17 +162,17 @@ unsafe fn pack_rows(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
 
 /// Columns as strips of 32: for each pair of terms, 32 columns of it, up to a whole step.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn pack_columns(strips: *mut f32, x: Matrix, cols: Span, terms: Span) {
+unsafe fn pack_columns<T: Operand>(strips: *mut f32, x: View<T>, cols: Span, terms: Span) {
     // SAFETY: the caller's promise.
     unsafe {
         let lanes = MatrixUnit::lanes(terms.1);
         let pairs = terms.1.div_ceil(2);
         if pairs == lanes {
-            return pack::<__m512, Pairs>(strips, x, cols, terms, UNIT);
+            return pack::<__m512, Pairs, T>(strips, x, cols, terms, UNIT);
         }
         for first in (0..cols.1).step_by(UNIT) {
             let strip = strips.add(first * lanes);
-            pack::<__m512, Pairs>(strip, x, (cols.0 + first, UNIT.min(cols.1 - first)), terms, UNIT);
+            pack::<__m512, Pairs, T>(strip, x, (cols.0 + first, UNIT.min(cols.1 - first)), terms, UNIT);
             strip.add(pairs * UNIT).write_bytes(0, (lanes - pairs) * UNIT);
         }
     }
@@ -182,7 +193,7 @@ pub(super) struct Steps {
 ///
 /// # Safety
 /// As [`Kernel::strip`].
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(super) unsafe fn multiply_strip(
     steps: &Steps,
     panels: *const f32,
@@ -202,7 +213,7 @@ pub(super) unsafe fn multiply_strip(
 
 /// [`multiply_strip`] of many steps. Between stretches the sums of all panels lie together, and not in rows as far apart as the result's.
 #[inline(never)]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn multiply_in_stretches(steps: &Steps, panels: *const f32, strip: *const f32, count: usize, target: Target) {
     debug_assert!(target.rows <= BLOCK);
     let mut kept = Sums::<{ BLOCK * UNIT }>::unwritten();
@@ -238,27 +249,30 @@ unsafe fn multiply_stretch(
     for i in (0..target.rows).step_by(UNIT) {
         let upper = panels.wrapping_add((i / TILE * count + stretch.start) * steps.panel);
         let lower = upper.wrapping_add(count * steps.panel);
-        let out = target.out.wrapping_offset(i as isize * target.row_stride);
+        let out = target.at(i, 0);
         let kept = kept.wrapping_add(i * UNIT);
         let rows = UNIT.min(target.rows - i);
-        let whole = rows == UNIT && target.cols == UNIT;
+        // Sums that need not go through a place of their own.
+        let whole = out.f32().filter(|_| rows == UNIT && target.cols == UNIT);
         if last {
             // The next tile of the result comes from memory while this one is summed.
             for r in UNIT..(2 * UNIT).min(target.rows - i) {
-                let next = out.wrapping_offset(r as isize * target.row_stride);
+                let next = target.at(i + r, 0);
                 // SAFETY: fetching reads nothing.
                 unsafe {
-                    _mm_prefetch::<_MM_HINT_T0>(next.cast());
-                    _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(LINE).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(next.address().cast());
+                    if let Some(next) = next.f32() {
+                        _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(LINE).cast());
+                    }
                 }
             }
         }
         // SAFETY: the caller's promise; sums that are not written as they are have a place of their own.
         unsafe {
-            if first {
-                load_sums(out, target.row_stride, target.add && whole);
-            } else {
-                load_sums(kept, UNIT as isize, true);
+            match whole {
+                _ if !first => load_sums(kept, UNIT as isize, true),
+                Some(out) => load_sums(out, target.row_stride, target.add),
+                None => load_sums(kept, UNIT as isize, false),
             }
             for step in 0..stretch.len() {
                 for _ in 0..ahead {
@@ -268,15 +282,14 @@ unsafe fn multiply_stretch(
                 let (upper, lower) = (upper.wrapping_add(step * steps.panel), lower.wrapping_add(step * steps.panel));
                 (steps.kernel)(1, upper, lower, strip.wrapping_add(step * steps.strip));
             }
-            if !last {
-                store_sums(kept, UNIT as isize);
-            } else if whole {
-                store_sums(out, target.row_stride);
-            } else {
-                store_sums(sums.as_mut_ptr(), UNIT as isize);
-                for r in 0..rows {
-                    let out = out.wrapping_offset(r as isize * target.row_stride);
-                    finish_row(out, sums.as_mut_ptr().add(r * UNIT), target);
+            match whole {
+                _ if !last => store_sums(kept, UNIT as isize),
+                Some(out) => store_sums(out, target.row_stride),
+                None => {
+                    store_sums(sums.as_mut_ptr(), UNIT as isize);
+                    for r in 0..rows {
+                        finish_row(target.at(i + r, 0), sums.as_mut_ptr().add(r * UNIT), target);
+                    }
                 }
             }
         }
@@ -299,13 +312,21 @@ impl<const LEN: usize> Sums<LEN> {
 
 /// A row of sums to its place.
 #[inline(always)]
-unsafe fn finish_row(out: *mut f32, sums: *const f32, target: Target) {
+unsafe fn finish_row(out: Place, sums: *const f32, target: Target) {
     unsafe {
-        for at in (0..target.cols).step_by(TILE) {
-            let (mask, out) = (mask(target.cols - at), out.wrapping_add(at));
-            let sums = _mm512_load_ps(sums.add(at));
-            let before = if target.add { _mm512_maskz_loadu_ps(mask, out) } else { _mm512_setzero_ps() };
-            _mm512_mask_storeu_ps(out, mask, _mm512_add_ps(sums, before));
+        match out {
+            Place::F32(out) => {
+                for at in (0..target.cols).step_by(TILE) {
+                    let (mask, out) = (mask(target.cols - at), out.wrapping_add(at));
+                    let sums = _mm512_load_ps(sums.add(at));
+                    let before = if target.add { _mm512_maskz_loadu_ps(mask, out) } else { _mm512_setzero_ps() };
+                    _mm512_mask_storeu_ps(out, mask, _mm512_add_ps(sums, before));
+                }
+            }
+            Place::Bf16(out) => {
+                let mask = if target.cols >= UNIT { !0 } else { (1 << target.cols) - 1 };
+                _mm512_mask_storeu_epi16(out.cast(), mask, _mm512_castps_si512(pairs(sums, UNIT)));
+            }
         }
     }
 }

@@ -5,8 +5,8 @@
 use std::cell::RefCell;
 use std::thread::LocalKey;
 
-use super::super::team;
-use super::{Matrix, Output, Product};
+use super::super::{Buffer, rows, team};
+use super::{Matrix, Output, Place, Product};
 
 /// Start and length of a stretch of rows, columns or terms.
 pub(super) type Span = (usize, usize);
@@ -14,11 +14,18 @@ pub(super) type Span = (usize, usize);
 /// Where the sums of one strip go.
 #[derive(Clone, Copy)]
 pub(super) struct Target {
-    pub out: *mut f32,
+    pub out: Place,
     pub row_stride: isize,
     pub rows: usize,
     pub cols: usize,
+    /// To what is there, which must be f32.
     pub add: bool,
+}
+
+impl Target {
+    pub fn at(&self, row: usize, col: usize) -> Place {
+        self.out.at(row, self.row_stride, col)
+    }
 }
 
 /// A register kernel and the form it takes its operands in: panels of [`ROWS`](Self::ROWS) rows of `a` and strips of
@@ -140,10 +147,18 @@ impl Cut {
 ///
 /// # Safety
 /// As there; the CPU must have the kernel's instructions.
-pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: Matrix, b: Matrix, product: Product) {
+pub(super) unsafe fn multiply<K: Kernel>(out: Place, out_row_stride: isize, a: Matrix, b: Matrix, product: Product) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     let threads = if product.threads { team::threads() } else { 1 };
     let cut = Cut::new::<K>((m, n, k), threads);
+    if matches!(out, Place::Bf16(_)) && k > cut.terms {
+        // SAFETY: the caller's promise; the sums, which are rounded once, are written whole.
+        unsafe {
+            let mut sums = Buffer::<f32>::unwritten(m * n);
+            multiply::<K>(Place::F32(sums.as_mut_ptr()), n as isize, a, b, product);
+            return rows::narrow_rows(out, out_row_stride, &sums, n);
+        }
+    }
     let columns = b.transposed();
     let own_lanes = cut.rows.longest() * K::lanes(cut.terms);
     let starts = || (0..k).step_by(cut.terms);
@@ -215,21 +230,17 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Output, out_row_stride: isize, a: 
     }
 }
 
-pub(super) type Buffer = RefCell<Vec<f32>>;
+pub(super) type Lanes = RefCell<Vec<f32>>;
 
 thread_local! {
     /// What a task packs for itself.
-    pub(super) static OWN: Buffer = const { RefCell::new(Vec::new()) };
+    pub(super) static OWN: Lanes = const { RefCell::new(Vec::new()) };
     /// What a product packs for all its tasks.
-    static SHARED: Buffer = const { RefCell::new(Vec::new()) };
+    static SHARED: Lanes = const { RefCell::new(Vec::new()) };
 }
 
 /// Lends one of the thread's buffers, of at least `len` lanes and aligned to 64 bytes.
-pub(in crate::backend::flex) fn with_buffer(
-    buffer: &'static LocalKey<Buffer>,
-    len: usize,
-    each: impl FnOnce(*mut f32),
-) {
+pub(in crate::backend::flex) fn with_buffer(buffer: &'static LocalKey<Lanes>, len: usize, each: impl FnOnce(*mut f32)) {
     // Taken out: a thread that waits for tasks may take up another product's.
     let mut lanes = buffer.take();
     if lanes.len() < len + 16 {

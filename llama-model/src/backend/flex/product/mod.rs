@@ -8,6 +8,7 @@ mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod blocks;
+mod matrix;
 mod packed;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod split;
@@ -25,68 +26,21 @@ use burn_flex::FlexTensor;
 
 use self::blocks::multiply as by;
 pub(super) use self::blocks::with_buffer;
+pub(super) use self::matrix::{Matrix, Operand, Output, Place};
 pub(super) use self::packed::{Packing, Right};
 #[cfg(target_arch = "x86_64")]
 pub(super) use self::stored::{Bf16Unit, PackedRows};
 use self::tile::{RoundedBf16, RoundedF16, Single, Tiles};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(super) use self::turned::TurnedRows;
+use super::Buffer;
 #[cfg(target_arch = "x86_64")]
 use super::simd;
 use super::vector::{Vector, by_vectors};
-use super::{Buffer, Strided};
 use crate::Precision;
 
 /// Below this many multiply-adds one thread is faster.
 const PARALLEL: usize = 1 << 18;
-
-/// A matrix somewhere in memory.
-#[derive(Clone, Copy)]
-pub(super) struct Matrix {
-    pub ptr: *const f32,
-    pub rows: usize,
-    pub cols: usize,
-    pub row_stride: isize,
-    pub col_stride: isize,
-}
-
-// SAFETY: the elements are only read, and whoever makes a matrix keeps them alive.
-unsafe impl Send for Matrix {}
-unsafe impl Sync for Matrix {}
-
-impl Matrix {
-    fn of(x: &Strided) -> Self {
-        Self { ptr: x.ptr(), rows: x.dim(0), cols: x.dim(1), row_stride: x.stride(0), col_stride: x.stride(1) }
-    }
-
-    /// Rows one after the other.
-    pub(super) fn rows(data: &[f32], rows: usize, cols: usize) -> Self {
-        debug_assert!(data.len() >= rows * cols);
-        Self { ptr: data.as_ptr(), rows, cols, row_stride: cols as isize, col_stride: 1 }
-    }
-
-    pub(super) fn transposed(self) -> Self {
-        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
-    }
-
-    fn at(self, row: usize, col: usize) -> *const f32 {
-        self.ptr.wrapping_offset(row as isize * self.row_stride + col as isize * self.col_stride)
-    }
-}
-
-/// Where threads write disjoint parts of a result.
-#[derive(Clone, Copy)]
-pub(super) struct Output(pub *mut f32);
-
-// SAFETY: every task writes elements of its own only.
-unsafe impl Send for Output {}
-unsafe impl Sync for Output {}
-
-impl Output {
-    pub(super) fn at(self, row: usize, row_stride: isize, col: usize) -> *mut f32 {
-        self.0.wrapping_offset(row as isize * row_stride + col as isize)
-    }
-}
 
 /// Whether products run on a matrix unit, in f32 too.
 pub(super) fn has_matrix_unit() -> bool {
@@ -117,17 +71,22 @@ pub(super) const PRODUCT: Product = Product { add: false, threads: false, precis
 ///
 /// # Safety
 /// All elements that the matrices reach must be valid, those of `out` writable and not otherwise accessed meanwhile.
-pub(super) unsafe fn multiply(out: *mut f32, out_row_stride: isize, a: Matrix, b: Matrix, product: Product) {
+pub(super) unsafe fn multiply(out: Place, out_row_stride: isize, a: Matrix, b: Matrix, product: Product) {
     debug_assert_eq!(a.cols, b.rows);
     let product = Product { threads: product.threads && a.rows * a.cols * b.cols >= PARALLEL, ..product };
     if a.rows == 0 || b.cols == 0 {
         return;
     }
-    let out = Output(out);
     if a.cols == 0 {
-        let row = |row| out.at(row, out_row_stride, 0);
-        // SAFETY: the caller's promise. A sum of nothing is zero.
-        return (0..if product.add { 0 } else { a.rows }).for_each(|i| unsafe { row(i).write_bytes(0, b.cols) });
+        // A sum of nothing is zero.
+        for row in 0..if product.add { 0 } else { a.rows } {
+            // SAFETY: the caller's promise.
+            match out.at(row, out_row_stride, 0) {
+                Place::F32(row) => unsafe { row.write_bytes(0, b.cols) },
+                Place::Bf16(row) => unsafe { row.write_bytes(0, b.cols) },
+            }
+        }
+        return;
     }
     // SAFETY: the caller's promise, and the CPU was asked.
     unsafe {
@@ -154,7 +113,7 @@ pub(super) unsafe fn multiply(out: *mut f32, out_row_stride: isize, a: Matrix, b
 ///
 /// # Safety
 /// As there; the CPU must have the vectors.
-unsafe fn by_tiles<V: Vector>(out: Output, out_row_stride: isize, a: Matrix, b: Matrix, product: Product) {
+unsafe fn by_tiles<V: Vector>(out: Place, out_row_stride: isize, a: Matrix, b: Matrix, product: Product) {
     // SAFETY: the caller's promise.
     unsafe {
         match product.precision {
@@ -165,35 +124,33 @@ unsafe fn by_tiles<V: Vector>(out: Output, out_row_stride: isize, a: Matrix, b: 
     }
 }
 
-/// `Σ a b` of one pair of matrices or more.
+/// `Σ a b` of one pair of matrices or more, in f32.
 pub(super) fn sum_of_products(pairs: &[(FlexTensor, FlexTensor)], precision: Precision) -> FlexTensor {
     let (rows, cols) = (pairs[0].0.shape()[0], pairs[0].1.shape()[1]);
-    let mut out = Buffer::zeros(0);
+    let mut out = Buffer::<f32>::zeros(0);
     for (index, (a, b)) in pairs.iter().enumerate() {
-        let (a, b) = (Strided::new(a), Strided::new(b));
-        fill(&mut out, Matrix::of(&a), Matrix::of(&b), Product { add: index > 0, precision, ..ON_ALL_THREADS });
+        fill(&mut out, Matrix::of(a), Matrix::of(b), Product { add: index > 0, precision, ..ON_ALL_THREADS });
     }
     out.into_tensor(Shape::new([rows, cols]))
 }
 
 /// The product of two matrices, either transposed first.
-pub(super) fn product(
+pub(super) fn product<T: Operand>(
     a: &FlexTensor,
     transpose_a: bool,
     b: &FlexTensor,
     transpose_b: bool,
     precision: Precision,
 ) -> FlexTensor {
-    let (a, b) = (Strided::new(a), Strided::new(b));
-    let a = if transpose_a { Matrix::of(&a).transposed() } else { Matrix::of(&a) };
-    let b = if transpose_b { Matrix::of(&b).transposed() } else { Matrix::of(&b) };
-    let mut out = Buffer::zeros(0);
+    let a = if transpose_a { Matrix::of(a).transposed() } else { Matrix::of(a) };
+    let b = if transpose_b { Matrix::of(b).transposed() } else { Matrix::of(b) };
+    let mut out = Buffer::<T>::zeros(0);
     fill(&mut out, a, b, Product { precision, ..ON_ALL_THREADS });
     out.into_tensor(Shape::new([a.rows, b.cols]))
 }
 
 /// Writes a product into a new buffer, or adds it to what is there.
-fn fill(out: &mut Buffer, a: Matrix, b: Matrix, how: Product) {
+fn fill<T: Operand>(out: &mut Buffer<T>, a: Matrix, b: Matrix, how: Product) {
     assert_eq!(a.cols, b.rows, "product of [{}, {}] and [{}, {}]", a.rows, a.cols, b.rows, b.cols);
     let len = a.rows * b.cols;
     if !how.add {
@@ -202,12 +159,15 @@ fn fill(out: &mut Buffer, a: Matrix, b: Matrix, how: Product) {
     }
     assert_eq!(out.len(), len, "a product is added to one of another size");
     // SAFETY: both matrices are views of tensors that live through the call, and `out` has room for the product.
-    unsafe { multiply(out.as_mut_ptr(), b.cols as isize, a, b, how) };
+    unsafe { multiply(T::place(out.as_mut_ptr()), b.cols as isize, a, b, how) };
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::vector::Plain;
+    use half::bf16;
+
+    use super::super::vector::{Float, Number, Plain};
+    use super::matrix::by_elements;
     use super::*;
     #[cfg(target_arch = "aarch64")]
     use std::arch::aarch64::float32x4_t;
@@ -220,14 +180,17 @@ mod tests {
 
     /// In f64, of operands that went through `round`.
     fn expected(a: Matrix, b: Matrix, round: fn(f32) -> f32) -> Vec<f64> {
-        let get = |x: Matrix, row, col| f64::from(round(unsafe { *x.at(row, col) }));
+        let get = |x: Matrix, row, col| {
+            let value = by_elements!(x => unsafe { (*x.at(row, col)).value() });
+            f64::from(round(value))
+        };
         let cell = |i, j| (0..a.cols).map(|t| get(a, i, t) * get(b, t, j)).sum();
         (0..a.rows).flat_map(|i| (0..b.cols).map(move |j| (i, j))).map(|(i, j)| cell(i, j)).collect()
     }
 
-    type Body = unsafe fn(Output, isize, Matrix, Matrix, Product);
+    type Body = unsafe fn(Place, isize, Matrix, Matrix, Product);
 
-    /// Every layout of both operands, sizes around the tiles' and the blocks' edges, one thread and several.
+    /// Every layout of both operands, in f32 and in bf16, sizes around the tiles' and the blocks' edges, one thread and several.
     fn check(name: &str, body: Body, round: fn(f32) -> f32) {
         let sizes = [
             (1, 1, 1),
@@ -241,28 +204,43 @@ mod tests {
             (33, 40, 900),
             (1100, 33, 40),
         ];
-        for (m, n, k) in sizes {
+        for (index, (m, n, k)) in sizes.into_iter().enumerate() {
             // Room for a stride of two in both directions.
             let (a_data, b_data) = (noise(4 * m * k, 1), noise(4 * k * n, 2));
-            let layouts = |data: &[f32], rows: usize, cols: usize| {
+            let [a_short, b_short] =
+                [&a_data, &b_data].map(|x| x.iter().map(|x| bf16::nearest(*x)).collect::<Vec<_>>());
+            fn layouts<T: Operand>(data: &[T], rows: usize, cols: usize) -> [Matrix; 3] {
                 let plain = Matrix::rows(data, rows, cols);
                 let transposed = Matrix::rows(data, cols, rows).transposed();
                 let strided = Matrix { row_stride: 2 * cols as isize, col_stride: 2, ..plain };
                 [plain, transposed, strided]
-            };
-            for a in layouts(&a_data, m, k) {
-                for b in layouts(&b_data, k, n) {
+            }
+            let (a_forms, b_forms) =
+                ([layouts(&a_data, m, k), layouts(&a_short, m, k)], [layouts(&b_data, k, n), layouts(&b_short, k, n)]);
+            for (i, j) in (0..3).flat_map(|i| (0..3).map(move |j| (i, j))) {
+                // Both in f32, and another pair of types.
+                let types = [(0, 0), [(1, 0), (0, 1), (1, 1)][(index + i + j) % 3]];
+                for (a, b) in types.map(|(of_a, of_b)| (a_forms[of_a][i], b_forms[of_b][j])) {
                     let expected = expected(a, b, round);
                     for (threads, add) in [(false, false), (true, true)] {
                         let mut out = vec![1.0f32; m * n];
                         let how = Product { add, threads, ..PRODUCT };
-                        unsafe { body(Output(out.as_mut_ptr()), n as isize, a, b, how) };
+                        unsafe { body(Place::F32(out.as_mut_ptr()), n as isize, a, b, how) };
                         let worst = out.iter().zip(&expected).map(|(found, expected)| {
                             let expected = expected + if add { 1.0 } else { 0.0 };
                             (f64::from(*found) - expected).abs()
                         });
                         let worst = worst.fold(0.0, f64::max);
                         assert!(worst < 1e-5 * (k as f64).sqrt(), "{name} {m}x{n}x{k}: {worst:e}");
+                        if !add {
+                            // The same sums, rounded once; nothing between the rows.
+                            let mut short = vec![bf16::ONE; m * (n + 1)];
+                            unsafe { body(Place::Bf16(short.as_mut_ptr()), n as isize + 1, a, b, how) };
+                            for (short, out) in short.chunks_exact(n + 1).zip(out.chunks_exact(n)) {
+                                assert!(out.iter().zip(short).all(|(out, short)| bf16::nearest(*out) == *short));
+                                assert_eq!(short[n], bf16::ONE, "{name} {m}x{n}x{k}");
+                            }
+                        }
                     }
                 }
             }
@@ -270,7 +248,7 @@ mod tests {
     }
 
     fn to_bf16(x: f32) -> f32 {
-        half::bf16::from_f32(x).to_f32()
+        bf16::from_f32(x).to_f32()
     }
 
     fn to_f16(x: f32) -> f32 {
@@ -286,13 +264,13 @@ mod tests {
 
     #[test]
     fn products_are_right_in_every_layout() {
-        check("chosen", |out, stride, a, b, how| unsafe { multiply(out.0, stride, a, b, how) }, |x| x);
+        check("chosen", |out, stride, a, b, how| unsafe { multiply(out, stride, a, b, how) }, |x| x);
         let bf16: Body = |out, stride, a, b, how| unsafe {
-            multiply(out.0, stride, a, b, Product { precision: Precision::Bf16, ..how });
+            multiply(out, stride, a, b, Product { precision: Precision::Bf16, ..how });
         };
         check("chosen, bf16", bf16, to_bf16);
         let f16: Body = |out, stride, a, b, how| unsafe {
-            multiply(out.0, stride, a, b, Product { precision: Precision::F16, ..how });
+            multiply(out, stride, a, b, Product { precision: Precision::F16, ..how });
         };
         check("chosen, f16", f16, to_f16);
         check_vectors::<Plain>("plain");
@@ -326,7 +304,8 @@ mod tests {
             for precision in [Precision::F32, Precision::Bf16] {
                 let [one, several] = [false, true].map(|threads| {
                     let mut out = vec![f32::NAN; m * n];
-                    unsafe { multiply(out.as_mut_ptr(), n as isize, a, b, Product { precision, threads, ..PRODUCT }) };
+                    let how = Product { precision, threads, ..PRODUCT };
+                    unsafe { multiply(Place::F32(out.as_mut_ptr()), n as isize, a, b, how) };
                     out
                 });
                 assert!(one == several, "{m}x{n}x{k} in {precision}");
@@ -340,13 +319,13 @@ mod tests {
         for (rows, cols) in [(0, 3), (2, 0), (0, 0)] {
             let mut out = [1.0f32; 6];
             let (a, b) = (Matrix::rows(&[1.0; 8], rows, 4), Matrix::rows(&[1.0; 12], 4, cols));
-            unsafe { multiply(out.as_mut_ptr(), 3, a, b, ON_ALL_THREADS) };
+            unsafe { multiply(Place::F32(out.as_mut_ptr()), 3, a, b, ON_ALL_THREADS) };
             assert_eq!(out, [1.0; 6]);
         }
         for (add, expected) in [(false, 0.0), (true, 1.0)] {
             let mut out = [1.0f32; 6];
-            let (a, b) = (Matrix::rows(&[], 2, 0), Matrix::rows(&[], 0, 3));
-            unsafe { multiply(out.as_mut_ptr(), 3, a, b, Product { add, ..PRODUCT }) };
+            let (a, b) = (Matrix::rows::<f32>(&[], 2, 0), Matrix::rows::<f32>(&[], 0, 3));
+            unsafe { multiply(Place::F32(out.as_mut_ptr()), 3, a, b, Product { add, ..PRODUCT }) };
             assert_eq!(out, [expected; 6]);
         }
     }
@@ -374,7 +353,7 @@ mod tests {
         let expected = expected(a, b, |x| x);
         let error = |body: Body| -> f64 {
             let mut out = vec![0.0f32; n * n];
-            unsafe { body(Output(out.as_mut_ptr()), n as isize, a, b, PRODUCT) };
+            unsafe { body(Place::F32(out.as_mut_ptr()), n as isize, a, b, PRODUCT) };
             let squares = out.iter().zip(&expected).map(|(found, exact)| (f64::from(*found) - exact).powi(2));
             (squares.sum::<f64>() / expected.iter().map(|exact| exact * exact).sum::<f64>()).sqrt()
         };
@@ -389,7 +368,8 @@ mod tests {
             let a = [f32::NAN, f32::INFINITY, 1.0, f32::MAX];
             let a = Matrix::rows(&a, 4, 1);
             let mut out = [0.0f32; 4];
-            unsafe { multiply(out.as_mut_ptr(), 1, a, Matrix::rows(&[1.0], 1, 1), Product { precision, ..PRODUCT }) };
+            let how = Product { precision, ..PRODUCT };
+            unsafe { multiply(Place::F32(out.as_mut_ptr()), 1, a, Matrix::rows(&[1.0], 1, 1), how) };
             assert!(out[0].is_nan() && out[1] == f32::INFINITY && out[2] == 1.0, "{out:?}");
             assert!(out[3] >= f32::MAX, "{out:?}");
         }

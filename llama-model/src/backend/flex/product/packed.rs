@@ -5,8 +5,8 @@
 use std::arch::x86_64::__m512;
 
 use super::super::vector::{Vector, by_vectors};
-use super::Matrix;
 use super::blocks::{Kernel, Span, Target};
+use super::matrix::{Matrix, Place};
 #[cfg(target_arch = "x86_64")]
 use super::stored::Bf16Unit;
 use super::tile::{RoundedBf16, RoundedF16, Single, Tiles};
@@ -154,7 +154,7 @@ impl Packing {
             for row in (0..a.rows).step_by(self.block) {
                 for col in (0..b.cols).step_by(self.cols) {
                     let target = Target {
-                        out: out.add(row * row_stride + col),
+                        out: Place::F32(out.add(row * row_stride + col)),
                         row_stride: row_stride as isize,
                         rows: self.block.min(a.rows - row),
                         cols: self.cols.min(b.cols - col),

@@ -9,11 +9,13 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::super::vector::{Vector, mask};
-use super::Matrix;
-use super::amx::{BLOCK, BLOCK_LANES, MatrixUnit, Steps, TILE, TILE_LANES, UNIT, each_step, each_tile, multiply_strip};
+use super::super::vector::Vector;
+use super::amx::{
+    BLOCK, BLOCK_LANES, MatrixUnit, Steps, TILE, TILE_LANES, UNIT, each_step, each_tile, fetch_ahead, multiply_strip,
+};
 use super::avx512::to_bf16;
 use super::blocks::{Kernel, Span, Target};
+use super::matrix::{Matrix, Operand, View, by_elements};
 use super::tile::ROWS_AHEAD;
 
 /// Parts of an operand.
@@ -49,11 +51,11 @@ impl Kernel for ThreeParts {
     }
 
     unsafe fn pack_a(panels: *mut f32, a: Matrix, rows: Span, terms: Span) {
-        unsafe { pack_rows(panels, a, rows, terms) }
+        unsafe { by_elements!(a => pack_rows(panels, a, rows, terms)) }
     }
 
     unsafe fn pack_b(strips: *mut f32, b: Matrix, cols: Span, terms: Span) {
-        unsafe { pack_columns(strips, b, cols, terms) }
+        unsafe { by_elements!(b => pack_columns(strips, b, cols, terms)) }
     }
 
     unsafe fn strip(panels: *const f32, strip: *const f32, terms: usize, target: Target) {
@@ -90,7 +92,7 @@ impl Kernel for ByBf16 {
     }
 
     unsafe fn pack_a(panels: *mut f32, a: Matrix, rows: Span, terms: Span) {
-        unsafe { pack_rows(panels, a, rows, terms) }
+        unsafe { by_elements!(a => pack_rows(panels, a, rows, terms)) }
     }
 
     unsafe fn pack_b(strips: *mut f32, b: Matrix, cols: Span, terms: Span) {
@@ -117,20 +119,19 @@ type Block = [[__m512; TILE]; 2];
 
 /// 32 neighbouring terms of a row, in two halves. What does not exist is zero.
 #[inline(always)]
-unsafe fn load_row(x: Matrix, row: usize, exists: bool, (term, terms): Span) -> [__m512; 2] {
+unsafe fn load_row<T: Operand>(x: View<T>, row: usize, exists: bool, (term, terms): Span) -> [__m512; 2] {
     let src = x.at(row, term);
     let terms = if exists { terms } else { 0 };
     unsafe {
-        _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(2 * UNIT).cast());
-        _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(2 * UNIT + TILE).cast());
-        let low = _mm512_maskz_loadu_ps(mask(terms), src);
-        [low, _mm512_maskz_loadu_ps(mask(terms.saturating_sub(TILE)), src.wrapping_add(TILE))]
+        fetch_ahead(src);
+        let low = T::load_first(src, terms);
+        [low, T::load_first(src.wrapping_add(TILE), terms.saturating_sub(TILE))]
     }
 }
 
 /// The same of 16 rows: first the first halves.
 #[inline(always)]
-unsafe fn load_rows(x: Matrix, (row, rows): Span, terms: Span) -> Block {
+unsafe fn load_rows<T: Operand>(x: View<T>, (row, rows): Span, terms: Span) -> Block {
     unsafe {
         let (mut low, mut high) = ([_mm512_setzero_ps(); TILE], [_mm512_setzero_ps(); TILE]);
         for (r, (low, high)) in low.iter_mut().zip(&mut high).enumerate().take(rows) {
@@ -142,18 +143,18 @@ unsafe fn load_rows(x: Matrix, (row, rows): Span, terms: Span) -> Block {
 
 /// Of neighbouring rows, or rows somewhere: the rows of each of the terms 0 to 15, then of 16 to 31.
 #[inline(always)]
-unsafe fn load_terms(x: Matrix, (row, rows): Span, (term, terms): Span) -> Block {
+unsafe fn load_terms<T: Operand>(x: View<T>, (row, rows): Span, (term, terms): Span) -> Block {
     unsafe {
         let mut halves = [[_mm512_setzero_ps(); TILE]; 2];
         for t in 0..terms.min(UNIT) {
             let src = x.at(row, term + t);
             halves[t / TILE][t % TILE] = if x.row_stride == 1 {
                 _mm_prefetch::<_MM_HINT_T0>(src.wrapping_offset(ROWS_AHEAD * x.col_stride).cast());
-                _mm512_maskz_loadu_ps(mask(rows), src)
+                T::load_first(src, rows)
             } else {
                 let mut values = [0.0f32; TILE];
                 for (r, value) in values.iter_mut().enumerate().take(rows) {
-                    *value = *x.at(row + r, term + t);
+                    *value = (*x.at(row + r, term + t)).value();
                 }
                 _mm512_loadu_ps(values.as_ptr())
             };
@@ -183,7 +184,7 @@ unsafe fn left_of(x: __m512, finite: __mmask16, short: __m512i) -> __m512 {
 
 /// Rows as tiles of 16: for each step of 32 terms the three parts of 16 rows of them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn pack_rows(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
+unsafe fn pack_rows<T: Operand>(panels: *mut f32, x: View<T>, rows: Span, terms: Span) {
     let steps = terms.1.div_ceil(UNIT);
     let pack_tile = |first: usize, step: usize| {
         let rows = (rows.0 + first, TILE.min(rows.1.saturating_sub(first)));
@@ -222,7 +223,7 @@ unsafe fn pack_row(tile: *mut f32, [mut low, mut high]: [__m512; 2]) {
 
 /// Columns as strips of 32: for each step of 32 terms the three parts of 16 pairs of terms of 32 columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn pack_columns(strips: *mut f32, x: Matrix, cols: Span, terms: Span) {
+unsafe fn pack_columns<T: Operand>(strips: *mut f32, x: View<T>, cols: Span, terms: Span) {
     let steps = terms.1.div_ceil(UNIT);
     let pack_tile = |first: usize, step: usize| {
         let cols = (cols.0 + first, TILE.min(cols.1.saturating_sub(first)));

@@ -12,8 +12,8 @@ use super::super::vector::{Vector, widen};
 use super::super::{Buffer, team};
 use super::avx512::Pairs;
 use super::blocks::{Kernel, OWN, TERMS, Target, with_buffer};
+use super::matrix::{Matrix, Output, Place};
 use super::tile::Tiles;
-use super::{Matrix, Output};
 use crate::backend::QUANT_BLOCK;
 
 /// Columns of a strip: of both kernels.
@@ -168,7 +168,7 @@ impl PackedRows {
                     for row in (0..self.rows).step_by(K::BLOCK) {
                         for col in (0..here).step_by(STRIP) {
                             let target = Target {
-                                out: out.add(row * stride + first + col),
+                                out: Place::F32(out.add(row * stride + first + col)),
                                 row_stride: stride as isize,
                                 rows: K::BLOCK.min(self.rows - row),
                                 cols: STRIP.min(here - col),

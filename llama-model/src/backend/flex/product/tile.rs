@@ -4,8 +4,8 @@
 use std::marker::PhantomData;
 
 use super::super::vector::{LINE, MAX_LANES, Task, Vector};
-use super::Matrix;
 use super::blocks::{Kernel, Span, Target};
+use super::matrix::{Matrix, Operand, Place, View, by_elements};
 
 /// Steps that panels are fetched ahead of their use.
 const AHEAD: usize = 16;
@@ -24,9 +24,9 @@ pub(super) trait Format<V: Vector> {
     /// Terms of the sum in a lane.
     const TERMS: usize;
     /// Lanes of `LANES · TERMS` terms that are neighbours in memory, the first `count` of which exist.
-    unsafe fn along(src: *const f32, count: usize) -> V;
+    unsafe fn along<T: Operand>(src: *const T, count: usize) -> V;
     /// The lanes of `have` neighbouring columns, from `count` terms that are `stride` apart.
-    unsafe fn across(src: *const f32, stride: isize, have: usize, count: usize) -> V;
+    unsafe fn across<T: Operand>(src: *const T, stride: isize, have: usize, count: usize) -> V;
     /// `sum + a · b`
     unsafe fn multiply_add(a: V, b: V, sum: V) -> V;
     /// Runs a task whose code is compiled for what the format needs.
@@ -42,12 +42,12 @@ macro_rules! single {
         impl<V: Vector> Format<V> for $name {
             const TERMS: usize = 1;
             #[inline(always)]
-            unsafe fn along(src: *const f32, count: usize) -> V {
-                unsafe { $round(V::load(src, count)) }
+            unsafe fn along<T: Operand>(src: *const T, count: usize) -> V {
+                unsafe { $round(T::load_first(src, count)) }
             }
             #[inline(always)]
-            unsafe fn across(src: *const f32, _: isize, have: usize, _: usize) -> V {
-                unsafe { $round(V::load(src, have)) }
+            unsafe fn across<T: Operand>(src: *const T, _: isize, have: usize, _: usize) -> V {
+                unsafe { $round(T::load_first(src, have)) }
             }
             #[inline(always)]
             unsafe fn multiply_add(a: V, b: V, sum: V) -> V {
@@ -82,7 +82,13 @@ single!(
 /// # Safety
 /// The rows and terms must be inside the matrix, the panels have room, and the CPU have the instructions.
 #[inline(always)]
-pub(super) unsafe fn pack<V: Vector, F: Format<V>>(panels: *mut f32, x: Matrix, rows: Span, terms: Span, width: usize) {
+pub(super) unsafe fn pack<V: Vector, F: Format<V>, T: Operand>(
+    panels: *mut f32,
+    x: View<T>,
+    rows: Span,
+    terms: Span,
+    width: usize,
+) {
     let steps = terms.1.div_ceil(F::TERMS);
     let panel = |first: usize| panels.wrapping_add(first * steps);
     let firsts = || (0..rows.1).step_by(width);
@@ -97,7 +103,7 @@ pub(super) unsafe fn pack<V: Vector, F: Format<V>>(panels: *mut f32, x: Matrix, 
                     for i in (0..width).step_by(V::LANES) {
                         let have = rows.1.saturating_sub(first + i);
                         let from = src.wrapping_add(first + i);
-                        V::prefetch(from.wrapping_offset(ROWS_AHEAD * x.col_stride));
+                        V::prefetch(from.wrapping_offset(ROWS_AHEAD * x.col_stride).cast());
                         F::across(from, x.col_stride, have, terms.1 - term).store(lanes.add(i), width - i);
                     }
                 }
@@ -113,7 +119,7 @@ pub(super) unsafe fn pack<V: Vector, F: Format<V>>(panels: *mut f32, x: Matrix, 
                             if i + r < count {
                                 let src = x.at(rows.0 + first + i + r, terms.0 + term);
                                 *values = F::along(src, terms.1 - term);
-                                V::prefetch(src.wrapping_add(32 * F::TERMS));
+                                V::prefetch(src.wrapping_add(32 * F::TERMS).cast());
                             }
                         }
                         for (s, values) in V::transpose(values).into_iter().enumerate().take(V::LANES) {
@@ -131,7 +137,7 @@ pub(super) unsafe fn pack<V: Vector, F: Format<V>>(panels: *mut f32, x: Matrix, 
                     let mut values = [0.0f32; MAX_LANES];
                     for (t, value) in values.iter_mut().enumerate().take(F::TERMS.min(terms.1 - step * F::TERMS)) {
                         if first + i < rows.1 {
-                            *value = *x.at(rows.0 + first + i, terms.0 + step * F::TERMS + t);
+                            *value = (*x.at(rows.0 + first + i, terms.0 + step * F::TERMS + t)).value();
                         }
                     }
                     F::along(values.as_ptr(), F::TERMS).store(panel(first).add(step * width + i), 1);
@@ -142,20 +148,20 @@ pub(super) unsafe fn pack<V: Vector, F: Format<V>>(panels: *mut f32, x: Matrix, 
 }
 
 /// [`pack`] of `a`, in panels of rows of a tile, or of `b`, in strips of its columns.
-struct Pack<V, F, const COLUMNS: bool> {
+struct Pack<V, F, T, const COLUMNS: bool> {
     panels: *mut f32,
-    x: Matrix,
+    x: View<T>,
     rows: Span,
     terms: Span,
     kind: PhantomData<(V, F)>,
 }
 
-impl<V: Vector, F: Format<V>, const COLUMNS: bool> Task for Pack<V, F, COLUMNS> {
+impl<V: Vector, F: Format<V>, T: Operand, const COLUMNS: bool> Task for Pack<V, F, T, COLUMNS> {
     #[inline(always)]
     unsafe fn run(self) {
         let width = if COLUMNS { V::VECTORS * V::LANES } else { V::ROWS };
         // SAFETY: the caller's promise.
-        unsafe { pack::<V, F>(self.panels, self.x, self.rows, self.terms, width) }
+        unsafe { pack::<V, F, T>(self.panels, self.x, self.rows, self.terms, width) }
     }
 }
 
@@ -196,10 +202,9 @@ impl<V: Vector, F: Format<V>, const ROWS: usize, const VECTORS: usize> Task for 
     unsafe fn run(self) {
         let Self { steps, a, b, mut following, target, .. } = self;
         unsafe {
-            let row = |i: usize| target.out.wrapping_offset(i as isize * target.row_stride);
             for i in 0..ROWS {
                 for v in 0..VECTORS {
-                    V::prefetch(row(i).wrapping_add(V::LANES * v));
+                    V::prefetch(target.at(i, V::LANES * v).address());
                 }
             }
             let mut sums = [[V::splat(0.0); VECTORS]; ROWS];
@@ -217,9 +222,12 @@ impl<V: Vector, F: Format<V>, const ROWS: usize, const VECTORS: usize> Task for 
             }
             for (i, sums) in sums.iter().enumerate() {
                 for (v, sum) in sums.iter().enumerate() {
-                    let (out, count) = (row(i).wrapping_add(V::LANES * v), target.cols.saturating_sub(V::LANES * v));
-                    let result = if target.add { sum.add(V::load(out, count)) } else { *sum };
-                    result.store(out, count);
+                    let count = target.cols.saturating_sub(V::LANES * v);
+                    match target.at(i, V::LANES * v) {
+                        Place::F32(out) if target.add => sum.add(V::load(out, count)).store(out, count),
+                        Place::F32(out) => sum.store(out, count),
+                        Place::Bf16(out) => sum.store_bf16(out, count),
+                    }
                 }
             }
         }
@@ -267,18 +275,18 @@ impl<V: Vector, F: Format<V>> Kernel for Tiles<V, F> {
     }
 
     unsafe fn pack_a(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
-        unsafe { F::run(Pack::<V, F, false> { panels, x, rows, terms, kind: PhantomData }) }
+        unsafe { by_elements!(x => F::run(Pack::<V, F, _, false> { panels, x, rows, terms, kind: PhantomData })) }
     }
 
     unsafe fn pack_b(panels: *mut f32, x: Matrix, rows: Span, terms: Span) {
-        unsafe { F::run(Pack::<V, F, true> { panels, x, rows, terms, kind: PhantomData }) }
+        unsafe { by_elements!(x => F::run(Pack::<V, F, _, true> { panels, x, rows, terms, kind: PhantomData })) }
     }
 
     unsafe fn strip(panels: *const f32, strip: *const f32, terms: usize, target: Target) {
         let steps = Self::lanes(terms);
         for i in (0..target.rows).step_by(V::ROWS) {
             let rows = V::ROWS.min(target.rows - i);
-            let out = target.out.wrapping_offset(i as isize * target.row_stride);
+            let out = target.at(i, 0);
             let (a, target) = (panels.wrapping_add(i * steps), Target { out, rows, ..target });
             // Each panel fetches the part of the next strip that those before have not: strips that all tasks share are
             // too many for the second-level cache.

@@ -12,8 +12,8 @@ use super::super::stored::{Stored, Symmetric};
 use super::super::vector::{Vector, mask};
 use super::amx::{self, MatrixUnit, TILE, TILE_LANES, UNIT};
 use super::blocks::{Kernel, OWN, with_buffer};
+use super::matrix::{Matrix, Output};
 use super::stored::{Short, rounded};
-use super::{Matrix, Output};
 use crate::backend::QUANT_BLOCK;
 
 /// Steps of 32 terms that are widened at a time, for the first-level cache: 16 KB, and as much of the rows.

@@ -43,6 +43,16 @@ impl Vector for __m512 {
         unsafe { _mm512_mask_storeu_ps(out, mask(count), self) }
     }
     #[inline(always)]
+    unsafe fn store_bf16(self, out: *mut bf16, count: usize) {
+        unsafe {
+            let short = _mm512_srli_epi32::<16>(_mm512_castps_si512(self.round_to_bf16()));
+            match count {
+                0..16 => _mm512_mask_cvtepi32_storeu_epi16(out.cast(), mask(count), short),
+                _ => _mm256_storeu_si256(out.cast(), _mm512_cvtepi32_epi16(short)),
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
         unsafe { _mm512_add_ps(self, other) }
     }

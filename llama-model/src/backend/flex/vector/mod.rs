@@ -12,6 +12,8 @@ pub(super) use avx512::mask;
 
 use std::marker::PhantomData;
 
+use burn::tensor::Element;
+use bytemuck::Pod;
 use half::{bf16, f16};
 
 use super::simd::sum_halves;
@@ -43,7 +45,7 @@ pub(super) trait Vector: Copy {
     /// The numbers at `src`, as many as lanes.
     #[inline(always)]
     unsafe fn load_bf16(src: *const bf16) -> Self {
-        unsafe { load_by(src, bf16::to_f32) }
+        unsafe { load_by(src, Float::value) }
     }
     /// The same of f16.
     #[inline(always)]
@@ -52,6 +54,15 @@ pub(super) trait Vector: Copy {
     }
     /// Stores the first `count` numbers, all if it is more.
     unsafe fn store(self, out: *mut f32, count: usize);
+    /// The same of the nearest bf16.
+    #[inline(always)]
+    unsafe fn store_bf16(self, out: *mut bf16, count: usize) {
+        let mut lanes = [0.0; MAX_LANES];
+        unsafe {
+            self.store(lanes.as_mut_ptr(), Self::LANES);
+            lanes.iter().take(count.min(Self::LANES)).enumerate().for_each(|(i, x)| *out.add(i) = Number::nearest(*x));
+        }
+    }
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn multiply(self, by: Self) -> Self;
     /// `self · by + sum`
@@ -122,7 +133,27 @@ pub(super) trait Float: Copy {
     /// # Safety
     /// There must be as many as lanes at `src`; the CPU must have the vectors.
     unsafe fn load<V: Vector>(src: *const Self) -> V;
+    /// The first `count` and zeros.
+    ///
+    /// # Safety
+    /// They must be there; the CPU must have the vectors.
+    #[inline(always)]
+    unsafe fn load_first<V: Vector>(src: *const Self, count: usize) -> V {
+        if count >= V::LANES {
+            return unsafe { Self::load(src) };
+        }
+        let mut lanes = [0.0; MAX_LANES];
+        unsafe {
+            lanes.iter_mut().take(count).enumerate().for_each(|(i, lane)| *lane = (*src.add(i)).value());
+            V::load(lanes.as_ptr(), V::LANES)
+        }
+    }
     fn value(self) -> f32;
+}
+
+/// A float that tensors of kernels have.
+pub(super) trait Number: Float + Element + Pod {
+    fn nearest(x: f32) -> Self;
 }
 
 impl Float for f32 {
@@ -130,8 +161,20 @@ impl Float for f32 {
     unsafe fn load<V: Vector>(src: *const f32) -> V {
         unsafe { V::load(src, V::LANES) }
     }
+    #[inline(always)]
+    unsafe fn load_first<V: Vector>(src: *const f32, count: usize) -> V {
+        unsafe { V::load(src, count) }
+    }
+    #[inline(always)]
     fn value(self) -> f32 {
         self
+    }
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn nearest(x: f32) -> f32 {
+        x
     }
 }
 
@@ -140,8 +183,17 @@ impl Float for bf16 {
     unsafe fn load<V: Vector>(src: *const bf16) -> V {
         unsafe { V::load_bf16(src) }
     }
+    /// Without `half`'s branch for NaN, so that it becomes vectors.
+    #[inline(always)]
     fn value(self) -> f32 {
-        self.to_f32()
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+impl Number for bf16 {
+    #[inline(always)]
+    fn nearest(x: f32) -> bf16 {
+        bf16::from_bits((nearest_bf16(x).to_bits() >> 16) as u16)
     }
 }
 
