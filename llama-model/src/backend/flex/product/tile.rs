@@ -2,6 +2,7 @@
 //! For the vectors of any CPU, in f32 and with operands rounded to fewer bits.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 
 use super::super::vector::{LINE, MAX_LANES, Task, Vector};
 use super::blocks::{Kernel, Span, Target};
@@ -15,6 +16,9 @@ const UNROLLED: usize = 4;
 
 /// Rows that are fetched ahead of packing them: the hardware does not see where a short stretch of the next row begins.
 pub(super) const ROWS_AHEAD: isize = 8;
+
+/// Sums that registers hold, at most: 14 x 32 of AVX-512.
+const MOST_SUMS: usize = 14 * 32;
 
 /// How packed panels hold operands, and what the kernel does with them.
 ///
@@ -200,6 +204,7 @@ impl<V: Vector, F: Format<V>, const ROWS: usize, const VECTORS: usize> Tile<V, F
 impl<V: Vector, F: Format<V>, const ROWS: usize, const VECTORS: usize> Task for Tile<V, F, ROWS, VECTORS> {
     #[inline(always)]
     unsafe fn run(self) {
+        const { assert!(V::ROWS * V::VECTORS * V::LANES <= MOST_SUMS) };
         let Self { steps, a, b, mut following, target, .. } = self;
         unsafe {
             for i in 0..ROWS {
@@ -220,14 +225,26 @@ impl<V: Vector, F: Format<V>, const ROWS: usize, const VECTORS: usize> Task for 
             for step in unrolled..steps {
                 Self::step(a(step), b(step), &mut sums);
             }
+            // Sums that are rounded go through a place of their own. With a choice among types inside this loop the compiler
+            // does not unroll it, and keeps all sums in memory.
+            let mut kept = [MaybeUninit::<f32>::uninit(); MOST_SUMS];
+            let (first, stride) = match target.out {
+                Place::F32(first) => (first, target.row_stride),
+                Place::Bf16(_) => (kept.as_mut_ptr().cast(), (V::VECTORS * V::LANES) as isize),
+            };
             for (i, sums) in sums.iter().enumerate() {
                 for (v, sum) in sums.iter().enumerate() {
+                    let out = first.wrapping_offset(i as isize * stride).wrapping_add(V::LANES * v);
                     let count = target.cols.saturating_sub(V::LANES * v);
-                    match target.at(i, V::LANES * v) {
-                        Place::F32(out) if target.add => sum.add(V::load(out, count)).store(out, count),
-                        Place::F32(out) => sum.store(out, count),
-                        Place::Bf16(out) => sum.store_bf16(out, count),
-                    }
+                    let result = if target.add { sum.add(V::load(out, count)) } else { *sum };
+                    result.store(out, count);
+                }
+            }
+            if let Place::Bf16(out) = target.out {
+                for (i, v) in (0..ROWS).flat_map(|i| (0..VECTORS).map(move |v| (i, V::LANES * v))) {
+                    let count = target.cols.saturating_sub(v);
+                    let sum = V::load(first.wrapping_offset(i as isize * stride).wrapping_add(v), count);
+                    sum.store_bf16(out.wrapping_offset(i as isize * target.row_stride).wrapping_add(v), count);
                 }
             }
         }
