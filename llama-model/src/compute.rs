@@ -38,8 +38,9 @@ macro_rules! names {
 }
 pub(crate) use names;
 
-/// Precision of the matrix products with weights, or of what a cache keeps. Weights, activations, statistics, losses, gradients and
-/// optimizer state are f32 in every case.
+/// Precision of the matrix products with weights, or of what a cache keeps. Weights, the residual stream, statistics, losses, gradients
+/// of weights and optimizer state are f32 in every case; what lies between a block's products is kept in their precision where the
+/// backend [`has_products`](crate::LlamaBackend::has_products) of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {

@@ -58,7 +58,7 @@ pub trait LlamaBackend: Backend {
         reference::token_embedding_backward::<Self>(grad, tokens, vocab_size, sum)
     }
 
-    /// Whether products in this precision take operands that are stored in it, so that what is only read by products is stored so:
+    /// Whether products in this precision take operands that are stored in it, so that what lies between a block's products is stored so:
     /// half the memory, and rounded once. Where not, products round what they read.
     fn has_products(_device: &Self::Device, _precision: Precision) -> bool {
         false
@@ -72,7 +72,8 @@ pub trait LlamaBackend: Backend {
         }
     }
 
-    /// [`operand`](Self::operand) of several tensors: the weights of a block.
+    /// [`operand`](Self::operand) of several tensors: the weights of a block. As they are, where products of what is stored in the precision
+    /// read weights in f32, too.
     fn operands(tensors: Vec<FloatTensor<Self>>, precision: Precision) -> Vec<FloatTensor<Self>> {
         tensors.into_iter().map(|x| Self::operand(x, precision)).collect()
     }

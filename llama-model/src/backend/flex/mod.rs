@@ -1,5 +1,5 @@
-//! CPU kernels for Burn's Flex backend, in f32: SIMD chosen at run time, threads over rows or heads, products by kernels
-//! of our own. Other dtypes take the default bodies.
+//! CPU kernels for Burn's Flex backend, in f32, and in bf16 for what lies between products: SIMD chosen at run time, threads
+//! over rows or heads, products by kernels of our own. Other dtypes take the default bodies.
 //!
 //! Every result depends on shapes alone, never on the order in which threads finish, so that a run can be repeated bit
 //! for bit.
@@ -43,7 +43,7 @@ impl LlamaBackend for Flex {
         rows::token_embedding_backward(grad, tokens, vocab_size, sum)
     }
 
-    /// What only products read is stored in bf16: half the memory, and rounded once. Weights are read from f32, as they are.
+    /// Of bf16, whatever vectors the CPU has, so that the numbers are of the same kind on all.
     fn has_products(_device: &FlexDevice, precision: Precision) -> bool {
         precision == Precision::Bf16
     }
@@ -55,6 +55,7 @@ impl LlamaBackend for Flex {
         }
     }
 
+    /// Products pack weights from f32 in no more time than rounding them takes.
     fn operands(tensors: Vec<FlexTensor>, _: Precision) -> Vec<FlexTensor> {
         tensors
     }

@@ -14,6 +14,8 @@ mod packed;
 mod split;
 #[cfg(target_arch = "x86_64")]
 mod stored;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod strip;
 mod tile;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod turned;

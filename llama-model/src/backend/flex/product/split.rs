@@ -10,12 +10,11 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::super::vector::Vector;
-use super::amx::{
-    BLOCK, BLOCK_LANES, MatrixUnit, Steps, TILE, TILE_LANES, UNIT, each_step, each_tile, fetch_ahead, multiply_strip,
-};
+use super::amx::{BLOCK, BLOCK_LANES, MatrixUnit, TILE, TILE_LANES, UNIT, each_tile, fetch_ahead};
 use super::avx512::to_bf16;
 use super::blocks::{Kernel, Span, Target};
 use super::matrix::{Matrix, Operand, View, by_elements};
+use super::strip::{Steps, each_step, multiply_strip};
 use super::tile::ROWS_AHEAD;
 
 /// Parts of an operand.

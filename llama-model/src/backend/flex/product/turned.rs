@@ -14,6 +14,7 @@ use super::amx::{self, MatrixUnit, TILE, TILE_LANES, UNIT};
 use super::blocks::{Kernel, OWN, with_buffer};
 use super::matrix::{Matrix, Output};
 use super::stored::{Short, rounded};
+use super::strip::{load_sums, store_sums};
 use crate::backend::QUANT_BLOCK;
 
 /// Steps of 32 terms that are widened at a time, for the first-level cache: 16 KB, and as much of the rows.
@@ -105,7 +106,7 @@ impl TurnedRows {
                     widen(then, first, start);
                 }
                 if start == 0 {
-                    amx::load_sums(sums.0.as_mut_ptr(), UNIT as isize, false);
+                    load_sums(sums.0.as_mut_ptr(), UNIT as isize, false);
                 }
                 let steps = STEPS.min(blocks - start);
                 let strip = self.strip.as_ptr().add(start * TILE * UNIT);
@@ -116,7 +117,7 @@ impl TurnedRows {
                     amx::left_kernel(steps, now, lower, strip);
                 }
                 if start + steps == blocks {
-                    amx::store_sums(sums.0.as_mut_ptr(), UNIT as isize);
+                    store_sums(sums.0.as_mut_ptr(), UNIT as isize);
                     self.turn(Output(out.add(first)), stride, &sums.0, UNIT.min(cols - first));
                 }
                 std::mem::swap(&mut now, &mut then);
