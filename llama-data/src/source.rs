@@ -97,18 +97,19 @@ impl SourceFile {
     /// The file's documents: one for each line of JSONL and each row of Parquet, else one.
     ///
     /// # Errors
-    /// [`DataError::Io`], or [`DataError::Format`] for text that is not UTF-8 and lines and rows that have no string
-    /// `text`.
+    /// [`DataError::Io`], or [`DataError::Format`] for text that is not UTF-8, and lines and rows that have no string `text` or `content`
+    /// or are longer than 64 MB.
     pub fn documents(&self) -> Result<Box<dyn Iterator<Item = Result<Document, DataError>>>, DataError> {
-        if inner_extension(&self.path) == "parquet" {
-            let rows = Format::Parquet.read(&self.path, Limits::default())?;
-            return Ok(Box::new(rows.map(|row| row.map_err(DataError::from))));
-        }
-        let reader = crate::input::open(&self.path, Limits::default())?;
-        if inner_extension(&self.path) == "jsonl" {
-            return Ok(Box::new(JsonLines { reader, path: self.path.clone(), line: 0 }));
-        }
-        Ok(Box::new(std::iter::once(read_text(reader, &self.path))))
+        let format = match inner_extension(&self.path).as_str() {
+            "jsonl" => Format::Jsonl,
+            "parquet" => Format::Parquet,
+            _ => {
+                let reader = crate::input::open(&self.path, Limits::default())?;
+                return Ok(Box::new(std::iter::once(read_text(reader, &self.path))));
+            }
+        };
+        let documents = format.read(&self.path, Limits::default())?;
+        Ok(Box::new(documents.map(|document| document.map_err(DataError::from))))
     }
 }
 
@@ -128,42 +129,6 @@ fn read_text(mut reader: Box<dyn BufRead>, path: &Path) -> Result<Document, Data
         DataError::format(path, format!("not UTF-8 text: byte {} is invalid", error.utf8_error().valid_up_to()))
     })?;
     Ok(Document { text, origin: path.display().to_string(), meta: BTreeMap::new() })
-}
-
-struct JsonLines {
-    reader: Box<dyn BufRead>,
-    path: PathBuf,
-    line: u64,
-}
-
-impl Iterator for JsonLines {
-    type Item = Result<Document, DataError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        #[derive(Deserialize)]
-        struct Line {
-            text: String,
-        }
-        let mut bytes = Vec::new();
-        loop {
-            bytes.clear();
-            self.line += 1;
-            match self.reader.read_until(b'\n', &mut bytes) {
-                Ok(0) => return None,
-                Ok(_) if bytes.trim_ascii().is_empty() => continue,
-                Ok(_) => break,
-                Err(error) => return Some(Err(DataError::io(&self.path, error))),
-            }
-        }
-        let origin = format!("{}:{}", self.path.display(), self.line);
-        Some(match serde_json::from_slice::<Line>(&bytes) {
-            Ok(Line { text }) => Ok(Document { text, origin, meta: BTreeMap::new() }),
-            Err(error) => Err(DataError::format(
-                &self.path,
-                format!("line {}: {error}; each line must be a JSON object with a string `text`", self.line),
-            )),
-        })
-    }
 }
 
 #[cfg(test)]

@@ -28,19 +28,21 @@ impl Iterator for JsonLines {
 
     fn next(&mut self) -> Option<Record> {
         loop {
-            let offset = match self.lines.next(&mut self.buffer)? {
-                Line::Read(offset) => offset,
-                Line::TooLong(offset) => return broken_record(&self.path, offset, too_long(self.lines.limit())),
-                Line::Failed(offset, error) => return broken_record(&self.path, offset, error.to_string()),
-            };
+            let line = self.lines.next(&mut self.buffer)?;
             self.number += 1;
+            let broken = |offset, reason| broken_record(&self.path, offset, format!("line {}: {reason}", self.number));
+            let offset = match line {
+                Line::Read(offset) => offset,
+                Line::TooLong(offset) => return broken(offset, too_long(self.lines.limit())),
+                Line::Failed(offset, error) => return broken(offset, error.to_string()),
+            };
             if self.buffer.trim_ascii().is_empty() {
                 continue;
             }
             let origin = || format!("{}:{}", self.path.display(), self.number);
             return match parse(&self.buffer, origin) {
                 Ok(document) => Some(Ok(document)),
-                Err(reason) => broken_record(&self.path, offset, reason),
+                Err(reason) => broken(offset, reason),
             };
         }
     }
@@ -100,6 +102,11 @@ mod tests {
         bytes.extend(b"\"}\n{\"text\": \"two\"}\n");
         let (documents, broken) = read_bytes(Format::Jsonl, "a.jsonl", &bytes);
         assert_eq!(documents.len(), 2);
-        assert_eq!(broken.iter().map(|b| b.offset).collect::<Vec<_>>(), [16, 28, 37, 51]);
+        assert_eq!(broken.iter().map(|b| b.offset).collect::<Vec<_>>(), [16, 28, 37, 51].map(Some));
+        for (broken, line) in broken.iter().zip(2..) {
+            assert!(broken.to_string().contains(&format!("line {line}: ")), "{broken}");
+        }
+        // A line that is too long is one, too.
+        assert!(documents[1].origin.ends_with("a.jsonl:6"));
     }
 }

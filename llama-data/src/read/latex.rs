@@ -53,7 +53,7 @@ fn folders(folder: &Path, papers: &mut Vec<PathBuf>) -> Result<(), DataError> {
 }
 
 fn from_folder(folder: &Path, limits: Limits) -> Record {
-    let broken = |reason: String| Broken { path: folder.into(), offset: 0, reason };
+    let broken = |reason: String| Broken { path: folder.into(), offset: Some(0), reason };
     let mut paper = Paper::new();
     let mut left = limits.record;
     let mut open = vec![folder.to_path_buf()];
@@ -76,7 +76,7 @@ fn from_folder(folder: &Path, limits: Limits) -> Record {
 
 /// Sends the papers of a file; an error means that the receiver is gone.
 fn from_file(path: &Path, limits: Limits, send: &mut dyn FnMut(Record) -> bool) -> Result<(), ()> {
-    let broken = |offset: u64, reason: String| Err(Broken { path: path.into(), offset, reason });
+    let broken = |offset: u64, reason: String| Err(Broken { path: path.into(), offset: Some(offset), reason });
     let mut send = |record| if send(record) { Ok(()) } else { Err(()) };
     let stream = match input::open(path, limits) {
         Ok(stream) => stream,

@@ -65,15 +65,18 @@ pub enum Format {
 pub struct Broken {
     /// The file.
     pub path: PathBuf,
-    /// Where in its unpacked bytes the record begins; of Parquet, its row.
-    pub offset: u64,
+    /// Where in its unpacked bytes the record begins. None for Parquet, whose rows do not lie there one after the other: `reason` names the row.
+    pub offset: Option<u64>,
     /// What is wrong with it.
     pub reason: String,
 }
 
 impl fmt::Display for Broken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} at byte {}: {}", self.path.display(), self.offset, self.reason)
+        match self.offset {
+            Some(offset) => write!(f, "{} at byte {offset}: {}", self.path.display(), self.reason),
+            None => write!(f, "{}: {}", self.path.display(), self.reason),
+        }
     }
 }
 
@@ -130,7 +133,7 @@ impl Format {
 
 /// A file as one document.
 fn whole_file(path: &Path, limits: Limits) -> Record {
-    let broken = |offset: usize, reason: String| Broken { path: path.into(), offset: offset as u64, reason };
+    let broken = |offset: usize, reason: String| Broken { path: path.into(), offset: Some(offset as u64), reason };
     let reader = input::open(path, limits).map_err(|error| broken(0, error.to_string()))?;
     let mut bytes = Vec::new();
     let read = reader.take(limits.record as u64 + 1).read_to_end(&mut bytes);
@@ -148,7 +151,7 @@ fn whole_file(path: &Path, limits: Limits) -> Record {
 
 /// The item of a stream that stands for a record that cannot be read.
 fn broken_record(path: &Path, offset: u64, reason: String) -> Option<Record> {
-    Some(Err(Broken { path: path.into(), offset, reason }))
+    Some(Err(Broken { path: path.into(), offset: Some(offset), reason }))
 }
 
 /// The message for a record above the limit.

@@ -16,7 +16,8 @@ pub struct ParquetRows {
     path: PathBuf,
     /// None after an error: what comes after it cannot be told.
     rows: Option<RowIter<'static>>,
-    next: u64,
+    /// The number of the row that was read last.
+    number: u64,
 }
 
 impl ParquetRows {
@@ -28,7 +29,7 @@ impl ParquetRows {
         let file = File::open(path).map_err(|error| DataError::io(path, error))?;
         let reader = guarded(|| SerializedFileReader::new(file)).and_then(|reader| reader.map_err(|e| e.to_string()));
         let reader = reader.map_err(|reason| DataError::format(path, reason))?;
-        Ok(Self { path: path.into(), rows: Some(reader.into_iter()), next: 0 })
+        Ok(Self { path: path.into(), rows: Some(reader.into_iter()), number: 0 })
     }
 }
 
@@ -39,8 +40,7 @@ impl Iterator for ParquetRows {
         let rows = self.rows.as_mut()?;
         let row =
             guarded(|| rows.next().map(|row| row.map(|row| row.to_json_value()).map_err(|error| error.to_string())));
-        let offset = self.next;
-        self.next += 1;
+        self.number += 1;
         match row.transpose()?.flatten() {
             Ok(Value::Object(mut fields)) => {
                 fields.retain(|_, value| !value.is_null());
@@ -49,14 +49,14 @@ impl Iterator for ParquetRows {
             other => {
                 self.rows = None;
                 let reason = other.err().unwrap_or_else(|| "not a row of fields".into());
-                Some(Err(broken_row(&self.path, offset, reason)))
+                Some(Err(broken_row(&self.path, self.number, reason)))
             }
         }
     }
 }
 
-fn broken_row(path: &Path, offset: u64, reason: String) -> Broken {
-    Broken { path: path.into(), offset, reason: format!("row {}: {reason}", offset + 1) }
+fn broken_row(path: &Path, number: u64, reason: String) -> Broken {
+    Broken { path: path.into(), offset: None, reason: format!("row {number}: {reason}") }
 }
 
 /// The reader panics at some damaged files.
@@ -72,14 +72,14 @@ pub(super) fn documents(path: &Path, limit: usize) -> Result<Records, DataError>
         Err(DataError::Format { reason, .. }) => return Ok(Box::new(broken_record(&path, 0, reason).into_iter())),
         Err(error) => return Err(error),
     };
-    Ok(Box::new((0..).zip(rows).map(move |(offset, row)| {
-        let document = json_lines::document(row?, || format!("{}:{}", path.display(), offset + 1));
+    Ok(Box::new((1..).zip(rows).map(move |(number, row)| {
+        let document = json_lines::document(row?, || format!("{}:{number}", path.display()));
         let reason = match document {
             Ok(document) if document.text.len() <= limit => return Ok(document),
             Ok(_) => too_long(limit),
             Err(reason) => reason,
         };
-        Err(broken_row(&path, offset, reason))
+        Err(broken_row(&path, number, reason))
     })))
 }
 
@@ -142,7 +142,7 @@ pub(super) mod tests {
         std::fs::write(&path, sample()).unwrap();
         let records = Format::Parquet.read(&path, Limits { record: 8, ratio: 250 }).unwrap();
         let broken: Vec<Broken> = records.filter_map(Result::err).collect();
-        assert_eq!(broken.iter().map(|broken| broken.offset).collect::<Vec<_>>(), [3]);
+        assert_eq!(broken.iter().map(|broken| broken.offset).collect::<Vec<_>>(), [None]);
         assert!(broken[0].reason.contains("longer than 8"), "{}", broken[0]);
     }
 }

@@ -25,7 +25,7 @@ use super::product::{Matrix, Operand, Packing};
 use super::simd::{exp2, max, replace, vectorized};
 use super::stored::Stored;
 use super::vector::Number;
-use super::{Buffer, Strided, contiguous, rows, team, whole};
+use super::{Buffer, Output, Strided, contiguous, rows, team, whole};
 use crate::backend::AttentionSpec;
 use burn::backend::Flex;
 
@@ -160,34 +160,6 @@ impl<T: Operand> Heads<'_, T> {
 /// Keeps a tensor whose heads have unit stride, else copies it.
 fn readable(x: FlexTensor) -> FlexTensor {
     if x.layout().strides()[3] == 1 { x } else { contiguous(x) }
-}
-
-/// An output that threads write disjoint heads of.
-struct Output<T = f32>(*mut T);
-
-impl<T> Clone for Output<T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<T> Copy for Output<T> {}
-
-// SAFETY: every thread writes rows of its own heads only.
-unsafe impl<T> Send for Output<T> {}
-unsafe impl<T> Sync for Output<T> {}
-
-impl<T> Output<T> {
-    fn at(self, offset: usize) -> *mut T {
-        // SAFETY: callers stay inside the output.
-        unsafe { self.0.add(offset) }
-    }
-
-    /// # Safety
-    /// The range must be inside the output and nobody else's.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn slice<'a>(self, offset: usize, len: usize) -> &'a mut [T] {
-        unsafe { std::slice::from_raw_parts_mut(self.at(offset), len) }
-    }
 }
 
 /// Whether [`cached`] reads a cache of this type.

@@ -105,6 +105,32 @@ impl<T: Number> AllocationController for Buffer<T> {
     }
 }
 
+/// Where threads write disjoint parts of a result.
+pub(super) struct Output<T = f32>(pub *mut T);
+
+impl<T> Clone for Output<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Output<T> {}
+
+// SAFETY: every task writes elements of its own only.
+unsafe impl<T> Send for Output<T> {}
+unsafe impl<T> Sync for Output<T> {}
+
+impl<T> Output<T> {
+    pub(super) fn at(self, offset: usize) -> *mut T {
+        self.0.wrapping_add(offset)
+    }
+
+    /// # Safety
+    /// The range must be inside the result and nobody else's.
+    pub(super) unsafe fn slice<'a>(self, offset: usize, len: usize) -> &'a mut [T] {
+        unsafe { std::slice::from_raw_parts_mut(self.at(offset), len) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

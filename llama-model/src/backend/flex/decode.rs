@@ -39,13 +39,13 @@ use self::portable::{q4_dots, q4_symmetric_dots, q8_dots};
 use self::rounded::Rounded;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use super::product::TurnedRows;
-use super::product::{self, Matrix, Output, PRODUCT, Place, Product};
+use super::product::{self, Matrix, PRODUCT, Place, Product};
 #[cfg(target_arch = "x86_64")]
 use super::product::{Bf16Unit, PackedRows};
 use super::simd;
 use super::stored::{Stored, whole_blocks};
 use super::vector::{Vector, by_vectors};
-use super::{Buffer, contiguous, stored, team, values, whole};
+use super::{Buffer, Output, contiguous, stored, team, values, whole};
 use crate::Precision;
 use crate::backend::{Bits, QuantizedWeight};
 
@@ -264,7 +264,7 @@ struct Columns {
 impl Columns {
     /// The place of one of them in a row.
     fn at(self, row: usize, col: usize) -> *mut f32 {
-        self.out.0.wrapping_add(row * self.stride + self.start + col)
+        self.out.at(row * self.stride + self.start + col)
     }
 
     /// The same columns without the first rows.

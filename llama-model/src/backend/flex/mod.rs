@@ -22,7 +22,7 @@ use burn_flex::{FlexDevice, FlexTensor, Layout};
 use bytemuck::Pod;
 use half::bf16;
 
-use self::buffer::Buffer;
+use self::buffer::{Buffer, Output};
 use self::vector::Number;
 use super::{
     AdamWStep, AttentionSaved, AttentionSpec, BlockCache, BlockSpec, BlockWeights, LlamaBackend, LossSpec, Matrix,

@@ -10,9 +10,9 @@ use burn_flex::FlexTensor;
 use super::super::product::{Matrix, Operand, Packing};
 use super::super::simd::{exp2, sum2, vectorized};
 use super::super::vector::Float;
-use super::super::{Buffer, contiguous, rows, team, values};
+use super::super::{Buffer, Output, contiguous, rows, team, values};
 use super::packed::{Tiles, with_scratch};
-use super::{Heads, K_TILE, Output, Q_TILE, Sizes, Starts, readable};
+use super::{Heads, K_TILE, Q_TILE, Sizes, Starts, readable};
 use crate::backend::{AttentionSaved, AttentionSpec};
 
 /// Tasks below which threads cannot share them evenly. Fixed, so that results do not depend on the number of threads.

@@ -4,8 +4,8 @@ use std::cell::RefCell;
 
 use super::super::product::{Operand, Packing, Right, with_buffer};
 use super::super::vector::LINE;
-use super::super::{Buffer, team};
-use super::{Heads, K_TILE, Output, Sizes};
+use super::super::{Buffer, Output, team};
+use super::{Heads, K_TILE, Sizes};
 
 /// Tiles of all heads, each an operand of its own.
 pub(super) struct Tiles {

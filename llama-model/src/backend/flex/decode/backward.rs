@@ -7,9 +7,9 @@ use burn::backend::Flex;
 use burn::tensor::{Shape, TensorMetadata};
 use burn_flex::FlexTensor;
 
-use super::super::product::{self, Output, Packing, Right, with_buffer};
+use super::super::product::{self, Packing, Right, with_buffer};
 use super::super::stored::Stored;
-use super::super::{Buffer, contiguous, team, values};
+use super::super::{Buffer, Output, contiguous, team, values};
 use crate::Precision;
 use crate::backend::{Matrix, QUANT_BLOCK};
 
@@ -72,16 +72,16 @@ pub(in crate::backend::flex) fn input_gradient(
             let terms = PIECE.min(d_out - first);
             let grads = product::Matrix { cols: terms, ..product::Matrix::rows(&grads[first..], rows, d_out) };
             // SAFETY: there is room for each piece's gradients, which are this task's own.
-            unsafe { packing.left(panels.at(0, 0, index * lanes), grads) };
+            unsafe { packing.left(panels.at(index * lanes), grads) };
         });
         team::each((0..d_in).step_by(width), |from| {
             let cols = width.min(d_in - from);
             for (index, first) in pieces() {
                 let terms = PIECE.min(d_out - first);
-                let left = packing.packed_left(panels.at(0, 0, index * lanes), [rows, terms]);
+                let left = packing.packed_left(panels.at(index * lanes), [rows, terms]);
                 with_piece(packing, weight, d_in, [first, terms], [from, cols], |right| {
                     // SAFETY: the columns are this task's own, and inside the result.
-                    unsafe { packing.multiply(out.at(0, 0, from), d_in, left, right, add || first > 0) };
+                    unsafe { packing.multiply(out.at(from), d_in, left, right, add || first > 0) };
                 });
             }
         });

@@ -5,8 +5,8 @@
 use std::cell::RefCell;
 use std::thread::LocalKey;
 
-use super::super::{Buffer, rows, team};
-use super::{Matrix, Output, Place, Product};
+use super::super::{Buffer, Output, rows, team};
+use super::{Matrix, Place, Product};
 
 /// Start and length of a stretch of rows, columns or terms.
 pub(super) type Span = (usize, usize);
@@ -220,7 +220,7 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Place, out_row_stride: isize, a: M
                 team::for_each(parts.count, |index| {
                     let (first, width) = parts.span(index);
                     // SAFETY: the columns are inside `b`, the part of the buffer is this task's own.
-                    unsafe { K::pack_b(strips.at(0, 0, first * lanes), columns, (col + first, width), terms) };
+                    unsafe { K::pack_b(strips.at(first * lanes), columns, (col + first, width), terms) };
                 });
                 team::for_each(cut.rows.count, |index| {
                     block(cut.rows.span(index), (col, cols), start, Some(strips));

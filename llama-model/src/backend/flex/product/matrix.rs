@@ -179,17 +179,3 @@ impl Place {
         }
     }
 }
-
-/// Where threads write disjoint parts of a result.
-#[derive(Clone, Copy)]
-pub(in crate::backend::flex) struct Output(pub *mut f32);
-
-// SAFETY: every task writes elements of its own only.
-unsafe impl Send for Output {}
-unsafe impl Sync for Output {}
-
-impl Output {
-    pub(in crate::backend::flex) fn at(self, row: usize, row_stride: isize, col: usize) -> *mut f32 {
-        self.0.wrapping_offset(row as isize * row_stride + col as isize)
-    }
-}

@@ -28,7 +28,7 @@ use burn_flex::FlexTensor;
 
 use self::blocks::multiply as by;
 pub(super) use self::blocks::with_buffer;
-pub(super) use self::matrix::{Matrix, Operand, Output, Place};
+pub(super) use self::matrix::{Matrix, Operand, Place};
 pub(super) use self::packed::{Packing, Right};
 #[cfg(target_arch = "x86_64")]
 pub(super) use self::stored::{Bf16Unit, PackedRows};

@@ -9,10 +9,10 @@ use half::{bf16, f16};
 use super::super::stored::avx512::Widened;
 use super::super::stored::{Stored, Symmetric};
 use super::super::vector::{Vector, widen};
-use super::super::{Buffer, team};
+use super::super::{Buffer, Output, team};
 use super::avx512::Pairs;
 use super::blocks::{Kernel, OWN, TERMS, Target, with_buffer};
-use super::matrix::{Matrix, Output, Place};
+use super::matrix::{Matrix, Place};
 use super::tile::Tiles;
 use crate::backend::QUANT_BLOCK;
 
@@ -100,7 +100,7 @@ impl PackedRows {
         let group = ROWS.next_multiple_of(K::ROWS);
         let places = stretches(terms).flat_map(|stretch| (0..rows).step_by(group).map(move |first| (first, stretch)));
         team::each(places, |(first, (start, len))| {
-            let panels = out.at(0, 0, padded * K::lanes(start) + first * K::lanes(len));
+            let panels = out.at(padded * K::lanes(start) + first * K::lanes(len));
             // SAFETY: the rows exist, and every place of the panels is of one task; the CPU was asked.
             unsafe { K::pack_a(panels, x, (first, group.min(rows - first)), (start, len)) };
         });

@@ -6,13 +6,13 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::super::Buffer;
 use super::super::stored::avx512::Widened;
 use super::super::stored::{Stored, Symmetric};
 use super::super::vector::{Vector, mask};
+use super::super::{Buffer, Output};
 use super::amx::{self, MatrixUnit, TILE, TILE_LANES, UNIT};
 use super::blocks::{Kernel, OWN, with_buffer};
-use super::matrix::{Matrix, Output};
+use super::matrix::Matrix;
 use super::stored::{Short, rounded};
 use super::strip::{load_sums, store_sums};
 use crate::backend::QUANT_BLOCK;
@@ -143,7 +143,7 @@ impl TurnedRows {
                     }
                     let rows = __m512::transpose(square).into_iter().enumerate();
                     for (row, lanes) in rows.take(self.rows - from) {
-                        _mm512_mask_storeu_ps(out.at(0, 0, (from + row) * stride + first), mask, lanes);
+                        _mm512_mask_storeu_ps(out.at((from + row) * stride + first), mask, lanes);
                     }
                 }
             }
