@@ -5,13 +5,17 @@ use burn::backend::{Autodiff, Flex};
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use llama::model::backend::ops::{primitive, tensor};
-use llama::model::backend::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, ops, reference};
+use llama::model::backend::{AdamWStep, AttentionSaved, AttentionSpec, LlamaBackend, LossSpec, reference};
 use llama::model::{Precision, TrainBackend};
 
 use crate::support::{close, device_test, floats, noise, scale, tolerance};
 
+mod cases;
 mod low_precision;
 
+use cases::{Adapters, Attention, Case, CrossEntropy, Project, RmsNorm, Rotary, Swiglu};
+
+/// Added to the mean square of a norm.
 const EPS: f64 = 1e-5;
 
 fn random<B: Backend, const D: usize>(dims: [usize; D], seed: u64, dtype: DType, device: &B::Device) -> Tensor<B, D> {
@@ -21,166 +25,6 @@ fn random<B: Backend, const D: usize>(dims: [usize; D], seed: u64, dtype: DType,
 fn targets<B: Backend>(len: usize, vocab: usize, device: &B::Device) -> Tensor<B, 1, Int> {
     let ids: Vec<i32> = (0..len).map(|i| if i % 5 == 3 { -100 } else { (i * 7 % vocab) as i32 }).collect();
     Tensor::from_data(TensorData::new(ids, [len]), device)
-}
-
-/// An operation as a function of its flat float inputs, on the backend `B`.
-trait Case {
-    /// Shapes of the inputs, flat.
-    fn inputs(&self) -> Vec<Vec<usize>>;
-    /// The operation through the trait.
-    fn ours<B: LlamaBackend>(&self, inputs: Vec<Tensor<B, 1>>) -> Tensor<B, 1>;
-    /// The plain composition.
-    fn plain<B: LlamaBackend>(&self, inputs: Vec<Tensor<B, 1>>) -> Tensor<B, 1>;
-}
-
-fn flat<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, 1> {
-    x.flatten(0, D - 1)
-}
-
-struct Project;
-impl Case for Project {
-    fn inputs(&self) -> Vec<Vec<usize>> {
-        vec![vec![6, 10], vec![7, 10]]
-    }
-    fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
-        flat(ops::linear(x[0].clone().reshape([2, 3, 10]), x[1].clone().reshape([7, 10]), Precision::F32))
-    }
-    fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
-        flat(x[0].clone().reshape([6, 10]).matmul(x[1].clone().reshape([7, 10]).transpose()))
-    }
-}
-
-struct RmsNorm;
-impl Case for RmsNorm {
-    fn inputs(&self) -> Vec<Vec<usize>> {
-        vec![vec![5, 37], vec![37]]
-    }
-    fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
-        flat(ops::rms_norm(x[0].clone().reshape([5, 37]), x[1].clone(), EPS))
-    }
-    fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
-        let rows = primitive(x[0].clone().reshape([5, 37]));
-        flat(tensor::<B, 2>(reference::rms_norm::<B>(rows, primitive(x[1].clone()), EPS).0))
-    }
-}
-
-struct Rotary;
-impl Rotary {
-    fn tables<B: Backend>(x: &Tensor<B, 1>) -> [Tensor<B, 2>; 2] {
-        [20, 21].map(|seed| random([3, 4], seed, x.dtype(), &x.device()))
-    }
-}
-impl Case for Rotary {
-    fn inputs(&self) -> Vec<Vec<usize>> {
-        vec![vec![2, 3, 5, 8]]
-    }
-    fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
-        let [cos, sin] = Self::tables(&x[0]);
-        flat(ops::rotary(x[0].clone().reshape([2, 3, 5, 8]), cos, sin))
-    }
-    fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
-        let [cos, sin] = Self::tables(&x[0]).map(primitive);
-        let rows = primitive(x[0].clone().reshape([2, 3, 5, 8]));
-        flat(tensor::<B, 4>(reference::rotary::<B>(rows, cos, sin, false)))
-    }
-}
-
-struct Swiglu;
-impl Case for Swiglu {
-    fn inputs(&self) -> Vec<Vec<usize>> {
-        vec![vec![3, 21], vec![3, 21]]
-    }
-    fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
-        let [gate, up] = [0, 1].map(|i| x[i].clone().mul_scalar(6.0).reshape([3, 21]));
-        flat(ops::swiglu(gate, up))
-    }
-    fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
-        let [gate, up] = [0, 1].map(|i| x[i].clone().mul_scalar(6.0).reshape([3, 21]));
-        flat(gate.clone() * burn::tensor::activation::sigmoid(gate) * up)
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Attention {
-    batch: usize,
-    q_len: usize,
-    kv_len: usize,
-    n_heads: usize,
-    n_kv_heads: usize,
-    head_dim: usize,
-    /// Tokens of a document; 0 is one document.
-    documents: usize,
-}
-impl Attention {
-    fn starts<B: Backend>(&self, device: &B::Device) -> Option<Tensor<B, 2, Int>> {
-        let &Self { batch, q_len, kv_len, documents, .. } = self;
-        let start = |index: usize| {
-            // Documents of a sequence begin elsewhere than those of the one before.
-            let (skew, key) = (index / q_len * 3, kv_len - q_len + index % q_len);
-            ((key + skew) / documents * documents).saturating_sub(skew) as i32
-        };
-        (documents > 0).then(|| {
-            let starts: Vec<i32> = (0..batch * q_len).map(start).collect();
-            Tensor::from_data(TensorData::new(starts, [batch, q_len]), device)
-        })
-    }
-
-    fn shapes<B: Backend>(&self, x: Vec<Tensor<B, 1>>) -> [Tensor<B, 4>; 3] {
-        let shapes = self.inputs();
-        [0, 1, 2].map(|i| x[i].clone().mul_scalar(2.0).reshape(<[usize; 4]>::try_from(shapes[i].clone()).unwrap()))
-    }
-}
-impl Case for Attention {
-    fn inputs(&self) -> Vec<Vec<usize>> {
-        let kv = vec![self.batch, self.kv_len, self.n_kv_heads, self.head_dim];
-        vec![vec![self.batch, self.q_len, self.n_heads, self.head_dim], kv.clone(), kv]
-    }
-    fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
-        let [q, k, v] = self.shapes(x);
-        let starts = self.starts(&q.device());
-        flat(ops::causal_attention(q, k, v, starts, Precision::F32))
-    }
-    fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
-        let spec = AttentionSpec::new(self.head_dim, Precision::F32);
-        let starts = self.starts::<B>(&x[0].device()).map(|starts| starts.into_primitive());
-        let [q, k, v] = self.shapes(x).map(primitive);
-        flat(tensor::<B, 4>(reference::causal_attention::<B>(q, k, v, starts, spec).0))
-    }
-}
-
-struct CrossEntropy {
-    tokens: usize,
-    vocab: usize,
-    z_loss: f64,
-}
-impl CrossEntropy {
-    fn spec(&self) -> LossSpec {
-        LossSpec { z_loss: self.z_loss, ..LossSpec::default() }
-    }
-    fn shapes<B: Backend>(&self, x: Vec<Tensor<B, 1>>) -> (Tensor<B, 2>, Tensor<B, 2>, Tensor<B, 1, Int>) {
-        let hidden = x[0].clone().mul_scalar(3.0).reshape([self.tokens, 9]);
-        let targets = targets::<B>(self.tokens, self.vocab, &hidden.device());
-        (hidden, x[1].clone().reshape([self.vocab, 9]), targets)
-    }
-}
-impl Case for CrossEntropy {
-    fn inputs(&self) -> Vec<Vec<usize>> {
-        vec![vec![self.tokens, 9], vec![self.vocab, 9]]
-    }
-    fn ours<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
-        let (hidden, head, targets) = self.shapes(x);
-        ops::linear_cross_entropy(hidden, head, targets, self.spec())
-    }
-    fn plain<B: LlamaBackend>(&self, x: Vec<Tensor<B, 1>>) -> Tensor<B, 1> {
-        let (hidden, head, targets) = self.shapes(x);
-        tensor::<B, 1>(reference::token_losses::<B>(
-            primitive(hidden),
-            primitive(head),
-            targets.into_primitive(),
-            self.spec(),
-        ))
-        .sum()
-    }
 }
 
 /// Value and gradients of `Σ f(inputs) · noise`.
@@ -217,6 +61,7 @@ fn check<B: TrainBackend>(name: &str, case: &impl Case, device: &B::Device) {
 device_test! {
     fn bodies_and_backwards_equal_burns_autodiff_of_the_composition<B>(device) {
         check::<B>("project", &Project, &device);
+        check::<B>("adapters", &Adapters, &device);
         check::<B>("rms_norm", &RmsNorm, &device);
         check::<B>("rotary", &Rotary, &device);
         check::<B>("swiglu", &Swiglu, &device);
@@ -396,6 +241,7 @@ mod finite_differences {
     #[test]
     fn of_every_backward() {
         check("project", &Project);
+        check("adapters", &Adapters);
         check("rms_norm", &RmsNorm);
         check("rotary", &Rotary);
         check("swiglu", &Swiglu);

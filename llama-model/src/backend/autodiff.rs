@@ -11,10 +11,11 @@ use burn::tensor::backend::AutodiffBackend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn::tensor::{DType, TensorMetadata};
 
+use super::adapted::{self, Adapted, AdaptedSaved, LowRank};
 use super::block::{self, BlockSaved};
 use super::ops::cast;
 use super::{
-    AdamWStep, AttentionSaved, AttentionSpec, BlockSpec, BlockWeights, LlamaBackend, LossSpec, QuantizedWeight,
+    AdamWStep, AttentionSaved, AttentionSpec, BlockSpec, BlockWeights, LlamaBackend, LossSpec, Matrix, QuantizedWeight,
 };
 use crate::{GradientTaker, Precision};
 
@@ -93,6 +94,53 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
             OpsKind::UnTracked(prep) => prep.finish(out),
         };
         outs.into_iter().zip(weights).map(track).collect()
+    }
+
+    /// The weights are frozen.
+    fn project_adapted(
+        x: FloatTensor<Self>,
+        layers: Vec<Adapted<Self>>,
+        precision: Precision,
+    ) -> Vec<FloatTensor<Self>> {
+        #[derive(Debug)]
+        struct AdaptedBackward;
+        impl<B: LlamaBackend> Backward<B, 3> for AdaptedBackward {
+            type State = (AdaptedSaved<B>, Precision);
+
+            fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+                let grad = grads.consume::<B>(&ops.node);
+                let (saved, precision) = ops.state;
+                let wanted = ops.parents.each_ref().map(Option::is_some);
+                for (node, gradient) in ops.parents.into_iter().zip(adapted::backward(saved, grad, wanted, precision)) {
+                    if let (Some(node), Some(gradient)) = (node, gradient) {
+                        grads.register::<B>(node.id, gradient);
+                    }
+                }
+            }
+        }
+        // A weight without adapter has the input in place of one, from which it takes no gradient.
+        let nodes_of = |layer: &Adapted<Self>| match &layer.adapter {
+            Some(LowRank { down, up, .. }) => [&x, down, up].map(|x| x.node.clone()),
+            None => [&x, &x, &x].map(|x| x.node.clone()),
+        };
+        let nodes: Vec<_> = layers.iter().map(nodes_of).collect();
+        let layers = layers.into_iter().map(|Adapted { weight, adapter }| Adapted {
+            weight: match weight {
+                Matrix::Floats(weight) => Matrix::Floats(weight.primitive),
+                Matrix::Blocks(weight) => Matrix::Blocks(inner(weight)),
+            },
+            adapter: adapter.map(|LowRank { down, up, scale }| LowRank {
+                down: down.primitive,
+                up: up.primitive,
+                scale,
+            }),
+        });
+        let results = adapted::forward_saving::<B>(x.primitive, layers.collect(), precision);
+        let track = |((out, saved), nodes)| match AdaptedBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((saved, precision), out),
+            OpsKind::UnTracked(prep) => prep.finish(out),
+        };
+        results.into_iter().zip(nodes).map(track).collect()
     }
 
     /// A constant, as the weight is.

@@ -10,6 +10,7 @@
 //!
 //! The [`ops`] module has the same operations on [`Tensor`](burn::tensor::Tensor)s, for use in modules.
 
+pub mod adapted;
 mod autodiff;
 pub mod block;
 #[cfg(feature = "cube")]
@@ -27,6 +28,7 @@ use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::{FloatTensor, IntTensor};
 
 use crate::{GradientTaker, Precision};
+pub use adapted::{Adapted, LowRank};
 pub use block::{BlockCache, BlockSpec, BlockWeights};
 pub use quantized::{Bits, Matrix, QUANT_BLOCK, QuantizedWeight};
 pub use spec::{AdamWStep, AttentionSaved, AttentionSpec, IGNORE_TARGET, LossSpec};
@@ -94,6 +96,31 @@ pub trait LlamaBackend: Backend {
         precision: Precision,
     ) -> Vec<FloatTensor<Self>> {
         weights.into_iter().map(|weight| Self::project(x.clone(), weight, precision)).collect()
+    }
+
+    /// `sum + x · weightᵀ`, in place where the caller's is the only handle.
+    ///
+    /// # Shapes
+    /// `sum [tokens, d_out]`, the others as of [`project`](Self::project), all of one dtype.
+    fn add_projection(
+        sum: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        precision: Precision,
+    ) -> FloatTensor<Self> {
+        reference::add_projection::<Self>(sum, x, weight, precision)
+    }
+
+    /// Products of one input with frozen weights, some of which have adapters that are trained; see [`mod@adapted`].
+    ///
+    /// # Shapes
+    /// As of [`project_all`](Self::project_all).
+    fn project_adapted(
+        x: FloatTensor<Self>,
+        layers: Vec<Adapted<Self>>,
+        precision: Precision,
+    ) -> Vec<FloatTensor<Self>> {
+        adapted::forward::<Self>(x, layers, precision)
     }
 
     /// [`project_all`](Self::project_all) for weights in 8 or 4 bits. For inference: it has no backward for the weights.

@@ -4,7 +4,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::ops::FloatTensor;
 use burn::tensor::{DType, Int, Shape, Tensor, TensorMetadata, TensorPrimitive};
 
-use super::{AttentionSpec, BlockCache, BlockSpec, BlockWeights, LlamaBackend, LossSpec, Matrix};
+use super::{Adapted, AttentionSpec, BlockCache, BlockSpec, BlockWeights, LlamaBackend, LossSpec, Matrix};
 use crate::Precision;
 
 /// A primitive as a tensor.
@@ -70,13 +70,33 @@ pub fn linear_all<B: LlamaBackend, const D: usize, const N: usize>(
         let [_, d_in] = weight.dims();
         assert_eq!(dims[D - 1], d_in, "linear: the input has width {}, a weight takes {d_in}", dims[D - 1]);
     }
-    // With the leading dimensions of the input.
-    Matrix::project_all(primitive(fold(x)), weights, precision).map(|product| {
-        let product = tensor::<B, 2>(product);
-        let mut dims = dims;
-        dims[D - 1] = product.dims()[1];
-        product.reshape(dims)
-    })
+    Matrix::project_all(primitive(fold(x)), weights, precision).map(|product| unfold(product, dims))
+}
+
+/// A product with the leading dimensions of its input.
+fn unfold<B: Backend, const D: usize>(product: FloatTensor<B>, mut dims: [usize; D]) -> Tensor<B, D> {
+    let product = tensor::<B, 2>(product);
+    dims[D - 1] = product.dims()[1];
+    product.reshape(dims)
+}
+
+/// [`linear_all`] with frozen weights that may have adapters.
+///
+/// # Panics
+/// As there.
+pub fn adapted_all<B: LlamaBackend, const D: usize, const N: usize>(
+    x: Tensor<B, D>,
+    layers: [Adapted<B>; N],
+    precision: Precision,
+) -> [Tensor<B, D>; N] {
+    let dims = x.dims();
+    for layer in &layers {
+        let [_, d_in] = layer.weight.dims();
+        assert_eq!(dims[D - 1], d_in, "linear: the input has width {}, a weight takes {d_in}", dims[D - 1]);
+    }
+    let products = B::project_adapted(primitive(fold(x)), layers.into(), precision);
+    let products: [_; N] = products.try_into().unwrap_or_else(|_| unreachable!("each weight has a product"));
+    products.map(|product| unfold(product, dims))
 }
 
 /// Root-mean-square normalisation (Zhang and Sennrich): `x / rms(x) · weight`.

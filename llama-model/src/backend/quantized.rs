@@ -12,7 +12,7 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
-use burn::tensor::{ElementConversion, Int, Tensor, TensorMetadata};
+use burn::tensor::{DType, ElementConversion, Int, Tensor, TensorMetadata};
 
 use super::LlamaBackend;
 use super::ops::{primitive, tensor};
@@ -77,7 +77,7 @@ impl<B: Backend> QuantizedWeight<B> {
         // The values of a word's bytes are neighbours.
         let byte = |i: i32| words.clone().bitwise_right_shift_scalar((8 * i).elem()).bitwise_and_scalar(255.elem());
         let bytes = Tensor::stack::<3>((0..4).map(byte).collect(), 2).reshape([blocks, 4 * self.bits.words()]);
-        let scales = tensor::<B, 2>(self.scales).cast(burn::tensor::DType::F32).reshape([blocks, self.bits.scales()]);
+        let scales = tensor::<B, 2>(self.scales).cast(DType::F32).reshape([blocks, self.bits.scales()]);
         let values = match self.bits {
             Bits::Eight => {
                 // Two's complement: the highest bit counts -128 instead of 128.
@@ -120,6 +120,12 @@ impl<B: LlamaBackend> Matrix<B> {
         weights: [Self; N],
         precision: Precision,
     ) -> [FloatTensor<B>; N] {
+        let products = Self::project_each(x, weights.into(), precision);
+        products.try_into().unwrap_or_else(|_| unreachable!("each weight has a product"))
+    }
+
+    /// The same of any number.
+    pub(crate) fn project_each(x: FloatTensor<B>, weights: Vec<Self>, precision: Precision) -> Vec<FloatTensor<B>> {
         let (mut floats, mut blocks) = (Vec::new(), Vec::new());
         for weight in weights.clone() {
             match weight {
@@ -127,14 +133,21 @@ impl<B: LlamaBackend> Matrix<B> {
                 Self::Blocks(weight) => blocks.push(weight),
             }
         }
-        let products = if blocks.is_empty() {
+        if blocks.is_empty() {
             B::project_all(x, floats, precision)
         } else if floats.is_empty() {
             B::project_quantized(x, blocks, precision)
         } else {
-            let one = |weight| Self::project_all(x.clone(), [weight], precision);
+            let one = |weight| Self::project_each(x.clone(), vec![weight], precision);
             weights.into_iter().flat_map(one).collect()
-        };
-        products.try_into().unwrap_or_else(|_| unreachable!("each weight has a product"))
+        }
+    }
+
+    /// `grad · weight`, the gradient of the input, in its dtype.
+    pub(crate) fn backward_input(self, grad: FloatTensor<B>, precision: Precision, dtype: DType) -> FloatTensor<B> {
+        match self {
+            Self::Floats(weight) => B::project_backward_input(vec![(grad, weight)], precision, dtype),
+            Self::Blocks(weight) => B::project_quantized_backward(grad, weight, precision, dtype),
+        }
     }
 }

@@ -3,8 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
-use crate::Precision;
-use crate::backend::{LlamaBackend, ops};
+use crate::backend::{LlamaBackend, LowRank, ops};
 use crate::init::Init;
 
 /// The adapter of a linear layer.
@@ -25,14 +24,10 @@ impl<B: LlamaBackend> Adapter<B> {
         Self { a: init.at("lora_a").uniform([rank, d_in], bound), b: init.at("lora_b").zeros([d_out, rank]), scale }
     }
 
-    /// What it adds to the layer's result.
-    ///
-    /// # Shapes
-    /// `x [.., d_in]`, result `[.., d_out]`.
-    pub fn forward<const D: usize>(&self, x: Tensor<B, D>, precision: Precision) -> Tensor<B, D> {
-        // The factor goes where the fewest numbers are.
-        let down = ops::linear(x, self.a.val(), precision).mul_scalar(self.scale);
-        ops::linear(down, self.b.val(), precision)
+    /// For the operations of the backend.
+    pub(crate) fn low_rank(&self) -> LowRank<B> {
+        let [down, up] = [&self.a, &self.b].map(|matrix| ops::primitive(matrix.val()));
+        LowRank { down, up, scale: self.scale }
     }
 
     /// What it adds to the layer's weight, `[d_out, d_in]`.

@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 
 use super::{Adapter, Quantized};
 use crate::Precision;
-use crate::backend::{LlamaBackend, Matrix, ops};
+use crate::backend::{Adapted, LlamaBackend, Matrix, ops};
 use crate::init::Init;
 
 /// A linear layer without bias. The weight is `[d_out, d_in]`, as in the released checkpoints (Burn's own layer has it
@@ -44,12 +44,12 @@ impl<B: LlamaBackend> Linear<B> {
         x: Tensor<B, D>,
         precision: Precision,
     ) -> [Tensor<B, D>; N] {
-        let products = ops::linear_all(x.clone(), layers.map(Self::matrix), precision);
-        let mut layers = layers.into_iter();
-        products.map(|product| match layers.next().and_then(|layer| layer.adapter.as_ref()) {
-            Some(adapter) => product + adapter.forward(x.clone(), precision),
-            None => product,
-        })
+        if layers.iter().all(|layer| layer.adapter.is_none()) {
+            return ops::linear_all(x, layers.map(Self::matrix), precision);
+        }
+        let adapted =
+            |layer: &Self| Adapted { weight: layer.matrix(), adapter: layer.adapter.as_ref().map(Adapter::low_rank) };
+        ops::adapted_all(x, layers.map(adapted), precision)
     }
 
     /// `[d_out, d_in]`

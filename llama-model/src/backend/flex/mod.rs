@@ -79,6 +79,13 @@ impl LlamaBackend for Flex {
         weights.into_iter().map(|weight| Self::project(x.clone(), weight, precision)).collect()
     }
 
+    fn add_projection(sum: FlexTensor, x: FlexTensor, weight: FlexTensor, precision: Precision) -> FlexTensor {
+        if !is_f32(&[&sum]) || ![&x, &weight].into_iter().all(is_operand) {
+            return reference::add_projection::<Flex>(sum, x, weight, precision);
+        }
+        product::add_product(sum, &x, &weight, precision)
+    }
+
     fn project_quantized(x: FlexTensor, weights: Vec<QuantizedWeight<Flex>>, precision: Precision) -> Vec<FlexTensor> {
         if x.dtype() == DType::BF16 {
             let products = Self::project_quantized(wide(x), weights, precision);

@@ -55,6 +55,16 @@ pub fn project_quantized_backward<B: LlamaBackend>(
     B::project_backward_input(vec![(grad, B::widen(weight, dtype))], precision, dtype)
 }
 
+/// [`LlamaBackend::add_projection`].
+pub fn add_projection<B: LlamaBackend>(
+    sum: FloatTensor<B>,
+    x: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    precision: Precision,
+) -> FloatTensor<B> {
+    B::float_add(sum, B::project(x, weight, precision))
+}
+
 /// [`LlamaBackend::project_backward_input`].
 ///
 /// # Panics

@@ -35,10 +35,10 @@ pub(super) use self::stored::{Bf16Unit, PackedRows};
 use self::tile::{RoundedBf16, RoundedF16, Single, Tiles};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(super) use self::turned::TurnedRows;
-use super::Buffer;
 #[cfg(target_arch = "x86_64")]
 use super::simd;
 use super::vector::{Vector, by_vectors};
+use super::{Buffer, whole};
 use crate::Precision;
 
 /// Below this many multiply-adds one thread is faster.
@@ -149,6 +149,17 @@ pub(super) fn product<T: Operand>(
     let mut out = Buffer::<T>::zeros(0);
     fill(&mut out, a, b, Product { precision, ..ON_ALL_THREADS });
     out.into_tensor(Shape::new([a.rows, b.cols]))
+}
+
+/// `sum + a bᵀ`, in place where nobody else holds the sum.
+pub(super) fn add_product(sum: FlexTensor, a: &FlexTensor, b: &FlexTensor, precision: Precision) -> FlexTensor {
+    let (mut sum, a, b) = (whole(sum), Matrix::of(a), Matrix::of(b).transposed());
+    assert_eq!(a.cols, b.rows, "product of [{}, {}] and [{}, {}]", a.rows, a.cols, b.rows, b.cols);
+    assert_eq!(sum.shape().dims(), [a.rows, b.cols], "a product is added to one of another size");
+    let out = Place::F32(sum.storage_mut::<f32>().as_mut_ptr());
+    // SAFETY: both matrices are views of tensors that live through the call, and the sum has their product's size.
+    unsafe { multiply(out, b.cols as isize, a, b, Product { add: true, precision, ..ON_ALL_THREADS }) };
+    sum
 }
 
 /// Writes a product into a new buffer, or adds it to what is there.
