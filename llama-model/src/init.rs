@@ -97,7 +97,7 @@ impl<'a, B: LlamaBackend> Init<'a, B> {
 }
 
 #[cfg(test)]
-#[cfg(feature = "flex")]
+#[cfg(all(feature = "flex", target_os = "linux"))]
 mod tests {
     use burn::backend::Flex;
 
@@ -106,7 +106,6 @@ mod tests {
 
     /// What a checkpoint is loaded into takes no memory of its own: 65B would be 261 GB in f32, and these are 13.
     #[test]
-    #[cfg(target_os = "linux")]
     fn empty_models_take_no_memory() {
         let gigabytes = || {
             let status = std::fs::read_to_string("/proc/self/status").unwrap();

@@ -205,53 +205,44 @@ pub(super) fn forward(
     starts: Option<FlexTensor>,
     spec: AttentionSpec,
 ) -> (FlexTensor, FlexTensor) {
-    let few = q.shape()[1] < FEW;
+    let tensors = [q, k, v].map(readable);
+    let [q, k, _] = &tensors;
+    let sizes = Sizes::new(q, k);
+    let starts = Starts::new(starts, sizes.q_len);
     match q.dtype() {
-        DType::BF16 if few => {
-            let (out, lse) = of_few(Flex::float_cast(q, FloatDType::F32), k, v, starts, spec);
+        DType::BF16 if sizes.q_len < FEW => {
+            let [q, k, v] = tensors;
+            let (out, lse) = of_few([Flex::float_cast(q, FloatDType::F32), k, v], &sizes, &starts, spec);
             (rows::rounded(out, DType::BF16), lse)
         }
-        DType::BF16 => in_tiles::<bf16>(q, k, v, starts, spec),
-        _ if few => of_few(q, k, v, starts, spec),
-        _ => in_tiles::<f32>(q, k, v, starts, spec),
+        DType::BF16 => in_tiles::<bf16>(tensors, &sizes, &starts, spec),
+        _ if sizes.q_len < FEW => of_few(tensors, &sizes, &starts, spec),
+        _ => in_tiles::<f32>(tensors, &sizes, &starts, spec),
     }
 }
 
-fn of_few(
-    q: FlexTensor,
-    k: FlexTensor,
-    v: FlexTensor,
-    starts: Option<FlexTensor>,
-    spec: AttentionSpec,
-) -> (FlexTensor, FlexTensor) {
-    let [q, k, v] = [q, k, v].map(readable);
-    let sizes = Sizes::new(&q, &k);
-    let Sizes { batch, q_len, n_heads, head_dim, .. } = sizes;
-    let starts = Starts::new(starts, q_len);
+fn of_few([q, k, v]: [FlexTensor; 3], sizes: &Sizes, starts: &Starts, spec: AttentionSpec) -> (FlexTensor, FlexTensor) {
+    let &Sizes { batch, q_len, n_heads, head_dim, .. } = sizes;
     let (out_len, lse_len) = (batch * q_len * n_heads * head_dim, batch * n_heads * q_len);
     let (mut out, mut lse) = (Buffer::zeros(out_len), Buffer::zeros(lse_len));
-    few::forward(&sizes, &Heads::new(&q), [&k, &v], &starts, spec.scale as f32, [&mut out, &mut lse]);
+    few::forward(sizes, &Heads::new(&q), [&k, &v], starts, spec.scale as f32, [&mut out, &mut lse]);
     (out.into_tensor(q.shape()), lse.into_tensor(Shape::new([batch, n_heads, q_len])))
 }
 
 fn in_tiles<T: Operand>(
-    q: FlexTensor,
-    k: FlexTensor,
-    v: FlexTensor,
-    starts: Option<FlexTensor>,
+    [q, k, v]: [FlexTensor; 3],
+    sizes: &Sizes,
+    starts: &Starts,
     spec: AttentionSpec,
 ) -> (FlexTensor, FlexTensor) {
     let scale = spec.scale as f32;
-    let [q, k, v] = [q, k, v].map(readable);
-    let sizes = Sizes::new(&q, &k);
-    let Sizes { batch, q_len, n_heads, head_dim, .. } = sizes;
-    let starts = Starts::new(starts, q_len);
+    let &Sizes { batch, q_len, n_heads, head_dim, .. } = sizes;
     let (out_len, lse_len) = (batch * q_len * n_heads * head_dim, batch * n_heads * q_len);
     // SAFETY: every query's row and sum are written below.
     let (mut out, mut lse) = unsafe { (Buffer::<T>::unwritten(out_len), Buffer::unwritten(lse_len)) };
     let packing = Packing::fastest(spec.precision, q_len >= Q_TILE && head_dim.is_multiple_of(TERMS));
     let (keys, values) =
-        (Tiles::columns(packing, &sizes, &Heads::<T>::new(&k)), Tiles::terms(packing, &sizes, &Heads::<T>::new(&v)));
+        (Tiles::columns(packing, sizes, &Heads::<T>::new(&k)), Tiles::terms(packing, sizes, &Heads::<T>::new(&v)));
     let qs = Heads::<T>::new(&q);
     let (out_ptr, lse_ptr) = (Output(out.as_mut_ptr()), Output(lse.as_mut_ptr()));
     let tiles = sizes.q_tiles();

@@ -112,12 +112,10 @@ pub(super) fn each_tile<T: Copy>(x: View<T>, rows: usize, steps: usize, each: im
 }
 
 /// Fetches the step after the next of a row.
-///
-/// # Safety
-/// None: fetching reads nothing.
 #[inline(always)]
-pub(super) unsafe fn fetch_ahead<T>(src: *const T) {
+pub(super) fn fetch_ahead<T>(src: *const T) {
     for line in (0..UNIT * size_of::<T>()).step_by(64) {
+        // SAFETY: fetching reads nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(src.wrapping_add(2 * UNIT).cast::<i8>().wrapping_add(line)) };
     }
 }

@@ -172,6 +172,7 @@ impl Place {
         }
     }
 
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub(super) fn f32(self) -> Option<*mut f32> {
         match self {
             Self::F32(first) => Some(first),
