@@ -73,27 +73,8 @@ impl<B: LlamaBackend, C: CheckpointStrategy> LlamaBackend for Autodiff<B, C> {
         weights: Vec<QuantizedWeight<Self>>,
         precision: Precision,
     ) -> Vec<FloatTensor<Self>> {
-        #[derive(Debug)]
-        struct QuantizedBackward;
-        impl<B: LlamaBackend> Backward<B, 1> for QuantizedBackward {
-            type State = (QuantizedWeight<B>, Precision);
-
-            fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
-                let grad = grads.consume::<B>(&ops.node);
-                let (weight, precision) = ops.state;
-                // A result has the dtype of its input, and so has its gradient.
-                let dtype = grad.dtype();
-                let d_x = B::project_quantized_backward(grad, weight, precision, dtype);
-                register::<B, 1>(grads, ops.parents.map(|p| p.map(|n| n.id)), [d_x]);
-            }
-        }
-        let weights: Vec<_> = weights.into_iter().map(inner).collect();
-        let outs = B::project_quantized(x.primitive, weights.clone(), precision);
-        let track = |(out, weight)| match QuantizedBackward.prepare::<C>([x.node.clone()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((weight, precision), out),
-            OpsKind::UnTracked(prep) => prep.finish(out),
-        };
-        outs.into_iter().zip(weights).map(track).collect()
+        let frozen = |weight| Adapted { weight: Matrix::Blocks(weight), adapter: None };
+        Self::project_adapted(x, weights.into_iter().map(frozen).collect(), precision)
     }
 
     /// The weights are frozen.

@@ -66,11 +66,14 @@ pub fn linear_all<B: LlamaBackend, const D: usize, const N: usize>(
     precision: Precision,
 ) -> [Tensor<B, D>; N] {
     let dims = x.dims();
-    for weight in &weights {
-        let [_, d_in] = weight.dims();
-        assert_eq!(dims[D - 1], d_in, "linear: the input has width {}, a weight takes {d_in}", dims[D - 1]);
-    }
+    weights.iter().for_each(|weight| check_width(weight, dims[D - 1]));
     Matrix::project_all(primitive(fold(x)), weights, precision).map(|product| unfold(product, dims))
+}
+
+/// Panics if a weight does not take an input of this width.
+fn check_width<B: LlamaBackend>(weight: &Matrix<B>, width: usize) {
+    let [_, d_in] = weight.dims();
+    assert_eq!(width, d_in, "linear: the input has width {width}, a weight takes {d_in}");
 }
 
 /// A product with the leading dimensions of its input.
@@ -90,10 +93,7 @@ pub fn adapted_all<B: LlamaBackend, const D: usize, const N: usize>(
     precision: Precision,
 ) -> [Tensor<B, D>; N] {
     let dims = x.dims();
-    for layer in &layers {
-        let [_, d_in] = layer.weight.dims();
-        assert_eq!(dims[D - 1], d_in, "linear: the input has width {}, a weight takes {d_in}", dims[D - 1]);
-    }
+    layers.iter().for_each(|layer| check_width(&layer.weight, dims[D - 1]));
     let products = B::project_adapted(primitive(fold(x)), layers.into(), precision);
     let products: [_; N] = products.try_into().unwrap_or_else(|_| unreachable!("each weight has a product"));
     products.map(|product| unfold(product, dims))

@@ -106,16 +106,18 @@ impl LlamaBackend for Flex {
         if !pairs.iter().all(|(grad, _)| is_operand(grad)) || !matches!(dtype, DType::F32 | DType::BF16) {
             return reference::project_backward_input::<Flex>(pairs, precision, dtype);
         }
-        match &pairs[..] {
-            [(grad, weight)] if dtype == DType::BF16 && is_operand(weight) => {
-                return product::product::<bf16>(grad, false, weight, false, precision);
-            }
-            _ if pairs.iter().all(|(grad, weight)| is_operand(weight) && (is_f32(&[weight]) || !is_f32(&[grad]))) => {
-                return rows::rounded(product::sum_of_products(&pairs, precision), dtype);
-            }
-            _ => {}
+        let of_operands = |(grad, weight): &(FlexTensor, FlexTensor)| {
+            matches!((grad.dtype(), weight.dtype()), (_, DType::F32) | (DType::BF16, DType::BF16))
+        };
+        if pairs.iter().all(of_operands) {
+            return match &pairs[..] {
+                [(grad, weight)] if dtype == DType::BF16 => {
+                    product::product::<bf16>(grad, false, weight, false, precision)
+                }
+                _ => rows::rounded(product::sum_of_products(&pairs, precision), dtype),
+            };
         }
-        // A frozen weight may be stored in fewer bytes.
+        // A frozen weight may be stored in fewer bytes than the gradient.
         let stored = |(grad, weight): (FlexTensor, FlexTensor)| match weight.dtype() {
             DType::F32 | DType::BF16 | DType::F16 => (wide(grad), Matrix::Floats(weight)),
             _ => (wide(grad), Matrix::Floats(Self::float_cast(weight, FloatDType::F32))),

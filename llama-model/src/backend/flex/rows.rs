@@ -5,10 +5,9 @@ use burn_flex::FlexTensor;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::product::Place;
 use super::simd::{sigmoid, sum1, sum2, vectorized};
 use super::vector::{Float, Number};
-use super::{Buffer, contiguous, scalar, team, values, whole};
+use super::{Buffer, Output, contiguous, scalar, team, values, whole};
 use crate::backend::AdamWStep;
 
 /// Elements a thread takes at a time: small enough to share evenly, large enough to hide the hand-over. Fixed, so that
@@ -230,14 +229,12 @@ pub(super) fn rounded(x: FlexTensor, dtype: DType) -> FlexTensor {
 ///
 /// # Safety
 /// There must be room, which nobody else uses meanwhile.
-pub(super) unsafe fn narrow_rows(out: Place, stride: isize, x: &[f32], width: usize) {
+pub(super) unsafe fn narrow_rows(out: Output<bf16>, stride: isize, x: &[f32], width: usize) {
     let rows = rows_per_block(width);
     team::each(x.chunks(rows * width).enumerate(), |(index, x)| {
         for (row, x) in x.chunks_exact(width).enumerate() {
-            if let Place::Bf16(out) = out.at(index * rows + row, stride, 0) {
-                // SAFETY: the caller's promise; each row is one task's.
-                narrow_block(unsafe { std::slice::from_raw_parts_mut(out, width) }, x);
-            }
+            // SAFETY: the caller's promise; each row is one task's.
+            narrow_block(unsafe { out.slice((index * rows + row) * stride as usize, width) }, x);
         }
     });
 }

@@ -151,12 +151,14 @@ pub(super) unsafe fn multiply<K: Kernel>(out: Place, out_row_stride: isize, a: M
     let (m, n, k) = (a.rows, b.cols, a.cols);
     let threads = if product.threads { team::threads() } else { 1 };
     let cut = Cut::new::<K>((m, n, k), threads);
-    if matches!(out, Place::Bf16(_)) && k > cut.terms {
+    if let Place::Bf16(short) = out
+        && k > cut.terms
+    {
         // SAFETY: the caller's promise; the sums, which are rounded once, are written whole.
         unsafe {
             let mut sums = Buffer::<f32>::unwritten(m * n);
             multiply::<K>(Place::F32(sums.as_mut_ptr()), n as isize, a, b, product);
-            return rows::narrow_rows(out, out_row_stride, &sums, n);
+            return rows::narrow_rows(Output(short), out_row_stride, &sums, n);
         }
     }
     let columns = b.transposed();

@@ -156,7 +156,7 @@ unsafe impl Send for Place {}
 unsafe impl Sync for Place {}
 
 impl Place {
-    pub(in crate::backend::flex) fn at(self, row: usize, row_stride: isize, col: usize) -> Self {
+    pub(super) fn at(self, row: usize, row_stride: isize, col: usize) -> Self {
         let offset = row as isize * row_stride + col as isize;
         match self {
             Self::F32(first) => Self::F32(first.wrapping_offset(offset)),
